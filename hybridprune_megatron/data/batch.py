@@ -1,0 +1,131 @@
+"""What travels from the data to the model: one encoded sample, and several of them packed into one sequence.
+
+Shape letters: L tokens, F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
+
+#: Label of a token after which nothing is predicted.
+IGNORE_LABEL = -100
+#: Key of the sample that only fills a packed sequence up.
+PADDING_KEY = ""
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample, tokenized and decoded.
+
+    Attributes:
+        key: name of the sample in its data set.
+        input_ids: int64 [L].
+        labels: int64 [L], already shifted: ``labels[i]`` is the target after token i, ``IGNORE_LABEL`` where no loss.
+        layout: what every token is.
+        pixel_values: uint8 [F, 3, H, W], RGB, frames in the order in which the layout shows them.
+    """
+
+    key: str
+    input_ids: Tensor
+    labels: Tensor
+    layout: SampleLayout
+    pixel_values: Tensor
+
+    def __post_init__(self) -> None:
+        length = self.layout.num_tokens
+        assert self.input_ids.shape == (length,), (self.key, self.input_ids.shape, length)
+        assert self.labels.shape == (length,), (self.key, self.labels.shape, length)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples one after another in one sequence. Positions restart at 0 in every sample (see ``TokenLayout``).
+
+    Attributes:
+        keys: one key a sample; the padding sample, if there is one, is last and named ``PADDING_KEY``.
+        input_ids: int64 [L].
+        labels: int64 [L], shifted within every sample.
+        loss_mask: float32 [L], 1 where there is a label.
+        layouts: one layout a sample.
+        pixel_values: uint8 [F, 3, H, W], the frames of all samples.
+        num_loss_tokens: number of labels, known on the host so that nobody has to ask the device.
+    """
+
+    keys: list[str]
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    layouts: list[SampleLayout]
+    pixel_values: Tensor
+    num_loss_tokens: int = -1
+
+    def __post_init__(self) -> None:
+        if self.num_loss_tokens < 0:
+            object.__setattr__(self, "num_loss_tokens", int(self.loss_mask.sum().item()))
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on a device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            loss_mask=self.loss_mask.to(device, non_blocking=True),
+            pixel_values=self.pixel_values.to(device, non_blocking=True),
+        )
+
+
+def no_pixels() -> Tensor:
+    """uint8 [0, 3, 0, 0], the frames of a sample that has none."""
+    return torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+
+
+def pack(samples: Sequence[EncodedSample], pad_to_multiple_of: int = 1, pad_id: int = 0) -> PackedBatch:
+    """Puts samples one after another.
+
+    Args:
+        samples: at least one.
+        pad_to_multiple_of: the length becomes a multiple of this; what is missing is one more sample of text
+            without loss, so that no real sample ever sees padding.
+        pad_id: token of the padding.
+
+    Raises:
+        ValueError: there are no samples, or their frames differ in size.
+    """
+    if not samples:
+        raise ValueError("0 samples to pack: a packed sequence holds at least one")
+    keys = [sample.key for sample in samples]
+    layouts = [sample.layout for sample in samples]
+    input_ids = [sample.input_ids for sample in samples]
+    labels = [sample.labels for sample in samples]
+    padding = -sum(layout.num_tokens for layout in layouts) % pad_to_multiple_of
+    if padding:
+        keys.append(PADDING_KEY)
+        layouts.append(SampleLayout((Span(TokenKind.TEXT, padding),)))
+        input_ids.append(torch.full((padding,), pad_id, dtype=torch.int64))
+        labels.append(torch.full((padding,), IGNORE_LABEL, dtype=torch.int64))
+    all_labels = torch.cat(labels)
+    return PackedBatch(
+        keys=keys,
+        input_ids=torch.cat(input_ids),
+        labels=all_labels,
+        loss_mask=(all_labels != IGNORE_LABEL).float(),
+        layouts=layouts,
+        pixel_values=_join_frames([sample.pixel_values for sample in samples]),
+    )
+
+
+def _join_frames(frames: Sequence[Tensor]) -> Tensor:
+    # Samples without frames say nothing about the frame size, so they must not take part in the comparison.
+    present = [each for each in frames if len(each)]
+    if not present:
+        return no_pixels()
+    sizes = sorted({tuple(each.shape[1:]) for each in present})
+    if len(sizes) > 1:
+        raise ValueError(f"frames of sizes {sizes} in one batch: decode all with the same model.vision.frame_size")
+    return torch.cat(present)

@@ -74,7 +74,7 @@ class EncodedPrompt:
 
     Attributes:
         input_ids: L token ids.
-        labels: L targets, shifted: ``labels[i]`` is the token after token i if that carries loss, else ``IGNORE_LABEL``.
+        labels: L targets, shifted: ``labels[i]`` is the token after token i if that has loss, else ``IGNORE_LABEL``.
         layout: what every token is.
         num_videos: how many of the conversation's videos the sample shows (always the first ones).
     """

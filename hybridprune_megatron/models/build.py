@@ -1,0 +1,173 @@
+"""A model from its configuration."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import RadioModel
+
+from hybridprune_megatron.config.schema import Config, ReductionConfig, VisionConfig
+from hybridprune_megatron.method.schedule import layer_symbols, retention_by_layer
+from hybridprune_megatron.method.scorers import get_scorer
+from hybridprune_megatron.models.language_model import ReductionHybridModel
+from hybridprune_megatron.models.specs import resolve_spec, stack_spec
+from hybridprune_megatron.models.stack import Reduction
+from hybridprune_megatron.models.video_language_model import VideoLanguageModel
+from hybridprune_megatron.vision.encoder import build_projector, radio_config
+
+
+def build_model(
+    cfg: Config, pre_process: bool = True, post_process: bool = True, *, meta: bool = False
+) -> VideoLanguageModel:
+    """The model of a configuration on this rank, parameters of frozen parts without gradients.
+
+    Args:
+        cfg: the whole configuration; uses model, reduction, parallel, trainer.precision.
+        pre_process: first pipeline stage.
+        post_process: last pipeline stage.
+        meta: build on the meta device, without memory for weights.
+
+    Raises:
+        ValueError: a scorer, layer or budget that does not exist, or a spec that cannot be had here.
+    """
+    model = cfg.model
+    config = transformer_config(cfg, meta=meta)
+    spec = resolve_spec(model.spec)
+    language_model = ReductionHybridModel(
+        config,
+        hybrid_stack_spec=stack_spec(spec, model.mamba_chunk_size),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_sequence_length,
+        hybrid_layer_pattern=model.hybrid_pattern,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="none",
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    tower = projector = None
+    if model.vision is not None and pre_process:
+        vision = model.vision
+        with torch.device("meta" if meta else _device(config)):
+            tower = RadioModel(tower_config(vision))
+            projector = build_projector(
+                vision.hidden_size, vision.pixel_shuffle, vision.projector_hidden_size, model.hidden_size
+            )
+        tower, projector = tower.to(config.params_dtype), projector.to(config.params_dtype)
+    result = VideoLanguageModel(
+        config,
+        language_model,
+        tower,
+        projector,
+        model.vision.pixel_shuffle if model.vision is not None else 1.0,
+        model.trainable.vision,
+        build_reduction(model.hybrid_pattern, cfg.reduction),
+    )
+    trainable = model.trainable
+    for part, learns in (
+        (result.vision_model, trainable.vision),
+        (result.mlp1, trainable.projector),
+        (result.language_model, trainable.language),
+    ):
+        if part is not None:
+            part.requires_grad_(learns)
+    return result
+
+
+def build_reduction(pattern: str, reduction: ReductionConfig) -> Reduction | None:
+    """The reduction of a configuration; None at a budget of 1, which is bitwise the model without it."""
+    if reduction.retention is not None:
+        retention = tuple(reduction.retention)
+    else:
+        layers = reduction.layers if isinstance(reduction.layers, str) else list(reduction.layers)
+        retention = retention_by_layer(pattern, reduction.budget, layers, reduction.midpoint, reduction.slope)
+    if min(retention) == 1.0:
+        return None
+    return Reduction(get_scorer(reduction.scorer), retention, reduction.min_tokens)
+
+
+def tower_config(vision: VisionConfig):  # noqa: ANN201 - transformers' RadioConfig has no usable type
+    """The vision tower's configuration."""
+    return radio_config(
+        vision.hidden_size,
+        vision.num_layers,
+        vision.num_attention_heads,
+        vision.intermediate_size,
+        vision.patch_size,
+        vision.position_grid_px,
+        vision.num_cls_tokens,
+        vision.num_register_tokens,
+        list(vision.image_mean),
+        list(vision.image_std),
+    )
+
+
+def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
+    """Megatron's configuration of the language model."""
+    model, parallel = cfg.model, cfg.parallel
+    on_gpu = torch.cuda.is_available()
+    bf16 = cfg.trainer.precision == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    recompute = {} if cfg.trainer.recompute == "none" else {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    return TransformerConfig(
+        num_layers=len(layer_symbols(model.hybrid_pattern)),
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        mamba_num_heads=model.mamba_num_heads,
+        mamba_head_dim=model.mamba_head_dim,
+        mamba_state_dim=model.mamba_state_dim,
+        mamba_num_groups=model.mamba_num_groups,
+        is_hybrid_model=True,
+        activation_func=squared_relu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=bf16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence_parallel,
+        # A packed batch is as long as its samples, and shorter with depth; this setting demands the dispatcher's even without experts.
+        variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not on_gpu,
+        init_model_with_meta_device=meta,
+        perform_initialization=not meta,
+        # Fused kernels that exist on a GPU only.
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+    )
+
+
+def _device(config: TransformerConfig) -> torch.device:
+    return torch.device("cpu" if config.use_cpu_initialization else "cuda")
+
+
+def is_first_stage() -> bool:
+    """Whether this rank embeds tokens."""
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
+
+
+def is_last_stage() -> bool:
+    """Whether this rank computes the loss."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)

@@ -1,0 +1,63 @@
+"""Convolution and scan behind one interface: plain torch anywhere, causal-conv1d and mamba_ssm kernels on a GPU."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from hybridprune_megatron.models.packed import LayerPacking
+from hybridprune_megatron.ops.conv import causal_conv
+from hybridprune_megatron.ops.ssd import ssd_scan
+
+
+
+class MambaOps(Protocol):
+    """Convolution and scan of a packed sequence; both implementations are below."""
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor, packing: LayerPacking) -> Tensor:
+        """[L, channels] -> [L, channels], causal within samples, followed by SiLU."""
+        ...
+
+    def scan(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, packing: LayerPacking, chunk_size: int
+    ) -> Tensor:
+        """SSD scan; shapes as in ``ops.ssd.ssd_scan``."""
+        ...
+
+
+class TorchMambaOps:
+    """The specification: plain torch on any device."""
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor, packing: LayerPacking) -> Tensor:
+        assert packing.sample_position is not None
+        return nn.functional.silu(causal_conv(x, weight, bias, packing.sample_position))
+
+    def scan(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, packing: LayerPacking, chunk_size: int
+    ) -> Tensor:
+        assert packing.sample_index is not None
+        return ssd_scan(x, dt, A, B, C, D, packing.sample_index, chunk_size)
+
+
+class KernelMambaOps:
+    """The kernels of causal-conv1d and mamba_ssm; both stop at sample boundaries by ``seq_idx``."""
+
+    def __init__(self) -> None:
+        # Imported here: these packages exist on machines with a GPU only.
+        from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        self._conv, self._scan = causal_conv1d_fn, mamba_chunk_scan_combined
+
+    def conv(self, x: Tensor, weight: Tensor, bias: Tensor, packing: LayerPacking) -> Tensor:
+        # seq_idx needs channels-last memory: [1, channels, L] with the channels contiguous.
+        channels_last = x.contiguous().unsqueeze(0).transpose(1, 2)
+        y = self._conv(channels_last, weight, bias, seq_idx=packing.seq_idx, activation="silu")
+        return y.transpose(1, 2).squeeze(0)
+
+    def scan(
+        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, packing: LayerPacking, chunk_size: int
+    ) -> Tensor:
+        x, dt, B, C = (tensor.unsqueeze(0) for tensor in (x, dt, B, C))
+        return self._scan(x, dt, A, B, C, chunk_size, D=D, seq_idx=packing.seq_idx).squeeze(0)

@@ -1,0 +1,220 @@
+"""Reduction-aware mixers: attention and Mamba-2 that score their visual tokens with what they compute anyway.
+
+Shape letters: L tokens, H heads of this rank, P head width, G groups of this rank, N state size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
+from hybridprune_megatron.models.mamba_ops import MambaOps
+from hybridprune_megatron.models.packed import LayerPacking
+from hybridprune_megatron.models.torch_layers import parameter_device
+
+# Hard-coded in megatron-core and in the original code, whatever the layer norm's epsilon is.
+_GATED_NORM_EPSILON = 1e-5
+
+
+def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
+    """A core attention that also scores: the given one with a look at q and k before it runs."""
+
+    class ScoringAttention(core_attention):  # type: ignore[misc, valid-type]
+        def forward(self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: LayerPacking, **kwargs: Any) -> Tensor:
+            packing = packed_seq_params
+            if packing.scorer is not None:
+                with torch.no_grad():
+                    signals = AttentionSignals(query.detach(), key.detach())
+                    packing.scores = packing.scorer.attention(signals, packing.layout, self.layer_number - 1)
+            return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
+
+    ScoringAttention.__name__ = f"Scoring{core_attention.__name__}"
+    return ScoringAttention
+
+
+class GatedRMSNorm(nn.Module):
+    """``rms_norm(y * silu(z))`` over groups of channels.
+
+    Args:
+        config: parameter dtype and device.
+        width: channels of this rank.
+        group_width: channels normalised together.
+        tp_group: ranks over which the channels are sharded.
+    """
+
+    def __init__(self, config: TransformerConfig, width: int, group_width: int, tp_group: Any) -> None:
+        super().__init__()
+        self.group_width = group_width
+        self.tp_group = tp_group
+        self.weight = nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=parameter_device(config)))
+        _mark_sharded(self.weight)
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gated = (y.float() * nn.functional.silu(z.float())).unflatten(-1, (-1, self.group_width))
+        normed = nn.functional.rms_norm(gated, (self.group_width,), None, _GATED_NORM_EPSILON).flatten(-2)
+        return (normed * self.weight.float()).to(y.dtype)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Weight sharded over channels."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+
+
+class ReductionMambaMixer(MambaMixer):
+    """Mamba-2 mixer that computes convolution and scan itself, so that B, C and dt are there to score with.
+
+    Parameter names, sharding and checkpoint keys are the stock mixer's (whose ``sharded_state_dict`` is inherited); its
+    constructor and forward are not used, for they need CUDA and hide B, C and dt inside one kernel.
+
+    Args:
+        config: model configuration (mamba_num_heads, mamba_head_dim, mamba_state_dim, mamba_num_groups).
+        submodules: in_proj (with the layer's norm) and out_proj.
+        d_model: hidden size.
+        ops: convolution and scan.
+        d_conv: taps of the convolution.
+        chunk_size: tokens a chunk of the scan.
+        layer_number: 1-based.
+        pg_collection: process groups.
+        pp_layer_offset: unused; part of the builder's interface.
+        name: unused; part of the builder's interface.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MambaMixerSubmodules,
+        d_model: int,
+        ops: MambaOps,
+        d_conv: int = 4,
+        chunk_size: int = 128,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        pp_layer_offset: int = 0,
+        name: str | None = None,
+    ) -> None:
+        MegatronModule.__init__(self, config)
+        assert pg_collection is not None, "pg_collection must be provided"
+        self.config, self.ops = config, ops
+        self.d_model, self.d_conv, self.chunk_size = d_model, d_conv, chunk_size
+        self.layer_number = layer_number
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        self.d_state, self.headdim = config.mamba_state_dim, config.mamba_head_dim
+        self.ngroups, self.nheads = config.mamba_num_groups, config.mamba_num_heads
+        self.d_inner = self.nheads * self.headdim
+        tp = self.tp_group.size()
+        self.nheads_local_tp, self.ngroups_local_tp = self.nheads // tp, self.ngroups // tp
+        self.d_inner_local_tp = self.d_inner // tp
+        linear = {"config": config, "bias": False, "is_expert": False, "tp_group": self.tp_group}
+        self.in_proj = build_module(
+            submodules.in_proj,
+            d_model,
+            2 * self.d_inner + 2 * self.ngroups * self.d_state + self.nheads,
+            init_method=config.init_method,
+            gather_output=False,
+            skip_bias_add=False,
+            tp_comm_buffer_name="fc1",
+            **linear,
+        )
+        self.in_proj.weight.partition_sizes = self.in_proj_sizes
+        self._build_state_parameters()
+        self.norm = GatedRMSNorm(
+            config, self.d_inner_local_tp, self.d_inner_local_tp // self.ngroups_local_tp, self.tp_group
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            self.d_inner,
+            d_model,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            tp_comm_buffer_name="fc2",
+            **linear,
+        )
+
+    @property
+    def in_proj_sizes(self) -> list[int]:
+        """Rows of z, x, B, C, dt in this rank's input projection."""
+        state = self.ngroups_local_tp * self.d_state
+        return [self.d_inner_local_tp, self.d_inner_local_tp, state, state, self.nheads_local_tp]
+
+    def _build_state_parameters(self) -> None:
+        """Convolution, step bias, decay and skip, with the initial values of the Mamba-2 paper's code."""
+        config, sizes = self.config, self.in_proj_sizes
+        device, dtype = parameter_device(config), config.params_dtype
+        channels = sum(sizes[1:4])
+        heads = self.nheads_local_tp
+        with get_cuda_rng_tracker().fork():
+            bound = self.d_conv**-0.5
+            self.conv1d_weight = nn.Parameter(torch.empty(channels, 1, self.d_conv, device=device, dtype=dtype))
+            self.conv1d_bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
+            nn.init.uniform_(self.conv1d_weight, -bound, bound)
+            nn.init.uniform_(self.conv1d_bias, -bound, bound)
+            # Steps between 0.001 and 0.1, spread evenly in the logarithm; the bias is their inverse softplus.
+            steps = torch.exp(torch.rand(heads, device=device) * math.log(100.0) + math.log(1e-3)).clamp(min=1e-4)
+            self.dt_bias = nn.Parameter((steps + torch.log(-torch.expm1(-steps))).to(dtype))
+            self.A_log = nn.Parameter(torch.log(torch.empty(heads, device=device).uniform_(1, 16)))
+        # A_log and D stay in fp32 whatever the parameter dtype.
+        self.D = nn.Parameter(torch.ones(heads, device=device))
+        for parameter in (self.conv1d_weight, self.conv1d_bias, self.dt_bias, self.A_log, self.D):
+            _mark_sharded(parameter)
+        self.conv1d_weight.partition_sizes = self.conv1d_bias.partition_sizes = sizes[1:4]  # type: ignore[attr-defined]
+
+    def train(self, mode: bool = True) -> MegatronModule:
+        """Skips the stock mixer's decode cache, which does not exist here."""
+        return nn.Module.train(self, mode)
+
+    def forward(
+        self, hidden_states: Tensor, inference_context: Any = None, *, packed_seq_params: LayerPacking
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mixes a packed sequence and scores it if asked to.
+
+        Args:
+            hidden_states: [L, 1, d_model], or this rank's part of L under sequence parallelism.
+            inference_context: not supported.
+            packed_seq_params: the packing; gets the scores.
+
+        Returns:
+            [L, 1, d_model] like the input, and no bias.
+        """
+        assert inference_context is None, "generation runs in the exported model"
+        packing = packed_seq_params
+        projected, _ = self.in_proj(hidden_states)
+        sizes = self.in_proj_sizes
+        z, x_B_C, raw_dt = projected.squeeze(1).split([sizes[0], sum(sizes[1:4]), sizes[4]], dim=-1)
+        x_B_C = self.ops.conv(x_B_C, self.conv1d_weight.squeeze(1), self.conv1d_bias, packing)
+        x, B, C = x_B_C.split(sizes[1:4], dim=-1)
+        x = x.unflatten(-1, (-1, self.headdim))
+        B, C = B.unflatten(-1, (-1, self.d_state)), C.unflatten(-1, (-1, self.d_state))
+        dt = nn.functional.softplus(raw_dt.float() + self.dt_bias.float())
+        A = -torch.exp(self.A_log.float())
+        if packing.scorer is not None:
+            with torch.no_grad():
+                signals = MambaSignals(B.detach(), C.detach(), dt.detach(), A.detach())
+                packing.scores = packing.scorer.mamba(signals, packing.layout, self.layer_number - 1)
+        y = self.ops.scan(x, dt, A, B, C, self.D, packing, self.chunk_size)
+        return self.out_proj(self.norm(y.flatten(1), z).unsqueeze(1))
+
+
+def _mark_sharded(parameter: nn.Parameter) -> None:
+    """Tells megatron that a parameter is split over tensor-parallel ranks along its first dimension."""
+    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+    parameter.partition_dim = 0  # type: ignore[attr-defined]
+    parameter.partition_stride = 1  # type: ignore[attr-defined]

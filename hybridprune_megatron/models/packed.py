@@ -1,0 +1,64 @@
+"""What travels with the hidden states of a packed sequence through the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.scorers import Scorer
+
+
+@dataclass
+class LayerPacking(PackedSeqParams):
+    """Megatron's ``packed_seq_params`` for one layer of one forward pass, rebuilt after every drop.
+
+    A layer that is asked to score writes its result here; the stack reads it and throws the object away, so nothing of it lives
+    on in a module (recomputation and interleaved micro-batches would read somebody else's).
+
+    Attributes:
+        layout: the tokens that enter this layer.
+        sample_index: int32 [L] sample of every token.
+        sample_position: int64 [L] distance of every token from the start of its sample, counting present tokens only.
+        scorer: asks the mixer for scores; None: this layer drops nothing.
+        scores: float32 [V], written by the mixer: mean over this rank's heads.
+    """
+
+    layout: TokenLayout | None = None
+    sample_index: Tensor | None = None
+    sample_position: Tensor | None = None
+    scorer: Scorer | None = None
+    scores: Tensor | None = None
+
+
+def pack_for_layer(layout: TokenLayout, scorer: Scorer | None, previous: LayerPacking | None) -> LayerPacking:
+    """Packing of a layer; device indices are shared with the layer before as long as nothing was dropped."""
+    if previous is not None and previous.layout is layout:
+        sample_index, position = previous.sample_index, previous.sample_position
+        seq_idx = previous.seq_idx
+    else:
+        device = layout.origin.device
+        starts = layout.cu_seqlens[:-1].long()
+        lengths = layout.cu_seqlens.diff().long()
+        # output_size spares the host from asking the device how long the result is.
+        samples = torch.arange(len(layout.sample_lengths), device=device, dtype=torch.int32)
+        sample_index = torch.repeat_interleave(samples, lengths, output_size=layout.num_tokens)
+        position = torch.arange(layout.num_tokens, device=device) - starts[sample_index.long()]
+        seq_idx = sample_index.unsqueeze(0)
+    longest = max(layout.sample_lengths)
+    packing = LayerPacking(
+        qkv_format="thd",
+        cu_seqlens_q=layout.cu_seqlens,
+        cu_seqlens_kv=layout.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        layout=layout,
+        sample_index=sample_index,
+        sample_position=position,
+        scorer=scorer,
+    )
+    packing.seq_idx = seq_idx
+    return packing

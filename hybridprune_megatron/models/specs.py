@@ -1,0 +1,120 @@
+"""Two sets of layer specs behind the same module names and checkpoint keys.
+
+``torch``: plain torch, anywhere. ``te``: Transformer Engine, mamba_ssm and causal-conv1d, on a GPU. Both put the layer's norm
+into the linear that follows it, as megatron's own hybrid spec does, so a checkpoint of one loads into the other and into stock.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
+from megatron.core.ssm.mlp_layer import MLPLayer
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
+
+from hybridprune_megatron.models.mamba_ops import KernelMambaOps, MambaOps, TorchMambaOps
+from hybridprune_megatron.models.mixers import ReductionMambaMixer, scoring_attention
+from hybridprune_megatron.models.stack import ReductionStack
+from hybridprune_megatron.models.torch_layers import NormColumnParallelLinear, PackedAttention, RMSNorm
+
+_GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
+
+
+def resolve_spec(name: str) -> str:
+    """ "auto" becomes "te" where a GPU and its packages are there, else "torch".
+
+    Raises:
+        ValueError: "te" is asked for and cannot be had.
+    """
+    missing = [package for package in _GPU_PACKAGES if importlib.util.find_spec(package) is None]
+    if name == "te" and (missing or not torch.cuda.is_available()):
+        reason = f"{', '.join(missing)} not installed" if missing else "no CUDA device"
+        raise ValueError(f"model.spec=te: {reason}; install the gpu extra on a GPU machine or set model.spec=torch")
+    if name == "auto":
+        return "torch" if missing or not torch.cuda.is_available() else "te"
+    return name
+
+
+def stack_spec(name: str, chunk_size: int) -> ModuleSpec:
+    """The spec of the decoder.
+
+    Args:
+        name: "torch" or "te", from ``resolve_spec``.
+        chunk_size: tokens a chunk of the Mamba scan.
+    """
+    if name == "te":
+        from megatron.core.extensions.transformer_engine import (
+            TEDotProductAttention,
+            TELayerNormColumnParallelLinear,
+            TENorm,
+            TERowParallelLinear,
+        )
+
+        return _spec(
+            TELayerNormColumnParallelLinear,
+            TERowParallelLinear,
+            TEDotProductAttention,
+            TENorm,
+            KernelMambaOps(),
+            chunk_size,
+        )
+    return _spec(NormColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm, TorchMambaOps(), chunk_size)
+
+
+def _spec(
+    norm_linear: type[nn.Module],
+    row_linear: type[nn.Module],
+    core_attention: type[nn.Module],
+    norm: type[nn.Module],
+    mamba_ops: MambaOps,
+    chunk_size: int,
+) -> ModuleSpec:
+    mamba = ModuleSpec(
+        module=MambaLayer,
+        submodules=MambaLayerSubmodules(
+            mixer=ModuleSpec(
+                module=ReductionMambaMixer,
+                params={"ops": mamba_ops, "chunk_size": chunk_size},
+                submodules=MambaMixerSubmodules(in_proj=norm_linear, out_proj=row_linear),
+            ),
+            mamba_bda=get_bias_dropout_add,
+        ),
+    )
+    attention = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=norm_linear, core_attention=scoring_attention(core_attention), linear_proj=row_linear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLPLayer,
+        submodules=TransformerLayerSubmodules(
+            mlp=partial(
+                MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=row_linear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return ModuleSpec(
+        module=ReductionStack,
+        params={"final_norm": norm},
+        submodules=HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp),
+    )

@@ -1,0 +1,152 @@
+"""The decoder stack: megatron's ``HybridStack`` that drops visual tokens between its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor, nn
+
+from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.plan import Plan, select
+from hybridprune_megatron.method.schedule import aligned_counts, kept_counts
+from hybridprune_megatron.method.scorers import Scorer
+from hybridprune_megatron.models.packed import pack_for_layer
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What to drop where; the same in every forward pass of a model.
+
+    Attributes:
+        scorer: scores the visual tokens.
+        retention: share of the original visual tokens that enters every layer of the whole model.
+        min_tokens: smallest number of visual tokens a sample keeps.
+    """
+
+    scorer: Scorer
+    retention: tuple[float, ...]
+    min_tokens: int = 1
+
+    def wanted_counts(self, visual_counts: Sequence[int]) -> list[tuple[int, ...]]:
+        """Per layer, the visual tokens of each sample that enter it, before alignment.
+
+        Args:
+            visual_counts: S visual tokens before any reduction.
+        """
+        per_sample = [kept_counts(self.retention, count, self.min_tokens) for count in visual_counts]
+        return [tuple(counts[layer] for counts in per_sample) for layer in range(len(self.retention))]
+
+
+class ReductionStack(HybridStack):
+    """Hybrid stack over packed samples; a layer whose successor is to see fewer visual tokens scores them.
+
+    Args:
+        config: model configuration.
+        submodules: layer specs.
+        final_norm: norm before the output layer (the stock stack can only build Transformer Engine's).
+        kwargs: as for ``HybridStack``.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HybridStackSubmodules,
+        *,
+        final_norm: type[nn.Module],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, **(kwargs | {"post_layer_norm": False}))
+        if self.post_process:
+            self.final_norm = final_norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        reduction: Reduction | None,
+        trace: list[TokenLayout] | None = None,
+    ) -> tuple[Tensor, TokenLayout]:
+        """Runs the layers and drops visual tokens between them.
+
+        Args:
+            hidden_states: [L, 1, hidden], or this rank's part under sequence parallelism.
+            layout: the packed sequence before any reduction.
+            reduction: what to drop; None: nothing.
+            trace: gets the layout that enters every layer, for measuring.
+
+        Returns:
+            Hidden states of the tokens that are left and their layout.
+        """
+        wanted = reduction.wanted_counts(layout.visual_counts) if reduction is not None else None
+        packing = None
+        for layer in self.layers:
+            if trace is not None:
+                trace.append(layout)
+            counts = self._counts_after(layer.layer_number, layout, wanted)
+            scorer = reduction.scorer if reduction is not None and counts != layout.visual_counts else None
+            packing = pack_for_layer(layout, scorer, packing)
+            hidden_states = self._run_layer(layer, hidden_states, packing)
+            if scorer is not None:
+                assert packing.scores is not None, f"layer {layer.layer_number - 1} was asked to score and did not"
+                plan = select(self._over_tensor_parallel(packing.scores), layout, counts)
+                hidden_states, layout = self._drop(hidden_states, plan), plan.layout
+        if self.post_process:
+            hidden_states = self.final_norm(hidden_states)
+        hidden_states = make_viewless_tensor(
+            inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
+        )
+        return hidden_states, layout
+
+    def _counts_after(
+        self, layer_number: int, layout: TokenLayout, wanted: list[tuple[int, ...]] | None
+    ) -> tuple[int, ...]:
+        """Visual tokens per sample that enter the next layer (``layer_number`` is 1-based: the next one's index)."""
+        if wanted is None or layer_number >= len(wanted):
+            return layout.visual_counts
+        # Alignment may have kept more before than is wanted now, never the other way round.
+        counts = tuple(min(want, have) for want, have in zip(wanted[layer_number], layout.visual_counts))
+        if counts == layout.visual_counts or wanted[layer_number] == wanted[layer_number - 1]:
+            return layout.visual_counts
+        align = self.tp_group.size() if self.config.sequence_parallel else 1
+        return aligned_counts(counts, layout.visual_counts, layout.sample_lengths, align)
+
+    def _run_layer(self, layer: nn.Module, hidden_states: Tensor, packing: Any) -> Tensor:
+        """One layer, its activations recomputed in backward if configured.
+
+        Selection stays outside of what is recomputed: the plan of the first pass is the only one.
+        """
+
+        def run(hidden: Tensor) -> Tensor:
+            output = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=packing)
+            return output[0] if isinstance(output, tuple) else output
+
+        if self.config.recompute_granularity == "full" and self.training:
+            return tensor_parallel.checkpoint(run, False, hidden_states)
+        return run(hidden_states)
+
+    def _over_tensor_parallel(self, scores: Tensor) -> Tensor:
+        """Mean over all heads from the means over each rank's heads: one all-reduce of one vector."""
+        if self.tp_group.size() == 1:
+            return scores
+        torch.distributed.all_reduce(scores, group=self.tp_group)
+        return scores / self.tp_group.size()
+
+    def _drop(self, hidden_states: Tensor, plan: Plan) -> Tensor:
+        """Rows that stay; under sequence parallelism the sequence is gathered, cut and scattered again."""
+        if not self.config.sequence_parallel:
+            return plan.take(hidden_states)
+        # Every rank cuts the same full sequence, so backward may split the gradient instead of summing it over ranks.
+        full = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+        return scatter_to_sequence_parallel_region(plan.take(full), group=self.tp_group)

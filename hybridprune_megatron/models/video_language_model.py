@@ -1,0 +1,117 @@
+"""Vision tower, projector and hybrid language model; names as in Nemotron Nano V2 VL's checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from transformers import RadioModel
+
+from hybridprune_megatron.data.batch import PackedBatch
+from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.models.language_model import ReductionHybridModel
+from hybridprune_megatron.models.stack import Reduction
+from hybridprune_megatron.vision.encoder import encode_frames
+
+
+class VideoLanguageModel(MegatronModule):
+    """Answers questions about videos; drops visual tokens inside its language model.
+
+    Args:
+        config: megatron's configuration of the language model.
+        language_model: the hybrid language model.
+        vision_model: tower, on the first stage of a model with vision.
+        mlp1: projector, on the first stage of a model with vision.
+        pixel_shuffle: factor of the pixel shuffle between them.
+        train_vision: whether the tower learns.
+        reduction: what to drop; None: nothing.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        language_model: ReductionHybridModel,
+        vision_model: RadioModel | None,
+        mlp1: nn.Module | None,
+        pixel_shuffle: float,
+        train_vision: bool,
+        reduction: Reduction | None,
+    ) -> None:
+        super().__init__(config)
+        self.vision_model = vision_model
+        self.mlp1 = mlp1
+        self.language_model = language_model
+        self.pixel_shuffle = pixel_shuffle
+        self.train_vision = train_vision
+        self.reduction = reduction
+        self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Hidden states from the pipeline stage before."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The embedding that megatron keeps equal on the first and last stage, if tied."""
+        return self.language_model.shared_embedding_or_output_weight()
+
+    def train(self, mode: bool = True) -> VideoLanguageModel:
+        """A frozen tower stays in eval mode: in train mode RADIO would crop its position grid at random."""
+        super().train(mode)
+        if self.vision_model is not None and not self.train_vision:
+            self.vision_model.eval()
+        return self
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Losses of a packed batch.
+
+        Args:
+            batch: packed samples on this model's device.
+
+        Returns:
+            On the last stage float32 [R], one loss per token with a label (their number is ``batch.num_loss_tokens``, for text
+            is never dropped); on other stages hidden states [L', 1, hidden].
+        """
+        # Of a size the host knows, so nothing waits for the device.
+        rows = torch.nonzero_static(batch.loss_mask > 0, size=batch.num_loss_tokens).flatten()
+        return self._run(batch, rows, batch.labels[rows])[0]
+
+    def logits(
+        self, batch: PackedBatch, rows: Tensor | None = None, trace: list[TokenLayout] | None = None
+    ) -> tuple[Tensor, TokenLayout]:
+        """Logits of chosen tokens (of all that are left, if None) and the layout after the last layer.
+
+        Args:
+            batch: packed samples on this model's device.
+            rows: int64 [R], rising, indices into the unreduced packed sequence; text tokens only.
+            trace: gets the layout that enters every layer.
+
+        Returns:
+            float [R, vocabulary of this rank] and the layout.
+        """
+        return self._run(batch, rows, None, trace)
+
+    def _run(
+        self, batch: PackedBatch, rows: Tensor | None, labels: Tensor | None, trace: list[TokenLayout] | None = None
+    ) -> tuple[Tensor, TokenLayout]:
+        layout = TokenLayout.from_samples(batch.layouts, batch.input_ids.device)
+        embeddings = self._embed(batch, layout) if self.pre_process else None
+        return self.language_model(embeddings, layout, self.reduction, rows, labels, trace)
+
+    def _embed(self, batch: PackedBatch, layout: TokenLayout) -> Tensor:
+        """[L, 1, hidden]: embedded text with the projected frames at the visual positions."""
+        embeddings = self.language_model.embed(batch.input_ids)
+        if not sum(layout.visual_counts):
+            return embeddings
+        if self.vision_model is None or self.mlp1 is None:
+            raise ValueError(
+                f"samples {batch.keys} show videos: model.vision is null; choose a model with vision or text-only data"
+            )
+        frames = encode_frames(
+            self.vision_model, self.mlp1, batch.pixel_values, self.pixel_shuffle, self.train_vision
+        )
+        visual = frames.flatten(0, 1).unsqueeze(1).to(embeddings.dtype)
+        return embeddings.index_copy(0, layout.visual_index, visual)

@@ -1,0 +1,107 @@
+"""Frames to language-model embeddings: RADIO tower, pixel shuffle, projector. Shared by training and export.
+
+Shape letters: F frames, h x w patches a frame, D tower width, M tokens a frame, O language model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import RadioConfig, RadioModel
+
+
+class SquaredReLU(nn.Module):
+    """``relu(x)^2``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.square(torch.relu(x))
+
+
+def radio_config(
+    hidden_size: int,
+    num_layers: int,
+    num_attention_heads: int,
+    intermediate_size: int,
+    patch_size: int,
+    position_grid_px: int,
+    num_cls_tokens: int,
+    num_register_tokens: int,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+) -> RadioConfig:
+    """The tower's configuration in transformers' words."""
+    return RadioConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_attention_heads,
+        mlp_ratio=intermediate_size / hidden_size,
+        patch_size=patch_size,
+        max_img_size=position_grid_px,
+        num_cls_tokens=num_cls_tokens,
+        num_registers=num_register_tokens,
+        summary_idxs=[0],
+        norm_mean=list(image_mean),
+        norm_std=list(image_std),
+        attn_implementation="sdpa",
+    )
+
+
+def build_projector(tower_width: int, shuffle: float, hidden_size: int, output_size: int) -> nn.Sequential:
+    """``mlp1`` of Nemotron Nano V2 VL: RMSNorm, linear, squared ReLU, linear; no bias.
+
+    Args:
+        tower_width: D.
+        shuffle: pixel shuffle factor; the input is D / shuffle^2 wide.
+        hidden_size: width between the linears.
+        output_size: O.
+    """
+    input_size = round(tower_width / shuffle**2)
+    return nn.Sequential(
+        nn.RMSNorm(input_size, eps=1e-5),
+        nn.Linear(input_size, hidden_size, bias=False),
+        SquaredReLU(),
+        nn.Linear(hidden_size, output_size, bias=False),
+    )
+
+
+def pixel_shuffle(features: Tensor, factor: float) -> Tensor:
+    """Folds blocks of neighbouring patches into channels (version "v2" of the InternVL family).
+
+    Args:
+        features: [F, h, w, D].
+        factor: 0.5 folds 2 x 2 patches into one token.
+
+    Returns:
+        [F, h * factor, w * factor, D / factor^2], rows and columns in their original order.
+    """
+    frames, height, width, channels = features.shape
+    x = features.reshape(frames, height, int(width * factor), int(channels / factor))
+    x = x.permute(0, 2, 1, 3)
+    x = x.reshape(frames, int(width * factor), int(height * factor), int(channels / factor**2))
+    return x.permute(0, 2, 1, 3)
+
+
+def encode_frames(
+    tower: RadioModel, projector: nn.Module, pixels: Tensor, shuffle: float, trainable_tower: bool
+) -> Tensor:
+    """Embeds frames.
+
+    Args:
+        tower: patches to features; normalises with its own mean and std.
+        projector: from ``build_projector``.
+        pixels: uint8 [F, 3, height, width].
+        shuffle: pixel shuffle factor.
+        trainable_tower: False runs the tower without recording gradients.
+
+    Returns:
+        [F, M, O] in the projector's dtype.
+    """
+    dtype = next(projector.parameters()).dtype
+    with torch.set_grad_enabled(trainable_tower and torch.is_grad_enabled()):
+        features = tower(pixels.to(dtype) / 255).features
+    patch = tower.config.patch_size
+    height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+    tokens = pixel_shuffle(features.unflatten(1, (height, width)), shuffle)
+    return projector(tokens.flatten(1, 2))

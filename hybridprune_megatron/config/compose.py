@@ -1,0 +1,204 @@
+"""From command-line overrides to a checked ``Config``: Hydra composes ``conf/`` under the typed schema.
+
+Only Hydra and OmegaConf are imported, so that a recipe reports a wrong value within a second or two:
+
+    cfg = parse_command_line(sys.argv[1:])  # exits with code 2 and one line on an error
+    from hybridprune_megatron import engine  # the slow imports come after it
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
+
+from hybridprune_megatron.config.checks import ConfigError, closest, fail
+from hybridprune_megatron.config.explain import explain_exception, explain_override
+from hybridprune_megatron.config.help import usage
+from hybridprune_megatron.config.schema import Config
+
+# The package is installed editable, so conf/ lies beside it in the checkout, whatever the current folder is.
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+EXIT_CODE = 2
+
+
+def register_schema() -> None:
+    """Makes the typed schema known to Hydra as ``schema``, the first entry of ``conf/config.yaml``. Repeatable."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -> DictConfig:
+    """Composes ``conf/`` with the overrides under the schema; nothing is resolved or checked across groups yet.
+
+    Args:
+        overrides: Hydra overrides, e.g. ["experiment=demo", "reduction.budget=0.35"].
+        config_name: file of ``conf/`` to start from, without its ending.
+
+    Raises:
+        ConfigError: one line on the first unknown key, wrong type, unknown option or broken file.
+    """
+    if not CONF_DIR.is_dir():
+        raise ConfigError(f"{CONF_DIR} is not there: the package runs from a checkout; use pip install -e .")
+    register_schema()
+    for override in overrides:
+        problem = explain_override(override, CONF_DIR)
+        if problem is not None:
+            raise ConfigError(problem)
+    try:
+        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+            return compose(config_name, overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(explain_exception(error)) from error
+
+
+def load_config(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
+    """Composes, resolves and checks a configuration.
+
+    Args:
+        overrides: Hydra overrides, e.g. ["experiment=demo", "reduction.budget=0.35"].
+        config_name: file of ``conf/`` to start from, without its ending.
+
+    Returns:
+        The typed configuration; every check of the schema has passed.
+
+    Raises:
+        ConfigError: one line that names the value, what is allowed, the key and the fix.
+    """
+    return _typed(compose_config(overrides, config_name))
+
+
+def _typed(composed: DictConfig) -> Config:
+    """Resolves a composed configuration into dataclasses, which checks it."""
+    try:
+        cfg = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain_exception(error)) from error
+    assert isinstance(cfg, Config), type(cfg)
+    scorers = known_scorers()
+    if cfg.reduction.scorer not in scorers:
+        nearest = closest(cfg.reduction.scorer, scorers)
+        raise fail(
+            "reduction.scorer", cfg.reduction.scorer, f"conf/reduction names the scorers {', '.join(scorers)}",
+            f"did you mean {nearest}?" if nearest else f"set e.g. reduction.scorer={scorers[0]}",
+        )
+    return cfg
+
+
+def known_scorers() -> list[str]:
+    """The scorers that the files of ``conf/reduction`` name.
+
+    The registry of scorers imports torch; every scorer comes with a file in ``conf/reduction``, which is quick to read.
+    A test holds the two together.
+    """
+    found: set[str] = set()
+    for path in CONF_DIR.glob("reduction/*.yaml"):
+        found.update(re.findall(r"^scorer: *([\w-]+)", path.read_text(encoding="ascii"), flags=re.MULTILINE))
+    return sorted(found)
+
+
+def check_files(cfg: Config) -> None:
+    """The files and folders that a training run reads exist.
+
+    Raises:
+        ConfigError: the first that is not set or not there.
+    """
+    if cfg.data.train is None:
+        raise fail(
+            "data.train", None, "a run needs data",
+            "set data.train to an Energon dataset folder (scripts/make_shards.py writes one) or a metadataset .yaml",
+        )
+    shards = "scripts/make_shards.py writes a dataset, `make demo` the demo's"
+    makers = {
+        "data.train": shards,
+        "data.validation": f"{shards}; null = no evaluation",
+        "data.tokenizer": "set it to a folder with a Hugging Face tokenizer",
+        "model.init_checkpoint": "set it to a .safetensors file or a checkpoint folder; null = random weights",
+    }
+    for key, fix in makers.items():
+        group, name = key.split(".")
+        path = getattr(getattr(cfg, group), name)
+        if path is not None and not Path(path).exists():
+            raise fail(key, path, f"is not there (looked from {Path.cwd()})", fix)
+
+
+def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", need_files: bool = False) -> Config:
+    """``load_config`` for recipes: on an error prints its line to stderr and exits with code 2.
+
+    Args:
+        overrides: Hydra overrides.
+        config_name: file of ``conf/`` to start from, without its ending.
+        need_files: also check that the data, tokenizer and weights are there.
+    """
+    try:
+        cfg = load_config(overrides, config_name)
+        if need_files:
+            check_files(cfg)
+    except ConfigError as error:
+        _exit_with(str(error))
+    return cfg
+
+
+def parse_command_line(argv: Sequence[str], need_files: bool = True) -> Config:
+    """The first line of a recipe: options and overrides to a checked configuration.
+
+    ``--help`` prints the groups and the most used keys, ``--help-all`` every key, ``--cfg job`` the resolved
+    configuration; all three exit with code 0 and show what the other arguments make of it.
+
+    Args:
+        argv: arguments without the program's name.
+        need_files: check that the data, tokenizer and weights of the run are there.
+
+    Returns:
+        The typed configuration. An error ends the process with code 2 and one line on stderr.
+    """
+    options, overrides = _split_options(argv)
+    if not options:
+        return exit_on_config_error(overrides, need_files=need_files)
+    try:
+        composed = compose_config(overrides)
+        if "--cfg" in options:
+            _typed(composed)
+            OmegaConf.resolve(composed)
+            print(OmegaConf.to_yaml(composed), end="")
+        else:
+            print(usage(composed, CONF_DIR, everything="--help-all" in options))
+    except ConfigError as error:
+        _exit_with(str(error))
+    sys.exit(0)
+
+
+def _split_options(argv: Sequence[str]) -> tuple[set[str], list[str]]:
+    """Options, spelled the long way, and overrides. Exits with code 2 on an unknown option."""
+    long_names = {"-h": "--help", "-c": "--cfg"}
+    options: set[str] = set()
+    overrides: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        name, _, value = argument.partition("=")
+        name = long_names.get(name, name)
+        if name == "--cfg":
+            value = value or next(arguments, "")
+            if value != "job":
+                _exit_with(f"--cfg {value}: only `--cfg job` (print the resolved configuration) is known")
+        # Hydra's --resolve belongs to --cfg, which always resolves here.
+        elif name not in ("--help", "--help-all", "--resolve"):
+            _exit_with(f"{argument}: unknown option; allowed are --help, --help-all, --cfg job and key=value overrides")
+        options.add(name)
+    return options - {"--resolve"}, overrides
+
+
+def _exit_with(line: str) -> None:
+    """Prints one line to stderr and ends the process with code 2."""
+    print(f"configuration error: {line}", file=sys.stderr)
+    sys.exit(EXIT_CODE)

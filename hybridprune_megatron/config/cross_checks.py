@@ -1,0 +1,241 @@
+"""What several values must agree on: pattern and stages, heads and processes, schedule and layers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from hybridprune_megatron.config.checks import ConfigError, closest, divides, fail
+from hybridprune_megatron.method.schedule import reducing_layers, retention_by_layer
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import Config, ModelConfig, ParallelConfig
+
+PATTERN_SYMBOLS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "|": "stage cut"}
+# Symbols that megatron-core knows and this project does not.
+UNSUPPORTED_SYMBOLS = {
+    "E": "mixture of experts", "G": "gated delta net", "D": "sparse attention", "+": "latent attention",
+    "/": "multi-token prediction",
+}
+# How far the mean of an explicit reduction.retention may lie from reduction.budget.
+BUDGET_TOLERANCE = 0.005
+
+
+def check_pattern(pattern: str) -> None:
+    """Every symbol of the hybrid pattern is known and no pipeline stage is empty."""
+    known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in PATTERN_SYMBOLS.items())
+    for symbol in pattern:
+        if symbol in UNSUPPORTED_SYMBOLS:
+            what = f"has {symbol!r} ({UNSUPPORTED_SYMBOLS[symbol]}), which is not supported yet"
+            raise fail("model.hybrid_pattern", pattern, what, f"use only {known}")
+        if symbol not in PATTERN_SYMBOLS:
+            raise fail("model.hybrid_pattern", pattern, f"has the unknown symbol {symbol!r}", f"use only {known}")
+    if not all(pattern.split("|")):
+        raise fail(
+            "model.hybrid_pattern", pattern, "every pipeline stage needs a layer",
+            "put a | only between two layers, e.g. M-M*|-M-",
+        )
+
+
+def check_reduction_layers_type(layers: Any) -> None:
+    """``reduction.layers`` is a known word or a list of whole numbers; which layers exist is checked with the model."""
+    words = ("all", "attention", "mamba")
+    key, allowed = "reduction.layers", "allowed are all, attention, mamba or a list of 0-based layer indices"
+    if isinstance(layers, str):
+        if layers not in words:
+            nearest = closest(layers, words)
+            raise fail(key, layers, allowed, f"did you mean {nearest}?" if nearest else "set e.g. reduction.layers=all")
+    elif not isinstance(layers, list) or not layers or any(type(index) is not int for index in layers):
+        raise fail(key, layers, allowed, "set e.g. reduction.layers=[0,2]")
+    elif len(set(layers)) != len(layers):
+        raise fail(key, layers, "a layer is named twice", "name every layer once")
+
+
+def check_config(cfg: Config) -> None:
+    """All checks across groups; raises ``ConfigError`` at the first that fails."""
+    check_vision(cfg)
+    check_stages(cfg.model, cfg.parallel)
+    check_split(cfg)
+    check_batch(cfg)
+    check_schedule(cfg)
+    check_steps(cfg)
+
+
+def check_vision(cfg: Config) -> None:
+    """A model with a vision tower gets frames that fit, one without gets none and drops none."""
+    vision, data = cfg.model.vision, cfg.data
+    if vision is None:
+        if data.sampling != "none":
+            raise fail(
+                "data.sampling", data.sampling, f"model {cfg.model.name} has no vision tower (model.vision=null)",
+                "set data.sampling=none, or take a model with a tower",
+            )
+        if cfg.reduction.budget < 1:
+            raise fail(
+                "reduction.budget", cfg.reduction.budget,
+                f"model {cfg.model.name} has no vision tower (model.vision=null), so there is nothing to drop",
+                "set reduction=none",
+            )
+        return
+    if data.sampling == "none":
+        raise fail(
+            "data.sampling", data.sampling, f"model {cfg.model.name} has a vision tower and needs frames",
+            "set data.sampling=uniform or fps",
+        )
+    visual = data.most_frames * vision.tokens_per_frame
+    if visual >= data.sequence_length:
+        frames_key = "data.num_frames" if data.sampling == "uniform" else "data.max_frames"
+        raise fail(
+            frames_key, data.most_frames,
+            f"at {vision.tokens_per_frame} tokens a frame one video fills {visual} tokens and "
+            f"data.sequence_length={data.sequence_length} leaves no room for text",
+            f"lower {frames_key} or raise data.sequence_length",
+        )
+
+
+def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """The pattern is cut into as many stages as there are pipeline processes."""
+    stages = len(model.stages)
+    if parallel.pipeline > model.num_layers:
+        raise fail(
+            "parallel.pipeline", parallel.pipeline, f"the model has only {model.num_layers} layers",
+            "lower parallel.pipeline",
+        )
+    if stages != parallel.pipeline:
+        layers = "".join(model.stages)
+        edges = [round(stage * len(layers) / parallel.pipeline) for stage in range(parallel.pipeline + 1)]
+        cut = "|".join(layers[start:stop] for start, stop in pairwise(edges))
+        raise fail(
+            "parallel.pipeline", parallel.pipeline,
+            f"model.hybrid_pattern={model.hybrid_pattern} is cut into {stages} stage(s)",
+            f"set model.hybrid_pattern='{cut}' or parallel.pipeline={stages}",
+        )
+
+
+def check_split(cfg: Config) -> None:
+    """Tensor and context parallelism divide what they split."""
+    model, parallel = cfg.model, cfg.parallel
+    tensor, context = parallel.tensor, parallel.context
+    # Groups first: they are the fewest and name the largest size that is possible.
+    for name in ("mamba_num_groups", "num_query_groups", "mamba_num_heads", "num_attention_heads"):
+        divides(f"model.{name}", getattr(model, name), "parallel.tensor", tensor)
+    for name in ("ffn_hidden_size", "vocab_size"):
+        divides(f"model.{name}", getattr(model, name), "parallel.tensor", tensor)
+    if context > 1:
+        # A Mamba layer swaps its share of the sequence for a share of the heads; attention takes the sequence in
+        # 2 * context chunks.
+        divides("model.mamba_num_heads", model.mamba_num_heads, "parallel.tensor*parallel.context", tensor * context)
+        groups = model.mamba_num_groups // tensor
+        if groups % context and context % groups:
+            raise fail(
+                "parallel.context", context, f"must divide or be a multiple of the {groups} Mamba group(s) of a rank",
+                "change parallel.context or parallel.tensor",
+            )
+        divides("data.sequence_length", cfg.data.sequence_length, "2*parallel.context", 2 * context)
+    if parallel.sequence_parallel:
+        divides("data.sequence_length", cfg.data.sequence_length, "parallel.tensor", tensor)
+
+
+def check_batch(cfg: Config) -> None:
+    """The processes make whole copies of the model, and the global batch is shared evenly among the copies."""
+    trainer, size = cfg.trainer, cfg.parallel.model_parallel_size
+    world = trainer.num_nodes * trainer.devices
+    if world % size:
+        raise fail(
+            "trainer.num_nodes*trainer.devices", world,
+            f"must be a multiple of parallel.tensor*parallel.pipeline*parallel.context={size}",
+            f"set e.g. trainer.num_nodes=1 trainer.devices={size}",
+        )
+    if trainer.global_batch_size % cfg.data_parallel_size:
+        nearest = -(-trainer.global_batch_size // cfg.data_parallel_size) * cfg.data_parallel_size
+        raise fail(
+            "trainer.global_batch_size", trainer.global_batch_size,
+            f"must be a multiple of the data-parallel size {cfg.data_parallel_size} ({world} ranks / {size} a model)",
+            f"set e.g. trainer.global_batch_size={nearest}",
+        )
+    if cfg.data.sequence_length > cfg.model.max_sequence_length:
+        raise fail(
+            "data.sequence_length", cfg.data.sequence_length,
+            f"must not exceed model.max_sequence_length={cfg.model.max_sequence_length}",
+            "lower data.sequence_length or raise model.max_sequence_length",
+        )
+
+
+def check_steps(cfg: Config) -> None:
+    """The warmup ends before the decay does."""
+    end_key = "trainer.max_steps" if cfg.optim.decay_steps is None else "optim.decay_steps"
+    end = cfg.optim.decay_steps or cfg.trainer.max_steps
+    if cfg.optim.warmup_steps >= end:
+        raise fail(
+            "optim.warmup_steps", cfg.optim.warmup_steps, f"must be below {end_key}={end}",
+            f"lower optim.warmup_steps (0 = none) or raise {end_key}",
+        )
+
+
+def resolved_retention(cfg: Config) -> tuple[float, ...]:
+    """Share of a sample's visual tokens that enters each layer: ``reduction.retention``, or the solved schedule.
+
+    Raises:
+        ConfigError: a budget that the layers cannot reach, or an explicit list that is no schedule.
+    """
+    reduction, pattern = cfg.reduction, cfg.model.hybrid_pattern
+    if reduction.retention is None:
+        return retention_by_layer(
+            pattern, reduction.budget, reduction.layers, midpoint=reduction.midpoint, slope=reduction.slope
+        )
+    return tuple(reduction.retention)
+
+
+def check_schedule(cfg: Config) -> None:
+    """The layers exist and can score, the schedule never rises, and its mean is the budget."""
+    reduction, pattern = cfg.reduction, cfg.model.hybrid_pattern
+    candidates = list(reducing_layers(pattern, "all"))
+    try:
+        reducing = set(reducing_layers(pattern, reduction.layers))
+    except ValueError as error:
+        raise ConfigError(f"{error}; set reduction.layers=all, or a list out of {candidates}") from error
+    if reduction.budget < 1 and not reducing:
+        raise fail(
+            "reduction.layers", reduction.layers, f"model.hybrid_pattern={pattern} has no such layer, so none can drop",
+            "set reduction.layers=all" if candidates else "set reduction=none",
+        )
+    try:
+        # Solving the schedule finds budgets that these layers cannot reach.
+        resolved_retention(cfg)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if reduction.retention is not None:
+        check_explicit_retention(cfg, reduction.retention, reducing)
+
+
+def check_explicit_retention(cfg: Config, retention: list[float], reducing: set[int]) -> None:
+    """A list of shares is a schedule: one a layer, from 1.0 down, dropping only behind layers that may drop."""
+    key, layers, symbols = "reduction.retention", cfg.model.num_layers, "".join(cfg.model.stages)
+    if len(retention) != layers:
+        raise fail(
+            key, f"{len(retention)} numbers", f"model.hybrid_pattern has {layers} layers", "give one number a layer"
+        )
+    if retention[0] != 1.0:
+        raise fail(f"{key}[0]", retention[0], "every visual token enters the first layer", f"set {key}=[1.0,...]")
+    for layer in range(1, layers):
+        before, now = retention[layer - 1], retention[layer]
+        if now > before:
+            raise fail(
+                f"{key}[{layer}]", now,
+                f"rises from {before} of layer {layer - 1}, and dropped tokens do not come back",
+                f"use at most {before} from layer {layer} on",
+            )
+        if not now > 0:
+            raise fail(f"{key}[{layer}]", now, "must be above 0 and at most 1", "use a small share, e.g. 0.01")
+        if now < before and layer - 1 not in reducing:
+            raise fail(
+                f"{key}[{layer}]", now,
+                f"falls from {before}, but the layer in front, {layer - 1} ({symbols[layer - 1]!r}), may not drop",
+                "let it fall only behind an M or * layer that reduction.layers names",
+            )
+    mean = sum(retention) / layers
+    if abs(mean - cfg.reduction.budget) > BUDGET_TOLERANCE:
+        raise fail(
+            f"{key} (its mean)", f"{mean:.3f}", f"differs from reduction.budget={cfg.reduction.budget}",
+            f"set reduction.budget={mean:.3f}, the mean of the list",
+        )

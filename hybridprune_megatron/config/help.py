@@ -1,0 +1,73 @@
+"""The text of ``--help``: groups and their options, the most used keys with their values, examples."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from hybridprune_megatron.config.explain import group_options
+from hybridprune_megatron.config.fields import key_help, leaf_keys
+
+GROUPS = ("experiment", "model", "data", "reduction", "optim", "trainer", "parallel")
+COMMON_KEYS = (
+    "name", "output_dir", "model.init_checkpoint", "data.train", "data.validation", "data.tokenizer",
+    "data.sequence_length", "data.num_frames", "reduction.budget", "reduction.layers", "reduction.scorer", "optim.lr",
+    "trainer.max_steps", "trainer.global_batch_size", "trainer.precision", "trainer.num_nodes", "trainer.devices",
+    "trainer.save_every_n_steps", "trainer.seed", "parallel.tensor", "parallel.pipeline", "parallel.context",
+)
+EXAMPLES = (
+    "python recipes/finetune.py experiment=demo",
+    "python recipes/finetune.py experiment=demo reduction.budget=0.35 trainer.max_steps=50",
+    "python recipes/finetune.py experiment=demo reduction=random name=demo_random",
+    "python recipes/finetune.py experiment=demo 'reduction.layers=[0,2,5,7]'",
+    "python recipes/finetune.py experiment=nemotron_nano_12b_v2_vl --cfg job",
+)
+_WIDTH = 120
+# Where the explanation of a key starts.
+_COLUMN = 44
+
+
+def usage(composed: DictConfig, conf_dir: Path, everything: bool = False) -> str:
+    """The help text.
+
+    Args:
+        composed: configuration whose values are shown as the current ones.
+        conf_dir: folder of the groups.
+        everything: show every key instead of the most used.
+    """
+    lines = ["usage: python recipes/finetune.py [group=option] [key=value] ... [--help | --help-all | --cfg job]", ""]
+    lines += ["Groups and their options (files in conf/):"]
+    for group in GROUPS:
+        options = ", ".join(group_options(conf_dir, group))
+        lines += textwrap.wrap(f"  {group:<12}{options}", _WIDTH, subsequent_indent=" " * 14)
+    keys = leaf_keys() if everything else COMMON_KEYS
+    lines += ["", "Every key and its value now:" if everything else "Most used keys and their values now:"]
+    lines += list(_key_lines(composed, keys))
+    if not everything:
+        lines += ["", "--help-all lists every key, --cfg job prints the resolved configuration; both take overrides."]
+    return "\n".join([*lines, "", "Examples:", *(f"  {example}" for example in EXAMPLES)])
+
+
+def _key_lines(composed: DictConfig, keys: list[str] | tuple[str, ...]) -> Iterator[str]:
+    """A line a key: name=value and what it is."""
+    shown = {key: f"{key}={_value(composed, key)}" for key in keys}
+    for key, text in shown.items():
+        # The text starts in one column; what is longer than that gets a line of its own.
+        start = f"  {text:<{_COLUMN}}"
+        if len(text) >= _COLUMN:
+            yield f"  {text}"
+            start = " " * (_COLUMN + 2)
+        yield from textwrap.wrap(start + key_help(key), _WIDTH, subsequent_indent=" " * (_COLUMN + 2))
+
+
+def _value(composed: DictConfig, key: str) -> str:
+    """A key's value as it is written on the command line."""
+    value = OmegaConf.select(composed, key)
+    if isinstance(value, DictConfig):
+        return "..."
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,167 @@
+"""The typed configuration of the ``model`` group: language model, vision tower, projector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hybridprune_megatron.config.checks import above_zero, at_least, divides, fail, one_of
+from hybridprune_megatron.config.cross_checks import check_pattern
+
+
+@dataclass
+class VisionConfig:
+    """The vision tower (a RADIO ViT) and the projector into the language model.
+
+    Attributes:
+        hidden_size: width of the tower.
+        num_layers: transformer blocks of the tower.
+        num_attention_heads: attention heads of the tower.
+        intermediate_size: width of the tower's MLP.
+        patch_size: side of a patch, pixels.
+        frame_size: side that every frame is resized to (square), pixels.
+        position_grid_px: largest image side that the learned position grid covers, pixels.
+        num_cls_tokens: class tokens in front of the patches (cut off behind the tower).
+        num_register_tokens: register tokens in front of the patches (cut off behind the tower).
+        projector_hidden_size: width inside the projector's MLP.
+        pixel_shuffle: factor on each side of the patch grid; 0.5 makes one visual token out of 2x2 patches.
+        image_mean: mean per colour channel (RGB), subtracted from pixels / 255.
+        image_std: standard deviation per colour channel (RGB) that divides afterwards.
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    patch_size: int
+    frame_size: int
+    position_grid_px: int
+    num_cls_tokens: int
+    num_register_tokens: int
+    projector_hidden_size: int
+    pixel_shuffle: float = 0.5
+    # CLIP's statistics, which RADIO towers were trained with.
+    image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+
+    def __post_init__(self) -> None:
+        prefix = "model.vision"
+        at_least(prefix, self, 1, "hidden_size", "num_layers", "num_attention_heads", "intermediate_size")
+        at_least(prefix, self, 1, "patch_size", "frame_size", "position_grid_px", "projector_hidden_size")
+        at_least(prefix, self, 0, "num_cls_tokens", "num_register_tokens")
+        divides(f"{prefix}.hidden_size", self.hidden_size, f"{prefix}.num_attention_heads", self.num_attention_heads)
+        divides(f"{prefix}.frame_size", self.frame_size, f"{prefix}.patch_size", self.patch_size)
+        divides(f"{prefix}.position_grid_px", self.position_grid_px, f"{prefix}.patch_size", self.patch_size)
+        if self.position_grid_px < self.frame_size:
+            raise fail(
+                f"{prefix}.frame_size", self.frame_size,
+                f"must not exceed {prefix}.position_grid_px={self.position_grid_px}", "use smaller frames",
+            )
+        if self.pixel_shuffle not in (1.0, 0.5, 0.25):
+            raise fail(
+                f"{prefix}.pixel_shuffle", self.pixel_shuffle, "allowed are 1.0, 0.5, 0.25", "use the model's own (0.5)"
+            )
+        divides(
+            f"{prefix}.frame_size", self.frame_size,
+            f"{prefix}.patch_size/pixel_shuffle", round(self.patch_size / self.pixel_shuffle),
+        )
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if len(values) != 3 or (name == "image_std" and min(values) <= 0):
+                raise fail(
+                    f"{prefix}.{name}", values, "must be three numbers (RGB), a deviation above 0", "give [r,g,b]"
+                )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens that one frame becomes."""
+        return round(self.frame_size // self.patch_size * self.pixel_shuffle) ** 2
+
+
+@dataclass
+class TrainableConfig:
+    """Which parts of the model are trained; the others stay frozen.
+
+    Attributes:
+        vision: train the vision tower.
+        projector: train the projector.
+        language: train the language model.
+    """
+
+    vision: bool = False
+    projector: bool = True
+    language: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.vision or self.projector or self.language):
+            raise fail("model.trainable", "all false", "something must be trained", "set model.trainable.language=true")
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the model and the weights it starts from.
+
+    Attributes:
+        name: name of the model in reports.
+        hybrid_pattern: one symbol a layer, M (Mamba-2), * (attention), - (MLP); | cuts pipeline stages.
+        hidden_size: width of the residual stream.
+        ffn_hidden_size: width inside an MLP layer (squared ReLU).
+        num_attention_heads: query heads of an attention layer.
+        num_query_groups: key/value heads of an attention layer.
+        kv_channels: width of one attention head.
+        mamba_num_heads: heads of a Mamba layer.
+        mamba_head_dim: width of one Mamba head.
+        mamba_state_dim: state size per channel of a Mamba head.
+        mamba_num_groups: groups of heads that share B and C.
+        vocab_size: rows of the embedding and of the output layer.
+        max_sequence_length: longest context, tokens.
+        mamba_chunk_size: tokens in one chunk of the scan (speed only).
+        tie_embeddings: output layer shares the embedding's weights.
+        norm_epsilon: epsilon of every RMSNorm.
+        init_std: standard deviation of freshly initialized weights.
+        spec: layer set; te (Transformer Engine + mamba_ssm), torch, or auto (te where it is installed).
+        init_checkpoint: weights to start from, a .safetensors file or a distributed checkpoint folder; null = random.
+        vision: the vision tower; null makes a text-only model.
+        trainable: which parts are trained.
+    """
+
+    name: str
+    hybrid_pattern: str
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    mamba_state_dim: int
+    mamba_num_groups: int
+    vocab_size: int
+    max_sequence_length: int
+    mamba_chunk_size: int = 128
+    tie_embeddings: bool = False
+    norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    spec: str = "auto"
+    init_checkpoint: str | None = None
+    vision: VisionConfig | None = None
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+
+    def __post_init__(self) -> None:
+        check_pattern(self.hybrid_pattern)
+        at_least("model", self, 1, "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
+        at_least("model", self, 1, "kv_channels", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
+        at_least("model", self, 1, "mamba_num_groups", "vocab_size", "max_sequence_length", "mamba_chunk_size")
+        above_zero("model", self, "norm_epsilon", "init_std")
+        one_of("model", self, "spec", ("auto", "torch", "te"))
+        for heads, groups in (("num_attention_heads", "num_query_groups"), ("mamba_num_heads", "mamba_num_groups")):
+            divides(f"model.{heads}", getattr(self, heads), f"model.{groups}", getattr(self, groups))
+
+    @property
+    def stages(self) -> list[str]:
+        """Layer symbols of each pipeline stage."""
+        return self.hybrid_pattern.split("|")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the language model over all stages."""
+        return sum(len(stage) for stage in self.stages)

@@ -1,0 +1,287 @@
+"""The typed configuration: one dataclass per Hydra group, checked when it is built.
+
+Every class checks its own fields in ``__post_init__``; ``Config`` checks what several groups must agree on. The line on
+a field in an ``Attributes`` section is also what ``--help`` prints. Fields without a default come from a file in
+``conf/``.
+
+Nothing heavy is imported, so that a wrong value is reported before megatron or torch is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of, within
+from hybridprune_megatron.config.cross_checks import check_config, check_reduction_layers_type, resolved_retention
+from hybridprune_megatron.config.model_schema import ModelConfig, TrainableConfig, VisionConfig
+
+__all__ = [
+    "Config", "DataConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "ReductionConfig", "TrainableConfig",
+    "TrainerConfig", "VisionConfig",
+]
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from and how a conversation about videos becomes tokens.
+
+    Attributes:
+        train: Energon dataset folder or metadataset .yaml to train on.
+        validation: Energon dataset folder or metadataset .yaml with held-out samples; null = no evaluation.
+        tokenizer: folder of a Hugging Face tokenizer.
+        sequence_length: tokens that samples are packed to before reduction (one micro-batch).
+        num_workers: loader processes per rank; 0 loads in the training process.
+        shuffle_buffer: samples held in memory to shuffle among.
+        packing_buffer: samples that the packing looks at together.
+        sampling: frames taken from a video; uniform (num_frames), fps (frames per second), none (text only).
+        num_frames: frames per video with uniform sampling.
+        fps: frames per second with fps sampling.
+        max_frames: most frames of one video with fps sampling.
+        frame_text: text in front of a frame; {index} counts from 1, {seconds:.2f} is its time.
+        conversation: turns that become samples; first_question (it scores for all turns), split_turns, all_turns.
+        max_bad_share: share of broken samples (0 to 1) that is skipped and counted before the job fails.
+    """
+
+    tokenizer: str
+    sequence_length: int
+    train: str | None = None
+    validation: str | None = None
+    num_workers: int = 2
+    shuffle_buffer: int = 1000
+    packing_buffer: int = 64
+    sampling: str = "uniform"
+    num_frames: int = 16
+    fps: float = 2.0
+    max_frames: int = 128
+    frame_text: str = "Frame {index} sampled at {seconds:.2f} seconds: "
+    conversation: str = "first_question"
+    max_bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        at_least("data", self, 1, "sequence_length", "shuffle_buffer", "packing_buffer", "num_frames", "max_frames")
+        at_least("data", self, 0, "num_workers")
+        above_zero("data", self, "fps")
+        within("data", self, 0, 1, "max_bad_share")
+        one_of("data", self, "sampling", ("uniform", "fps", "none"))
+        one_of("data", self, "conversation", ("first_question", "split_turns", "all_turns"))
+        try:
+            self.frame_text.format(index=1, seconds=0.5)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise fail(
+                "data.frame_text", repr(self.frame_text), "may use {index} and {seconds} only",
+                "e.g. 'Frame {index} sampled at {seconds:.2f} seconds: '",
+            ) from error
+
+    @property
+    def most_frames(self) -> int:
+        """Most frames that one video can become."""
+        return {"uniform": self.num_frames, "fps": self.max_frames, "none": 0}[self.sampling]
+
+
+@dataclass
+class ReductionConfig:
+    """How many visual tokens are dropped, where, and by which score.
+
+    Attributes:
+        scorer: what ranks visual tokens (see conf/reduction).
+        budget: mean share of visual tokens over all layers, above 0 and at most 1; 1 = no reduction.
+        schedule: shape of the retention over depth; sigmoid (its floor follows from the budget).
+        midpoint: relative depth (0 to 1) at which the sigmoid has dropped half.
+        slope: steepness of the sigmoid, above 0.
+        layers: layers that may drop; all, attention, mamba, or a list of 0-based indices of M and * layers.
+        min_tokens: fewest visual tokens that stay per sample.
+        retention: share of visual tokens that enters each layer, a number a layer, instead of the schedule; null = off.
+    """
+
+    scorer: str
+    budget: float
+    schedule: str = "sigmoid"
+    midpoint: float = 0.2
+    slope: float = 10.0
+    layers: Any = "all"
+    min_tokens: int = 1
+    retention: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise fail(
+                "reduction.budget", self.budget, "must be above 0 and at most 1 (a share of the visual tokens)",
+                "set e.g. reduction.budget=0.25, or 1 for no reduction",
+            )
+        one_of("reduction", self, "schedule", ("sigmoid",))
+        within("reduction", self, 0, 1, "midpoint")
+        above_zero("reduction", self, "slope")
+        at_least("reduction", self, 1, "min_tokens")
+        check_reduction_layers_type(self.layers)
+
+
+@dataclass
+class OptimConfig:
+    """Adam and its learning-rate schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        min_lr: learning rate at the end of the decay.
+        warmup_steps: steps of linear warmup from 0.
+        decay_steps: step at which min_lr is reached; null = trainer.max_steps.
+        decay_style: constant, linear or cosine.
+        weight_decay: decoupled weight decay.
+        beta1: decay of Adam's first moment.
+        beta2: decay of Adam's second moment.
+        eps: epsilon of Adam.
+        clip_grad: largest gradient norm; 0 = no clipping.
+    """
+
+    lr: float
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    decay_steps: int | None = None
+    decay_style: str = "cosine"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        above_zero("optim", self, "lr", "eps")
+        at_least("optim", self, 0, "warmup_steps", "weight_decay", "clip_grad")
+        at_least("optim", self, 1, "decay_steps")
+        one_of("optim", self, "decay_style", ("constant", "linear", "cosine"))
+        if not 0 <= self.min_lr <= self.lr:
+            raise fail("optim.min_lr", self.min_lr, f"must be from 0 to optim.lr={self.lr}", "lower optim.min_lr")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                key = f"optim.{name}"
+                raise fail(key, getattr(self, name), "must be from 0 to below 1", f"set e.g. {key}=0.9")
+
+
+@dataclass
+class TrainerConfig:
+    """Length of the run, machines, precision, and what is written when.
+
+    Attributes:
+        max_steps: optimizer steps of the run.
+        num_nodes: machines.
+        devices: processes (GPUs) per machine.
+        precision: fp32 or bf16 (weights and activations; optimizer and states stay fp32).
+        global_batch_size: packed sequences per optimizer step, over all data-parallel ranks.
+        micro_batch_size: packed sequences per forward pass; always 1 (make data.sequence_length longer instead).
+        seed: seed of weights, data order and scorers.
+        log_every_n_steps: steps between two log lines.
+        save_every_n_steps: steps between two checkpoints (the last step is always saved).
+        eval_samples: held-out samples in an evaluation; 0 = no evaluation.
+        recompute: activations computed again in the backward pass to save memory; none or full.
+    """
+
+    max_steps: int
+    num_nodes: int = 1
+    devices: int = 1
+    precision: str = "bf16"
+    global_batch_size: int = 1
+    micro_batch_size: int = 1
+    seed: int = 1234
+    log_every_n_steps: int = 10
+    save_every_n_steps: int = 100
+    eval_samples: int = 0
+    recompute: str = "none"
+
+    def __post_init__(self) -> None:
+        at_least("trainer", self, 1, "max_steps", "num_nodes", "devices", "global_batch_size")
+        at_least("trainer", self, 1, "log_every_n_steps", "save_every_n_steps")
+        at_least("trainer", self, 0, "seed", "eval_samples")
+        one_of("trainer", self, "precision", ("fp32", "bf16"))
+        one_of("trainer", self, "recompute", ("none", "full"))
+        if self.micro_batch_size != 1:
+            raise fail(
+                "trainer.micro_batch_size", self.micro_batch_size, "must be 1 (a micro-batch is one packed sequence)",
+                "make data.sequence_length longer to do more at once",
+            )
+
+
+@dataclass
+class ParallelConfig:
+    """How the model and the batch are split; what is left of the processes is data parallel.
+
+    Attributes:
+        tensor: processes that split every layer; divides heads and groups.
+        pipeline: processes that split the depth; one more than the | in model.hybrid_pattern.
+        context: processes that split a packed sequence.
+        sequence_parallel: split activations between layers along the sequence (needs tensor > 1).
+        distributed_optimizer: split optimizer states over data-parallel ranks.
+        overlap_grad_reduce: reduce gradients while the backward pass runs.
+        overlap_param_gather: gather parameters while the forward pass runs (needs the distributed optimizer).
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("parallel", self, 1, "tensor", "pipeline", "context")
+        if self.sequence_parallel and self.tensor == 1:
+            raise fail(
+                "parallel.sequence_parallel", "true", "needs parallel.tensor of 2 or more, and it is 1",
+                "set parallel.sequence_parallel=false",
+            )
+        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
+            raise fail(
+                "parallel.overlap_param_gather", "true",
+                "needs parallel.distributed_optimizer=true and parallel.overlap_grad_reduce=true",
+                "set both, or neither",
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass
+class Config:
+    """A whole run.
+
+    Attributes:
+        name: name of the run.
+        output_dir: folder that the run writes everything to.
+        model: shape of the model and the weights it starts from.
+        data: where samples come from.
+        reduction: how visual tokens are dropped.
+        optim: optimizer and learning rate.
+        trainer: length of the run, machines, precision.
+        parallel: how the model and the batch are split.
+        exp_manager: passed to NeMo's exp_manager as it is.
+    """
+
+    name: str
+    output_dir: str
+    model: ModelConfig
+    data: DataConfig
+    reduction: ReductionConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    parallel: ParallelConfig
+    exp_manager: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model that work on different packed sequences."""
+        return self.trainer.num_nodes * self.trainer.devices // self.parallel.model_parallel_size
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Packed sequences that one copy of the model runs through per optimizer step."""
+        return self.trainer.global_batch_size // (self.data_parallel_size * self.trainer.micro_batch_size)
+
+    @property
+    def retention_by_layer(self) -> tuple[float, ...]:
+        """Share of a sample's visual tokens that enters each layer: ``reduction.retention`` or the solved schedule."""
+        return resolved_retention(self)

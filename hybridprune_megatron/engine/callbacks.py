@@ -1,0 +1,112 @@
+"""Lightning callbacks of a run: atomic checkpoints and a progress bar.
+
+Why not NeMo's checkpoint callback (``exp_manager.create_checkpoint_callback`` is false): it writes in place and marks a
+checkpoint as unfinished by a file beside it; killed while it writes the only "-last" checkpoint, it refuses to resume and asks for the
+folder to be removed by hand. Ours are renamed into place when complete, and the newest complete one is found by its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+from tqdm import tqdm
+
+from hybridprune_megatron.engine.checkpoint import checkpoint_name
+from hybridprune_megatron.engine.strategy import MegatronStrategy
+
+
+class StepCheckpoint(Checkpoint):
+    """Saves every n steps and at the end of training, into ``directory/step_<n>``."""
+
+    def __init__(self, directory: Path, every_n_steps: int) -> None:
+        """Args: directory: the run's checkpoint folder. every_n_steps: steps between two checkpoints."""
+        self._directory = directory
+        self._every = every_n_steps
+        self._saved_at = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Clears what killed runs left."""
+        assert isinstance(trainer.strategy, MegatronStrategy), type(trainer.strategy)
+        trainer.strategy.remove_incomplete(self._directory)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A resumed run stands on a saved step."""
+        self._saved_at = trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Saves the step before this one.
+
+        Not in on_train_batch_end: there Lightning has counted the optimizer step but not yet the batch, and a resumed run would
+        start with its counters one apart.
+        """
+        if trainer.global_step % self._every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last step."""
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Saves now, unless this step is saved already."""
+        if trainer.global_step != self._saved_at:
+            self._saved_at = trainer.global_step
+            trainer.save_checkpoint(self._directory / checkpoint_name(trainer.global_step))
+
+    # NeMo's StatelessTimer (exp_manager.max_time_per_run) saves through these two names of Lightning's own callback.
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Any]:
+        return {}
+
+    def _save_last_checkpoint(self, trainer: Trainer, candidates: dict[str, Any]) -> None:
+        self.save(trainer)
+
+
+class StepProgressBar(ProgressBar):
+    """One bar over the steps of the run, with loss, learning rate and tokens per second; rank 0 only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: tqdm | None = None
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Lightning calls it on all ranks but 0."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Shows the bar again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draws the bar from the step the run stands at."""
+        self._bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            desc="train",
+            unit="step",
+            disable=not self._enabled,
+            dynamic_ncols=True,
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Moves the bar one step."""
+        if self._bar is None:
+            return
+        values = trainer.progress_bar_metrics
+        names = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f"}
+        shown = {name: format(float(values[name]), form) for name, form in names.items() if name in values}
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the finished bar standing."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ends the bar's line, so that the error starts on its own."""
+        self.on_train_end(trainer, pl_module)

@@ -1,0 +1,157 @@
+"""The LightningModule of a run: a model, a loader, and megatron's training step between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule
+from megatron.core import parallel_state
+from megatron.core.transformer.module import MegatronModule
+
+from hybridprune_megatron.engine.checkpoint import restore_rng_state
+from hybridprune_megatron.engine.optimization import TrainState, build_train_state, micro_batches_per_step
+from hybridprune_megatron.engine.parallel import data_rank
+from hybridprune_megatron.engine.train_log import TrainLog
+from hybridprune_megatron.engine.train_step import StepResult, train_step
+from hybridprune_megatron.engine.weights import load_initial_weights
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import Config
+    from hybridprune_megatron.data.batch import PackedBatch
+
+
+class TrainLoader(Protocol):
+    """Endless packed batches of one data-parallel rank, in an order that can be saved.
+
+    A state is plain values (str, numbers, lists, dicts, tensors) and describes what comes behind the last batch handed out.
+    """
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Batches from the state on; called once a run."""
+        ...
+
+    def save_state(self) -> Any:
+        """The state as of now."""
+        ...
+
+    def load_state(self, state: Any) -> None:
+        """Continues from a saved state; called before ``iter``."""
+        ...
+
+
+#: (pre_process, post_process) -> the model, or this pipeline stage of it, with frozen parameters marked.
+ModelFactory = Callable[[bool, bool], MegatronModule]
+#: (data-parallel rank, number of data-parallel ranks) -> this rank's loader.
+LoaderFactory = Callable[[int, int], TrainLoader]
+
+
+class HybridPruneModule(LightningModule):
+    """Ties a model and its data to Lightning. The optimizer is megatron's, so Lightning's own optimization is off.
+
+    The strategy builds and owns the processes; see :class:`~hybridprune_megatron.engine.strategy.MegatronStrategy`.
+
+    Attributes:
+        cfg: the run's configuration (``trainer``, ``optim``, ``parallel``, ``model.init_checkpoint`` are read).
+        state: model, optimizer and schedule once the strategy has set up; for evaluation after the run too.
+        loader: this rank's loader once training starts.
+        consumed_samples: packed sequences consumed by the whole job.
+    """
+
+    state: TrainState
+
+    def __init__(
+        self, cfg: Config, model_factory: ModelFactory, loader_factory: LoaderFactory, log_path: Path | None = None
+    ) -> None:
+        """Nothing is built yet.
+
+        Args:
+            cfg: the run's configuration.
+            model_factory: called once, after megatron's groups exist.
+            loader_factory: called once, after that.
+            log_path: where the step log goes; default ``<output_dir>/train_log.jsonl``.
+        """
+        super().__init__()
+        self.automatic_optimization = False
+        self.cfg = cfg
+        self._model_factory = model_factory
+        self._loader_factory = loader_factory
+        self._log_path = log_path or Path(cfg.output_dir) / "train_log.jsonl"
+        self._log: TrainLog | None = None
+        self._resumed: dict[str, Any] | None = None
+        self._last_step_end = 0.0
+        self.loader: TrainLoader | None = None
+        self.consumed_samples = 0
+
+    def build(self, device: torch.device) -> None:
+        """Builds and wraps the model; called by the strategy when megatron's groups exist."""
+        module = self._model_factory(
+            parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+        )
+        if self.cfg.model.init_checkpoint:
+            load_initial_weights(module, self.cfg.model.init_checkpoint)
+        self.state = build_train_state(module, self.cfg.optim, self.cfg.trainer, self.cfg.parallel, device)
+        self._num_microbatches = micro_batches_per_step(
+            self.cfg.trainer.global_batch_size, self.cfg.trainer.micro_batch_size
+        )
+
+    def resume_from(self, loaded: dict[str, Any]) -> None:
+        """Keeps what a checkpoint holds beside the weights until the loader exists; called by the strategy."""
+        self._resumed = loaded
+
+    def configure_optimizers(self) -> None:
+        """None for Lightning: megatron's optimizer lives in ``state``."""
+
+    def train_dataloader(self) -> TrainLoader:
+        """This rank's loader, put back to the checkpoint's state in a resumed run."""
+        where = data_rank()
+        self.loader = self._loader_factory(where.rank, where.size)
+        if self._resumed is not None:
+            self.loader.load_state(self._resumed["loader"])
+        return self.loader
+
+    def on_train_start(self) -> None:
+        """Last moment before the first step: generators, step log, clock."""
+        step = self.trainer.global_step
+        self.consumed_samples = step * self.cfg.trainer.global_batch_size
+        if self.trainer.is_global_zero:
+            self._log = TrainLog(self._log_path)
+            self._log.truncate_after(step)
+        if self._resumed is not None:
+            restore_rng_state(self._resumed["rng"])
+            self._resumed = None
+        self._last_step_end = time.perf_counter()
+
+    def training_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:
+        """One optimizer step over a global batch; returns the mean loss per token (0-dim, detached).
+
+        The parameter's name tells Lightning to hand over the iterator: a step takes several micro batches.
+        """
+        step = self.trainer.global_step + 1
+        # Lightning yields (batch, index, loader index).
+        batches = (item[0] for item in dataloader_iter)
+        result = train_step(self.state, batches, self._num_microbatches, self.cfg.data.sequence_length, step)
+        # Lightning counts steps by its own optimizers, of which there are none; the count ends the run and names checkpoints.
+        progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        progress.increment_ready()
+        progress.increment_completed()
+        self.consumed_samples += self.cfg.trainer.global_batch_size
+        self._record(step, result)
+        return torch.tensor(result.loss)
+
+    def _record(self, step: int, result: StepResult) -> None:
+        """Writes the step to the run's log, the loggers and the progress bar."""
+        now = time.perf_counter()
+        seconds, self._last_step_end = now - self._last_step_end, now
+        if self._log is not None:
+            row = {"step": step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
+            row |= {"tokens": result.tokens, "loss_tokens": result.loss_tokens}
+            row |= {"seconds": round(seconds, 4), "samples": result.samples}
+            self._log.append(row)
+        # batch_size is given because Lightning cannot see it behind an iterator.
+        shown = {"loss": result.loss, "lr": result.lr, "tokens/s": result.tokens / seconds}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        self.log_dict({"grad_norm": result.grad_norm, "loss_tokens": float(result.loss_tokens)}, batch_size=1)

@@ -1,0 +1,159 @@
+"""Wraps a model for training: bf16, megatron's DDP, (distributed) Adam, and the learning rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import OptimConfig, ParallelConfig, TrainerConfig
+
+
+@dataclass
+class TrainState:
+    """What a training step changes. A plain holder: Lightning must not find a module in it and move or convert it.
+
+    Attributes:
+        module: the bare model, as its factory built it (bf16 parameters if the run is bf16).
+        ddp: the model wrapped for training; what the schedule calls.
+        optimizer: megatron's optimizer over the parameters that require a gradient.
+        scheduler: sets learning rate and weight decay, one count a step.
+    """
+
+    module: MegatronModule
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def wrap_model(
+    module: MegatronModule, trainer: TrainerConfig, parallel: ParallelConfig, device: torch.device
+) -> DistributedDataParallel:
+    """Moves a model to its device and precision and wraps it in megatron's DDP.
+
+    Args:
+        module: with a transformer config as ``module.config``; frozen parameters have ``requires_grad`` off already.
+        trainer: ``precision`` is read.
+        parallel: ``distributed_optimizer`` and the overlap switches are read.
+        device: this process's device.
+
+    Returns:
+        The wrapped model. Gradients are sums over tokens: the step divides them by the number of loss tokens of the whole job.
+
+    Raises:
+        ValueError: if nothing in the model is trainable.
+    """
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError("no parameter is trainable: set one of model.trainable.vision/projector/language to true")
+    config = module.config
+    # Read by DDP (no scaling by the group's size), the schedule (no scaling by micro batches) and finalize_model_grads.
+    config.calculate_per_token_loss = True
+    module = module.to(device)
+    if trainer.precision == "bf16":
+        module = Float16Module(config, module)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather and parallel.distributed_optimizer,
+        average_in_collective=False,
+    )
+    ddp = DistributedDataParallel(config, ddp_config, module)
+    # Same seed, same weights on every replica; this makes it true also for weights that a rank loaded by itself.
+    ddp.broadcast_params()
+    return ddp
+
+
+def build_optimizer(
+    ddp: DistributedDataParallel, optim: OptimConfig, trainer: TrainerConfig, parallel: ParallelConfig
+) -> MegatronOptimizer:
+    """Adam with decoupled weight decay; its state is split over replicas if ``parallel.distributed_optimizer`` is on."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=trainer.precision == "bf16",
+        params_dtype=torch.bfloat16 if trainer.precision == "bf16" else torch.float32,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather and parallel.distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, optim: OptimConfig, trainer: TrainerConfig
+) -> OptimizerParamScheduler:
+    """Linear warmup, then decay to ``optim.min_lr`` at ``optim.decay_steps`` (default: the end of the run)."""
+    decay_steps = optim.decay_steps or trainer.max_steps
+    # Megatron asserts warmup < decay; a short trial run of a long recipe must not die of it.
+    warmup_steps = min(optim.warmup_steps, decay_steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        # Not zero: the first step of the run would be wasted.
+        init_lr=optim.lr / warmup_steps if warmup_steps else optim.lr,
+        max_lr=optim.lr,
+        min_lr=optim.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=optim.decay_style,
+        # The scheduler overwrites the optimizer's weight decay at every step, so it is told the same constant.
+        start_wd=optim.weight_decay,
+        end_wd=optim.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+        # A resumed run keeps the schedule of its own configuration, which is the one it was started with.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def connect_schedule(ddp: DistributedDataParallel, optimizer: MegatronOptimizer, parallel: ParallelConfig) -> None:
+    """Fills in the callables of the transformer config that megatron's pipeline schedules look up."""
+    config: Any = ddp.config
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = ddp.no_sync
+    if parallel.overlap_param_gather and parallel.distributed_optimizer:
+        config.param_sync_func = ddp.start_param_sync
+
+
+def build_train_state(
+    module: MegatronModule,
+    optim: OptimConfig,
+    trainer: TrainerConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+) -> TrainState:
+    """Everything that trains ``module``; see :class:`TrainState`."""
+    ddp = wrap_model(module, trainer, parallel, device)
+    optimizer = build_optimizer(ddp, optim, trainer, parallel)
+    connect_schedule(ddp, optimizer, parallel)
+    return TrainState(module, ddp, optimizer, build_scheduler(optimizer, optim, trainer))
+
+
+def micro_batches_per_step(global_batch_size: int, micro_batch_size: int = 1) -> int:
+    """Packed sequences that one replica computes in a step.
+
+    Raises:
+        ValueError: if the replicas cannot share the global batch evenly.
+    """
+    replicas = parallel_state.get_data_parallel_world_size()
+    if global_batch_size % (replicas * micro_batch_size):
+        raise ValueError(
+            f"trainer.global_batch_size={global_batch_size} must be a multiple of data-parallel replicas x "
+            f"trainer.micro_batch_size = {replicas} x {micro_batch_size}"
+        )
+    return global_batch_size // (replicas * micro_batch_size)

@@ -1,0 +1,155 @@
+"""Process groups: torch.distributed, megatron's parallel state and the seeds that depend on it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import ClusterEnvironment
+from megatron.core import parallel_state, tensor_parallel
+
+from hybridprune_megatron.engine import ensure_device_backend
+from hybridprune_megatron.engine.launch import Launch
+
+# torch's manual_seed and numpy's take at most 32 bits; megatron adds small offsets to the seed.
+_MAX_SEED = 2**31
+
+
+class LaunchedEnvironment(ClusterEnvironment):
+    """Tells Lightning that the processes exist already, so that it never starts any."""
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__()
+        self._launch = launch
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Always true: see the module's docstring."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """Host name of rank 0."""
+        return self._launch.main_address
+
+    @property
+    def main_port(self) -> int:
+        """Port of rank 0's store."""
+        return self._launch.main_port
+
+    @staticmethod
+    def detect() -> bool:
+        """Never chosen by detection, only passed in."""
+        return False
+
+    def world_size(self) -> int:
+        """Processes in the job."""
+        return self._launch.world_size
+
+    def set_world_size(self, size: int) -> None:
+        """Fixed by the launcher."""
+
+    def global_rank(self) -> int:
+        """This process's number in the job."""
+        return self._launch.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Fixed by the launcher."""
+
+    def local_rank(self) -> int:
+        """This process's number on its machine."""
+        return self._launch.local_rank
+
+    def node_rank(self) -> int:
+        """This machine's number."""
+        return self._launch.node_rank
+
+
+def init_distributed(launch: Launch, timeout_minutes: float = 30.0, init_method: str | None = None) -> torch.device:
+    """Starts torch.distributed (nccl on GPUs, gloo elsewhere) and returns this process's device. Idempotent.
+
+    Args:
+        launch: this process's place in the job.
+        timeout_minutes: how long a collective waits for the others before the job fails.
+        init_method: where the ranks meet; default: the launcher's address and port.
+    """
+    backend = ensure_device_backend()
+    device = torch.device("cuda", launch.local_rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return device
+    timeout = timedelta(minutes=timeout_minutes)
+    if launch.world_size == 1 and init_method is None:
+        # No port and no file: two single-process jobs on one machine cannot meet.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return device
+    if init_method is None:
+        # torchrun holds the store of its own port open, and only env:// joins it.
+        torchrun = launch.launcher == "torchrun"
+        init_method = "env://" if torchrun else f"tcp://{launch.main_address}:{launch.main_port}"
+    dist.init_process_group(
+        backend, init_method=init_method, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
+    return device
+
+
+def init_model_parallel(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0) -> None:
+    """Builds megatron's groups and seeds every generator (python, numpy, torch, megatron's tracker). Idempotent in the groups.
+
+    Args:
+        tensor: processes that split each layer's weights.
+        pipeline: stages that split the layers.
+        context: processes that split the sequence.
+        seed: of the run; equal on every rank. Ranks of one tensor group draw different weights from it.
+
+    Raises:
+        ValueError: if the sizes do not divide the number of processes, or the seed is out of range.
+    """
+    world_size = dist.get_world_size()
+    if world_size % (tensor * pipeline * context):
+        raise ValueError(
+            f"parallel.tensor x parallel.pipeline x parallel.context = {tensor} x {pipeline} x {context} does not divide the "
+            f"{world_size} processes of this job; change parallel.* or start a multiple of {tensor * pipeline * context}"
+        )
+    if not 0 <= seed < _MAX_SEED:
+        raise ValueError(f"trainer.seed={seed} must be from 0 to {_MAX_SEED - 1}")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+            # Megatron wants a second, gloo set of groups beside nccl only for a gathering optimizer format that is not used here.
+            create_gloo_process_groups=False,
+        )
+    # Stages draw different weights, replicas of a stage the same ones.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+
+
+def shut_down() -> None:
+    """Leaves megatron's groups and torch.distributed; does nothing if they were not started."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class DataRank:
+    """Which share of the data this process reads: processes of one model replica share a rank."""
+
+    rank: int
+    size: int
+
+
+def data_rank() -> DataRank:
+    """This process's data-parallel rank and the number of replicas, after :func:`init_model_parallel`."""
+    return DataRank(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())

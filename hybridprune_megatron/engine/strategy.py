@@ -1,0 +1,162 @@
+"""The Lightning strategy over megatron-core: Lightning keeps loops, loggers and callbacks, megatron does everything else."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import megatron.core
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from hybridprune_megatron.engine.checkpoint import load_checkpoint, remove_incomplete, save_checkpoint
+from hybridprune_megatron.engine.launch import Launch, check_launch
+from hybridprune_megatron.engine.module import HybridPruneModule
+from hybridprune_megatron.engine.parallel import LaunchedEnvironment, init_distributed, init_model_parallel
+
+
+class MegatronStrategy(DDPStrategy):
+    """Process groups, model, optimizer and checkpoints of a run.
+
+    A DDPStrategy by inheritance because Lightning and NeMo's exp_manager ask for one where there are several processes; none of
+    torch's DDP is used. Checkpoints are folders in which every rank writes its part (see ``engine.checkpoint``); Lightning's own
+    loop counters travel in their common part.
+    """
+
+    def __init__(self, launch: Launch, keep_last: int = 2) -> None:
+        """Args: launch: what started this process. keep_last: complete checkpoints that stay on disk."""
+        super().__init__(cluster_environment=LaunchedEnvironment(launch))
+        self._launch = launch
+        self._keep_last = keep_last
+        self._device = torch.device("cpu")
+
+    @property
+    def root_device(self) -> torch.device:
+        """This process's device."""
+        return self._device
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The model to load into exists only after setup."""
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """The optimizer is restored with the model, by megatron."""
+        return False
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Micro batches are the schedule's business."""
+        return True
+
+    def _configure_launcher(self) -> None:
+        """No launcher: the processes exist already."""
+
+    def _module(self) -> HybridPruneModule:
+        module = self.lightning_module
+        assert isinstance(module, HybridPruneModule), type(module)
+        return module
+
+    def setup_environment(self) -> None:
+        """Starts torch.distributed and megatron's groups."""
+        cfg = self._module().cfg
+        check_launch(self._launch, cfg.trainer.num_nodes, cfg.trainer.devices)
+        self._device = init_distributed(self._launch)
+        assert self.accelerator is not None
+        self.accelerator.setup_device(self._device)
+        self.set_world_ranks()
+        rank_zero_only.rank = fabric_rank_zero_only.rank = dist.get_rank()
+        parallel = cfg.parallel
+        init_model_parallel(parallel.tensor, parallel.pipeline, parallel.context, cfg.trainer.seed)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Builds model and optimizer."""
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self._module().build(self._device)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Writes one distributed checkpoint; ``filepath`` is its final folder. Reached through ``trainer.save_checkpoint``."""
+        module = self._module()
+        assert module.loader is not None, "a checkpoint before training has no loader state"
+        common = {name: checkpoint[name] for name in ("pytorch-lightning_version", "epoch", "global_step", "loops")}
+        common["callbacks"] = plain(checkpoint.get("callbacks", {}), "callbacks")
+        run = {
+            "consumed_samples": module.consumed_samples,
+            "world_size": dist.get_world_size(),
+            "config": asdict(module.cfg),
+            "versions": versions(),
+        }
+        save_checkpoint(
+            Path(filepath).parent,
+            checkpoint["global_step"],
+            module.state,
+            module.loader.save_state(),
+            common,
+            run,
+            self._keep_last,
+        )
+
+    def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
+        """Loads everything of a checkpoint and gives Lightning its own part."""
+        module = self._module()
+        loaded = load_checkpoint(Path(checkpoint_path), module.state)
+        module.resume_from(loaded)
+        return {**loaded["trainer"], "state_dict": {}, "lr_schedulers": []}
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Empty: weights are saved by megatron, sharded."""
+        return {}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Done in :meth:`load_checkpoint`."""
+
+    def remove_incomplete(self, directory: Path) -> None:
+        """Deletes what killed runs left in a checkpoint folder."""
+        if dist.get_rank() == 0:
+            remove_incomplete(directory)
+        self.barrier()
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """Waits for all ranks."""
+        if dist.is_initialized():
+            dist.barrier()
+
+    def teardown(self) -> None:
+        """Leaves model and groups alone: evaluation and export follow in the same process (see ``parallel.shut_down``)."""
+        assert self.accelerator is not None
+        self.accelerator.teardown()
+
+
+def plain(value: Any, where: str) -> Any:
+    """Returns ``value`` if a checkpoint can hold it without pickle.
+
+    Raises:
+        ValueError: naming the entry that is not made of plain values and tensors.
+    """
+    if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
+        return value
+    if isinstance(value, dict):
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise ValueError(f"{where} is a {type(value).__name__}; a checkpoint holds plain values and tensors only, store it as those")
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide about digits."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "megatron-core": megatron.core.__version__,
+        "lightning": lightning.__version__,
+    }

@@ -1,0 +1,135 @@
+"""Loads the weights a run starts from: a .safetensors file, or a distributed checkpoint, into any parallel layout.
+
+Names are those of the model's sharded state dict, which are the names of ``state_dict()`` of the unsplit model. Only tensors are
+read: from a distributed checkpoint no stored object is unpickled, and its index is checked before it is.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.module import MegatronModule
+from safetensors import safe_open
+
+# What a genuine index of torch.distributed.checkpoint is made of.
+_INDEX_TYPES: set[tuple[str, str]] = set()
+
+
+def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
+    """Overwrites the weights of a freshly built model, before it is wrapped for training. Every rank calls it.
+
+    Args:
+        module: any tensor/pipeline split; every weight must be in the file, and every weight of the file in some rank's model.
+        path: a ``.safetensors`` file or a distributed checkpoint folder (ours or stock megatron's).
+
+    Raises:
+        ValueError: if the path does not exist, or names or shapes differ.
+    """
+    path = Path(path)
+    if path.is_dir():
+        _load_distributed(module, path)
+    elif path.is_file():
+        _load_safetensors(module, path)
+    else:
+        raise ValueError(f"model.init_checkpoint={path} does not exist; give a .safetensors file, a checkpoint folder, or null")
+
+
+def _sharded_tensors(module: MegatronModule) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """The model's own tensors; extra state objects of some layers are left out."""
+    sharded = module.sharded_state_dict(metadata={"singleton_local_shards": False})
+    return {name: entry for name, entry in sharded.items() if not isinstance(entry, ShardedObject)}
+
+
+def _assign(module: MegatronModule, loaded: dict[str, Any]) -> None:
+    missing, unexpected = module.load_state_dict(loaded, strict=False)
+    # Extra states are the only entries of a state dict that are not tensors.
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing, f"weights without a value: {missing[:5]}"
+    assert not unexpected, f"values without a weight: {unexpected[:5]}"
+
+
+def _load_safetensors(module: MegatronModule, path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        loaded: dict[str, Any] = {}
+        for name, entry in _sharded_tensors(module).items():
+            if entry.key not in names:
+                raise ValueError(
+                    f"model.init_checkpoint={path} has no weight {entry.key!r}; it was made for another model, check model=..."
+                )
+            loaded[name] = _local_part(entry, file.get_tensor(entry.key), path)
+    with torch.no_grad():
+        _assign(module, loaded)
+
+
+def _local_part(entry: ShardedTensor | ShardedTensorFactory, full: torch.Tensor, path: Path) -> torch.Tensor:
+    """This rank's part of a whole weight."""
+    if isinstance(entry, ShardedTensor):
+        return _slice(entry, full, path)
+    # A factory (Mamba's in_proj and conv, gated MLPs) holds several weights in one, side by side on dim 0, each split by itself.
+    parts, offset = [], 0
+    for part in _leaves(entry.build()):
+        rows = part.global_shape[0]
+        parts.append(_slice(part, full[offset : offset + rows], path))
+        offset += rows
+    if offset != full.shape[0]:
+        raise ValueError(f"model.init_checkpoint={path}: {entry.key} has {full.shape[0]} rows and the model {offset}; check model=...")
+    return entry.merge_fn(parts) if not isinstance(entry.build(), dict) else torch.cat(parts)
+
+
+def _leaves(tree: Any) -> list[ShardedTensor]:
+    if isinstance(tree, ShardedTensor):
+        return [tree]
+    return [leaf for branch in (tree.values() if isinstance(tree, dict) else tree) for leaf in _leaves(branch)]
+
+
+def _slice(entry: ShardedTensor, full: torch.Tensor, path: Path) -> torch.Tensor:
+    axes = entry.prepend_axis_num
+    shape = tuple(entry.global_shape[axes:])
+    if tuple(full.shape) != shape:
+        raise ValueError(
+            f"model.init_checkpoint={path}: {entry.key} has shape {tuple(full.shape)} and the model {shape}; check model=..."
+        )
+    for dim, (start, size) in enumerate(zip(entry.global_offset[axes:], entry.local_shape)):
+        full = full.narrow(dim, start, size)
+    return full
+
+
+def _load_distributed(module: MegatronModule, path: Path) -> None:
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise ValueError(f"model.init_checkpoint={path} is a folder without metadata.json; name a complete checkpoint's folder")
+    check_index(path / ".metadata")
+    with torch.no_grad():
+        sharded: dict[str, Any] = dict(_sharded_tensors(module))
+        try:
+            loaded = dist_checkpointing.load(sharded, str(path))
+        except KeyError as error:
+            raise ValueError(f"model.init_checkpoint={path} is of another model: {error}; check model=...") from None
+        _assign(module, {name: loaded[name] for name in _sharded_tensors(module)})
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads a checkpoint index without importing anything but the index's own types."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _INDEX_TYPES or module == "torch.distributed.checkpoint.metadata":
+            return super().find_class(module, name)
+        raise ValueError(f"it would import {module}.{name}, which no checkpoint index needs")
+
+
+def check_index(path: Path) -> None:
+    """Refuses a checkpoint index that would import anything but the index's own types when it is unpickled.
+
+    Raises:
+        ValueError: naming what it would import.
+    """
+    with path.open("rb") as stream:
+        try:
+            _IndexReader(stream).load()
+        except (ValueError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is not a checkpoint index: {error}; do not load this checkpoint") from None

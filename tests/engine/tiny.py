@@ -1,0 +1,94 @@
+"""A small megatron model and an endless loader with a state, to test the engine without the project's own model and data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample, PackedBatch, no_pixels, pack
+from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
+
+VOCAB = 64
+LENGTH = 32
+
+
+class TinyModel(GPTModel):
+    """A GPT of two layers behind the project's model interface."""
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        ids, labels = batch.input_ids[None], batch.labels[None]
+        positions = torch.arange(ids.shape[1])[None]
+        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        out = super().forward(ids, positions, mask, labels=labels.clamp(min=0))
+        return out[0] * batch.loss_mask if self.post_process else out
+
+
+def tiny_model(pre_process: bool = True, post_process: bool = True, dropout: float = 0.0, bf16: bool = False) -> TinyModel:
+    """A fresh model on the seeds and groups in force."""
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        hidden_dropout=dropout,
+        attention_dropout=dropout,
+        use_cpu_initialization=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+    )
+    return TinyModel(
+        config,
+        get_gpt_layer_local_spec(),
+        vocab_size=VOCAB,
+        max_sequence_length=LENGTH,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="learned_absolute",
+    )
+
+
+def counting_sample(key: str, generator: torch.Generator) -> EncodedSample:
+    """A run of numbers that count up from a random start: a model learns it in a few steps."""
+    length = int(torch.randint(LENGTH // 2, LENGTH + 1, (), generator=generator))
+    start = int(torch.randint(0, VOCAB, (), generator=generator))
+    ids = (start + torch.arange(length + 1)) % VOCAB
+    labels = ids[1:].clone()
+    labels[: length // 4] = IGNORE_LABEL
+    layout = SampleLayout((Span(TokenKind.TEXT, length),))
+    return EncodedSample(key, ids[:-1], labels, layout, no_pixels())
+
+
+class CountingLoader:
+    """Endless batches of one sample; its state is the generator's and a count, and loading it twice gives the same batches."""
+
+    def __init__(self, rank: int, size: int, seed: int = 5) -> None:
+        self._generator = torch.Generator().manual_seed(seed + 1000 * rank)
+        self._rank = rank
+        self._count = 0
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        while True:
+            self._count += 1
+            yield pack([counting_sample(f"{self._rank}/{self._count}", self._generator)])
+
+    def save_state(self) -> Any:
+        return {"generator": self._generator.get_state(), "count": self._count}
+
+    def load_state(self, state: Any) -> None:
+        self._generator.set_state(state["generator"])
+        self._count = state["count"]

@@ -31,8 +31,8 @@ class Plan:
 def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
     """Keeps the highest-scored visual tokens of every sample and all other tokens, in their original order.
 
-    Ties keep the earlier token, so that a recomputation and every rank decide alike. Nothing here waits for the device: all sizes
-    come from the layout and the counts.
+    Ties keep the earlier token, so that a recomputation and every rank decide alike. Nothing here waits for the device:
+    all sizes come from the layout and the counts.
 
     Args:
         scores: float [V], one per visual token in the order of ``layout.visual_index``; higher is more important.
@@ -61,7 +61,8 @@ def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
     keep[layout.visual_index] = False
     keep[kept_visual] = True
     num_kept = layout.num_tokens - sum(layout.visual_counts) + sum(counts)
-    # New index of every kept token; scattering the old indices to them needs no nonzero(), whose size the host would wait for.
+    # New index of every kept token; scattering the old indices to them needs no nonzero(), whose size the host would
+    # wait for.
     new_index = torch.cumsum(keep, 0) - 1
     slots = torch.where(keep, new_index, num_kept)
     old_index = torch.arange(layout.num_tokens, device=scores.device)

@@ -3,9 +3,10 @@
 Plain python on the host, so that every shape is known before the device has computed anything and every rank, pipeline
 stage and recomputation finds the same numbers.
 
-Words (docs of the method): retention ``r_l`` is the share of a sample's original visual tokens that *enter* layer ``l``;
-the budget is the mean of ``r_l`` over all layers. A layer that scores (Mamba ``M`` or attention ``*``) drops tokens *after* it
-has run, so its decision shows in the retention of the next layer, and layers that cannot score keep what they were given.
+Words (docs of the method): retention ``r_l`` is the share of a sample's original visual tokens that *enter* layer
+``l``; the budget is the mean of ``r_l`` over all layers. A layer that scores (Mamba ``M`` or attention ``*``) drops
+tokens *after* it has run, so its decision shows in the retention of the next layer, and layers that cannot score keep
+what they were given.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 SCORING_LAYERS = {"M": "mamba", "*": "attention"}
 _BISECTION_STEPS = 80
+_NARROWEST = 1e-6
 
 
 def layer_symbols(pattern: str) -> str:
@@ -55,7 +57,8 @@ def sigmoid_curve(midpoint: float, slope: float) -> Callable[[float], float]:
     """Falling sigmoid over relative depth x in [0, 1], scaled to be 1 at x = 0."""
 
     def curve(depth: float) -> float:
-        return (1 + math.exp(-slope * midpoint)) / (1 + math.exp(slope * (depth - midpoint)))
+        # Beyond the exponent's bound the share is 0 in any precision that matters.
+        return (1 + math.exp(-slope * midpoint)) / (1 + math.exp(min(slope * (depth - midpoint), 700.0)))
 
     return curve
 
@@ -69,8 +72,8 @@ def retention_by_layer(
 ) -> tuple[float, ...]:
     """Retention that enters every layer, low-to-high reduction, with its mean equal to the budget.
 
-    The sigmoid keeps its midpoint and meets the budget by its floor: ``r(x) = floor + (1 - floor) curve(x)``. A budget below what
-    a floor of 0 reaches moves the midpoint towards the input instead.
+    The sigmoid keeps its midpoint and meets the budget by its floor: ``r(x) = floor + (1 - floor) curve(x)``. A budget
+    below what a floor of 0 reaches compresses the curve towards the input instead.
 
     Args:
         pattern: hybrid layer pattern.
@@ -106,16 +109,20 @@ def retention_by_layer(
     if mean(shape, 0.0) <= budget:
         floor = _bisect(lambda value: mean(shape, value), budget, 0.0, 1.0)
         return realize(shape, floor)
-    # The sigmoid alone keeps more than the budget: drop earlier. A midpoint far below 0 is a drop right after the first scoring layer.
-    lowest = -60.0 / slope
-    reachable = mean(sigmoid_curve(lowest, slope), 0.0)
+
+    # The curve alone keeps more than the budget: compress it towards the input, in the limit to a drop of everything
+    # right after the first scoring layer.
+    def compressed(width: float) -> Callable[[float], float]:
+        return lambda depth: shape(depth / width)
+
+    reachable = mean(compressed(_NARROWEST), 0.0)
     if reachable > budget:
         raise ValueError(
-            f"reduction.budget={budget}: dropping everything at the first of reduction.layers={layers} still keeps a mean of "
-            f"{reachable:.3f}; raise the budget or name earlier layers"
+            f"reduction.budget={budget}: dropping everything at the first of reduction.layers={layers} still keeps a "
+            f"mean of {reachable:.3f}; raise the budget or name earlier layers"
         )
-    solved = _bisect(lambda value: mean(sigmoid_curve(value, slope), 0.0), budget, lowest, midpoint)
-    return realize(sigmoid_curve(solved, slope), 0.0)
+    width = _bisect(lambda value: mean(compressed(value), 0.0), budget, _NARROWEST, 1.0)
+    return realize(compressed(width), 0.0)
 
 
 def _bisect(function: Callable[[float], float], target: float, low: float, high: float) -> float:
@@ -132,8 +139,8 @@ def _bisect(function: Callable[[float], float], target: float, low: float, high:
 def kept_counts(retention: Sequence[float], num_visual: int, min_tokens: int = 1) -> tuple[int, ...]:
     """Visual tokens of one sample that enter every layer.
 
-    What rounding adds or takes at one depth is given back at the next, so that the mean over layers stays on the budget also
-    for short clips. At least ``min_tokens`` (or all, if the sample has fewer) stay.
+    What rounding adds or takes at one depth is given back at the next, so that the mean over layers stays on the budget
+    also for short clips. At least ``min_tokens`` (or all, if the sample has fewer) stay.
 
     Args:
         retention: share per layer, never rising, from ``retention_by_layer``.
@@ -186,8 +193,8 @@ def aligned_counts(
     length = sum(sample_lengths) - sum(previous) + sum(result)
     missing = -length % multiple_of
     while missing:
-        # One token at a time to the samples in turn, so that no sample carries the whole alignment. All tokens kept always
-        # divides, so there is room as long as something is missing.
+        # One token at a time to the samples in turn, so that no sample carries the whole alignment. All tokens kept
+        # always divides, so there is room as long as something is missing.
         for sample, count in enumerate(result):
             if missing and count < previous[sample]:
                 result[sample] += 1

@@ -43,7 +43,7 @@ class RandomScorer:
 
 @dataclass(frozen=True)
 class UniformScorer:
-    """Evenly spread tokens: a sample's r-th visual token scores by the bit-reversed fraction of r, so any top-k is spread."""
+    """Evenly spread tokens: the r-th visual token scores by the bit-reversed fraction of r, so any top-k is spread."""
 
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
         del signals, layer

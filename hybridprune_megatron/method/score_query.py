@@ -1,7 +1,7 @@
 """Query-conditioned scores: how much the question's tokens read from each visual token in one layer.
 
-Shape letters: L tokens, V visual tokens, T query tokens, H heads, K key-value heads, E head width, G groups, N state size.
-All scores are float32 [V] in the order of ``TokenLayout.visual_index``; higher is more important.
+Shape letters: L tokens, V visual tokens, T query tokens, H heads, K key-value heads, E head width, G groups, N state
+size. All scores are float32 [V] in the order of ``TokenLayout.visual_index``; higher is more important.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _can_score(sample: int, layout: TokenLayout) -> bool:
     """Whether a sample has visual tokens to score; a sample without a question cannot be scored by one."""
     if layout.visual_counts[sample] and not layout.query_counts[sample]:
         raise ValueError(
-            f"sample {sample} of the packed sequence has {layout.visual_counts[sample]} visual tokens and no question to score them "
-            "by: give its first user turn some text, or choose reduction=uniform"
+            f"sample {sample} of the packed sequence has {layout.visual_counts[sample]} visual tokens and no question "
+            "to score them by: give its first user turn some text, or choose reduction=uniform"
         )
     return layout.visual_counts[sample] > 0

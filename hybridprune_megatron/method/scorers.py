@@ -1,4 +1,4 @@
-"""The scorers by name. A new one is a file ``score_*.py``, a line here, a config in ``conf/reduction/`` and a test row."""
+"""The scorers by name. A new one is a file ``score_*.py``, a line here, a config in ``conf/reduction/``, a test row."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 class Scorer(Protocol):
     """Scores the visual tokens of a packed sequence in one layer.
 
-    Both methods get this rank's heads and return the *mean over these heads*, float32 [V] in the order of ``layout.visual_index``,
-    higher is more important; the caller averages over tensor-parallel ranks. They must be deterministic and free of state.
+    Both methods get this rank's heads and return the *mean over these heads*, float32 [V] in the order of
+    ``layout.visual_index``, higher is more important; the caller averages over tensor-parallel ranks. They must be
+    deterministic and free of state.
     """
 
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor: ...

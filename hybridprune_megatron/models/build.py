@@ -90,7 +90,7 @@ def build_reduction(pattern: str, reduction: ReductionConfig) -> Reduction | Non
     return Reduction(get_scorer(reduction.scorer), retention, reduction.min_tokens)
 
 
-def tower_config(vision: VisionConfig):  # noqa: ANN201 - transformers' RadioConfig has no usable type
+def tower_config(vision: VisionConfig):
     """The vision tower's configuration."""
     return radio_config(
         vision.hidden_size,
@@ -112,11 +112,15 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
     bf16 = cfg.trainer.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    recompute = {} if cfg.trainer.recompute == "none" else {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    }
+    recompute = (
+        {}
+        if cfg.trainer.recompute == "none"
+        else {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    )
     return TransformerConfig(
         num_layers=len(layer_symbols(model.hybrid_pattern)),
         hidden_size=model.hidden_size,
@@ -143,7 +147,8 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        # A packed batch is as long as its samples, and shorter with depth; this setting demands the dispatcher's even without experts.
+        # A packed batch is as long as its samples, and shorter with depth; this setting demands the dispatcher's even
+        # without experts.
         variable_seq_lengths=parallel.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,

@@ -21,7 +21,8 @@ class ReductionHybridModel(HybridModel):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # The caller puts frames between the embedded tokens, so the whole sequence is embedded on every rank and sharded after.
+        # The caller puts frames between the embedded tokens, so the whole sequence is embedded on every rank and
+        # sharded after.
         super().__init__(*args, **kwargs, scatter_embedding_sequence_parallel=False)
         if self.post_process:
             # Only the rows with a loss pass the output layer; they are cut from the gathered sequence.
@@ -47,13 +48,14 @@ class ReductionHybridModel(HybridModel):
             embeddings: [L, 1, hidden] on the first stage.
             layout: the packed sequence before any reduction.
             reduction: what to drop; None: nothing.
-            rows: int64 [R], rising, tokens of the unreduced packed sequence whose logits are wanted; they must survive (text
-                always does). None: all tokens that are left.
+            rows: int64 [R], rising, tokens of the unreduced packed sequence whose logits are wanted; they must survive
+                (text always does). None: all tokens that are left.
             labels: int64 [R] targets of these rows; None asks for logits.
             trace: gets the layout that enters every layer.
 
         Returns:
-            On the last stage float32 [R] losses, or [R, vocabulary of this rank] logits; else hidden states. And the last layout.
+            On the last stage float32 [R] losses, or [R, vocabulary of this rank] logits; else hidden states. And the
+            last layout.
         """
         if self.config.sequence_parallel and embeddings is not None:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)

@@ -11,7 +11,6 @@ from hybridprune_megatron.ops.conv import causal_conv
 from hybridprune_megatron.ops.ssd import ssd_scan
 
 
-
 class MambaOps(Protocol):
     """Convolution and scan of a packed sequence; both implementations are below."""
 

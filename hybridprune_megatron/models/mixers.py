@@ -31,7 +31,9 @@ def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
     """A core attention that also scores: the given one with a look at q and k before it runs."""
 
     class ScoringAttention(core_attention):  # type: ignore[misc, valid-type]
-        def forward(self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: LayerPacking, **kwargs: Any) -> Tensor:
+        def forward(
+            self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: LayerPacking, **kwargs: Any
+        ) -> Tensor:
             packing = packed_seq_params
             if packing.scorer is not None:
                 with torch.no_grad():

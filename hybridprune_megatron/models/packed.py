@@ -16,8 +16,8 @@ from hybridprune_megatron.method.scorers import Scorer
 class LayerPacking(PackedSeqParams):
     """Megatron's ``packed_seq_params`` for one layer of one forward pass, rebuilt after every drop.
 
-    A layer that is asked to score writes its result here; the stack reads it and throws the object away, so nothing of it lives
-    on in a module (recomputation and interleaved micro-batches would read somebody else's).
+    A layer that is asked to score writes its result here; the stack reads it and throws the object away, so nothing of
+    it lives on in a module (recomputation and interleaved micro-batches would read somebody else's).
 
     Attributes:
         layout: the tokens that enter this layer.

@@ -1,7 +1,8 @@
 """Two sets of layer specs behind the same module names and checkpoint keys.
 
-``torch``: plain torch, anywhere. ``te``: Transformer Engine, mamba_ssm and causal-conv1d, on a GPU. Both put the layer's norm
-into the linear that follows it, as megatron's own hybrid spec does, so a checkpoint of one loads into the other and into stock.
+``torch``: plain torch, anywhere. ``te``: Transformer Engine, mamba_ssm and causal-conv1d, on a GPU. Both put the
+layer's norm into the linear that follows it, as megatron's own hybrid spec does, so a checkpoint of one loads into the
+other and into stock.
 """
 
 from __future__ import annotations
@@ -107,9 +108,7 @@ def _spec(
     mlp = ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
-            mlp=partial(
-                MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=row_linear)
-            ),
+            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=row_linear)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -65,9 +65,7 @@ class ReductionStack(HybridStack):
     ) -> None:
         super().__init__(config, submodules, **(kwargs | {"post_layer_norm": False}))
         if self.post_process:
-            self.final_norm = final_norm(
-                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+            self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
     def forward(  # type: ignore[override]
         self,

@@ -1,4 +1,4 @@
-"""Plain-torch stand-ins for Transformer Engine's layers: same constructors, same parameter names, same checkpoint keys."""
+"""Plain-torch stand-ins for Transformer Engine's layers: same constructors, parameter names and checkpoint keys."""
 
 from __future__ import annotations
 

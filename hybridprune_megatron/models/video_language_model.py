@@ -72,8 +72,8 @@ class VideoLanguageModel(MegatronModule):
             batch: packed samples on this model's device.
 
         Returns:
-            On the last stage float32 [R], one loss per token with a label (their number is ``batch.num_loss_tokens``, for text
-            is never dropped); on other stages hidden states [L', 1, hidden].
+            On the last stage float32 [R], one loss per token with a label (their number is ``batch.num_loss_tokens``,
+            for text is never dropped); on other stages hidden states [L', 1, hidden].
         """
         # Of a size the host knows, so nothing waits for the device.
         rows = torch.nonzero_static(batch.loss_mask > 0, size=batch.num_loss_tokens).flatten()
@@ -110,8 +110,6 @@ class VideoLanguageModel(MegatronModule):
             raise ValueError(
                 f"samples {batch.keys} show videos: model.vision is null; choose a model with vision or text-only data"
             )
-        frames = encode_frames(
-            self.vision_model, self.mlp1, batch.pixel_values, self.pixel_shuffle, self.train_vision
-        )
+        frames = encode_frames(self.vision_model, self.mlp1, batch.pixel_values, self.pixel_shuffle, self.train_vision)
         visual = frames.flatten(0, 1).unsqueeze(1).to(embeddings.dtype)
         return embeddings.index_copy(0, layout.visual_index, visual)

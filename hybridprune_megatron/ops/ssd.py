@@ -1,11 +1,14 @@
 """Mamba-2's scan (SSD) over packed samples, plain torch: the specification that every kernel is compared with.
 
-Per head: ``h_i = exp(dt_i A) h_{i-1} + dt_i x_i B_i^T``, ``y_i = h_i C_i + D x_i``, with h = 0 before the first token of a sample.
+Per head: ``h_i = exp(dt_i A) h_{i-1} + dt_i x_i B_i^T``, ``y_i = h_i C_i + D x_i``, with h = 0 before the first token
+    of a sample.
 
-Within chunks of Q tokens the scan is a masked matrix product, between chunks a short recurrence over states; memory is O(L * Q), never
-L x L (Dao and Gu, "Transformers are SSMs", 2024, section 6). Sums of dt A are taken in float32 inside a chunk, so they stay short.
+Within chunks of Q tokens the scan is a masked matrix product, between chunks a short recurrence over states; memory is
+O(L * Q), never L x L (Dao and Gu, "Transformers are SSMs", 2024, section 6). Sums of dt A are taken in float32 inside a
+chunk, so they stay short.
 
-Shape letters: L tokens, c chunks, Q tokens a chunk, H heads, P head width, G groups, R = H / G, N state size, S samples.
+Shape letters: L tokens, c chunks, Q tokens a chunk, H heads, P head width, G groups, R = H / G, N state size, S
+    samples.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ def ssd_scan(
     products = torch.einsum("cign,cjgn->cgij", C_c, B_c)
     decay = chunks.decay_within().unflatten(1, (num_groups, -1))
     y = torch.einsum("cgrij,cjgrp->cigrp", products.unsqueeze(2) * decay, weighted)
-    # From earlier chunks: y_i += exp(a_i) C_i . h, where h is the state that entered the chunk, if it is the same sample's.
+    # From earlier chunks: y_i += exp(a_i) C_i . h, where h is the state that entered the chunk, if it is the same
+    # sample's.
     entering = _entering_states(chunks, weighted, B_c)
     from_state = torch.einsum("cign,cgrpn->cigrp", C_c, entering.unflatten(1, (num_groups, -1)))
     y = y + from_state * chunks.decay_from_start().unflatten(2, (num_groups, -1)).unsqueeze(-1)

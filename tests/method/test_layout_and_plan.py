@@ -1,0 +1,109 @@
+"""Layouts and plans: what moves together, and what never moves."""
+
+import pytest
+import torch
+
+from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
+from hybridprune_megatron.method.plan import select
+
+TEXT, FRAME, QUESTION, ANSWER = TokenKind.TEXT, TokenKind.FRAME, TokenKind.QUESTION, TokenKind.ANSWER
+
+
+def two_samples() -> list[SampleLayout]:
+    """Two videos around text in the first sample, question before the video in the second."""
+    first = SampleLayout(
+        (
+            Span(TEXT, 2),
+            Span(FRAME, 3, video=0, frame=0),
+            Span(TEXT, 1),
+            Span(FRAME, 2, video=1, frame=0),
+            Span(QUESTION, 2),
+            Span(ANSWER, 1),
+        )
+    )
+    return [first, SampleLayout((Span(QUESTION, 1), Span(FRAME, 4, video=0, frame=0), Span(ANSWER, 2)))]
+
+
+def test_layout_says_where_everything_is():
+    layout = TokenLayout.from_samples(two_samples())
+    assert layout.sample_lengths == (11, 7)
+    assert layout.visual_counts == (5, 4)
+    assert layout.visual_index.tolist() == [2, 3, 4, 6, 7, 12, 13, 14, 15]
+    assert layout.query_index.tolist() == [8, 9, 11]
+    assert layout.cu_seqlens.tolist() == [0, 11, 18]
+    assert layout.position.tolist() == [*range(11), *range(7)]
+
+
+def test_spans_from_kinds_round_trip():
+    for sample in two_samples():
+        assert SampleLayout.from_kinds(sample.kinds()).kinds() == sample.kinds()
+    frames = SampleLayout.from_kinds([1] * 6, tokens_per_frame=2)
+    assert [span.frame for span in frames.spans] == [0, 1, 2]
+    with pytest.raises(ValueError, match="5 visual tokens in a row: expected a multiple of 2"):
+        SampleLayout.from_kinds([1] * 5, tokens_per_frame=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((TEXT, 0), "has at least one"), ((FRAME, 2), "exactly FRAME spans"), ((TEXT, 2, 0, 0), "exactly FRAME spans")],
+)
+def test_impossible_spans_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Span(*arguments)
+
+
+def test_select_keeps_order_text_and_the_best_of_every_sample():
+    layout = TokenLayout.from_samples(two_samples())
+    scores = torch.tensor([0.1, 0.9, 0.2, 0.8, 0.3, 5.0, 7.0, 6.0, 8.0])
+    plan = select(scores, layout, (2, 1))
+    assert plan.kept.tolist() == [0, 1, 3, 5, 6, 8, 9, 10, 11, 15, 16, 17]
+    after = plan.layout
+    assert after.sample_lengths == (8, 4)
+    assert after.visual_index.tolist() == [2, 4, 9]
+    assert after.query_index.tolist() == [5, 6, 8]
+    assert after.cu_seqlens.tolist() == [0, 8, 12]
+    # Whatever is taken with the plan agrees with what the layout says.
+    kinds = torch.tensor([kind for sample in two_samples() for kind in sample.kinds()])
+    cut = plan.take(kinds)
+    assert torch.nonzero(cut == FRAME).flatten().tolist() == after.visual_index.tolist()
+    assert torch.nonzero(cut == QUESTION).flatten().tolist() == after.query_index.tolist()
+    assert after.origin.tolist() == plan.kept.tolist()
+    assert after.position.tolist() == plan.take(layout.position).tolist()
+
+
+def test_two_reductions_compose():
+    layout = TokenLayout.from_samples(two_samples())
+    generator = torch.Generator().manual_seed(0)
+    first = select(torch.rand(9, generator=generator), layout, (4, 3))
+    second = select(torch.rand(7, generator=generator), first.layout, (2, 0))
+    rows = torch.arange(18)
+    assert second.take(first.take(rows)).tolist() == second.layout.origin.tolist()
+    assert second.layout.visual_counts == (2, 0)
+
+
+def test_ties_keep_the_earlier_token():
+    layout = TokenLayout.from_samples(two_samples())
+    assert select(torch.zeros(9), layout, (2, 1)).layout.origin[2:4].tolist() == [2, 3]
+
+
+def test_keeping_everything_changes_nothing():
+    layout = TokenLayout.from_samples(two_samples())
+    plan = select(torch.rand(9), layout, layout.visual_counts)
+    assert plan.kept.tolist() == list(range(18))
+
+
+def test_gradient_reaches_exactly_the_kept_rows():
+    layout = TokenLayout.from_samples(two_samples())
+    plan = select(torch.arange(9.0), layout, (1, 1))
+    hidden = torch.randn(18, 1, 3, requires_grad=True)
+    plan.take(hidden).sum().backward()
+    touched = hidden.grad.abs().sum((1, 2)) > 0
+    assert torch.nonzero(touched).flatten().tolist() == plan.kept.tolist()
+
+
+def test_impossible_counts_are_refused():
+    layout = TokenLayout.from_samples(two_samples())
+    with pytest.raises(ValueError, match="sample 1 is to keep 5 visual tokens: it has 4"):
+        select(torch.zeros(9), layout, (1, 5))
+    with pytest.raises(ValueError, match="9 visual tokens"):
+        select(torch.zeros(8), layout, (1, 1))

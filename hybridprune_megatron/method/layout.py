@@ -133,15 +133,26 @@ class TokenLayout:
     def from_samples(samples: Sequence[SampleLayout], device: torch.device | str = "cpu") -> TokenLayout:
         """The layout of samples packed one after another, before any reduction."""
         kinds = torch.tensor([kind for sample in samples for kind in sample.kinds()], dtype=torch.uint8)
-        lengths = tuple(sample.num_tokens for sample in samples)
+        return TokenLayout.from_kinds(kinds, [sample.num_tokens for sample in samples], device)
+
+    @staticmethod
+    def from_kinds(kinds: Tensor, lengths: Sequence[int], device: torch.device | str = "cpu") -> TokenLayout:
+        """The layout of a packed sequence before any reduction, from the kind of every token.
+
+        Args:
+            kinds: int [L] ``TokenKind`` values, on the host.
+            lengths: S lengths of the samples, sum L.
+            device: where the indices go.
+        """
+        per_sample = kinds.split(list(lengths))
         # Indices are found on the host, where nonzero() costs no synchronisation, and copied once.
         visual_index = torch.nonzero(kinds == TokenKind.FRAME).flatten()
         query_index = torch.nonzero(kinds == TokenKind.QUESTION).flatten()
         position = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.empty(0).long()
         return TokenLayout(
-            sample_lengths=lengths,
-            visual_counts=tuple(sample.num_visual for sample in samples),
-            query_counts=tuple(sample.count(TokenKind.QUESTION) for sample in samples),
+            sample_lengths=tuple(lengths),
+            visual_counts=tuple(int((sample == TokenKind.FRAME).sum()) for sample in per_sample),
+            query_counts=tuple(int((sample == TokenKind.QUESTION).sum()) for sample in per_sample),
             visual_index=visual_index.to(device, non_blocking=True),
             query_index=query_index.to(device, non_blocking=True),
             origin=torch.arange(sum(lengths), device=device),
@@ -152,6 +163,17 @@ class TokenLayout:
     @property
     def num_tokens(self) -> int:
         return sum(self.sample_lengths)
+
+    def sample_index(self) -> Tensor:
+        """int32 [L] sample of every token."""
+        samples = torch.arange(len(self.sample_lengths), device=self.origin.device, dtype=torch.int32)
+        # output_size spares the host from asking the device how long the result is.
+        return torch.repeat_interleave(samples, self.cu_seqlens.diff().long(), output_size=self.num_tokens)
+
+    def sample_position(self, sample_index: Tensor) -> Tensor:
+        """int64 [L] distance of every token from the start of its sample, counting present tokens only."""
+        starts = self.cu_seqlens[:-1].long()
+        return torch.arange(self.num_tokens, device=self.origin.device) - starts[sample_index.long()]
 
     def sample_starts(self) -> list[int]:
         """S + 1 offsets of the samples in the packed sequence (host)."""

@@ -22,9 +22,7 @@ from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 from hybridprune_megatron.models.mamba_ops import MambaOps
 from hybridprune_megatron.models.packed import LayerPacking
 from hybridprune_megatron.models.torch_layers import parameter_device
-
-# Hard-coded in megatron-core and in the original code, whatever the layer norm's epsilon is.
-_GATED_NORM_EPSILON = 1e-5
+from hybridprune_megatron.ops.norm import gated_rms_norm
 
 
 def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
@@ -63,9 +61,7 @@ class GatedRMSNorm(nn.Module):
         _mark_sharded(self.weight)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gated = (y.float() * nn.functional.silu(z.float())).unflatten(-1, (-1, self.group_width))
-        normed = nn.functional.rms_norm(gated, (self.group_width,), None, _GATED_NORM_EPSILON).flatten(-2)
-        return (normed * self.weight.float()).to(y.dtype)
+        return gated_rms_norm(y, z, self.weight, self.group_width)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Weight sharded over channels."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -40,13 +39,8 @@ def pack_for_layer(layout: TokenLayout, scorer: Scorer | None, previous: LayerPa
         sample_index, position = previous.sample_index, previous.sample_position
         seq_idx = previous.seq_idx
     else:
-        device = layout.origin.device
-        starts = layout.cu_seqlens[:-1].long()
-        lengths = layout.cu_seqlens.diff().long()
-        # output_size spares the host from asking the device how long the result is.
-        samples = torch.arange(len(layout.sample_lengths), device=device, dtype=torch.int32)
-        sample_index = torch.repeat_interleave(samples, lengths, output_size=layout.num_tokens)
-        position = torch.arange(layout.num_tokens, device=device) - starts[sample_index.long()]
+        sample_index = layout.sample_index()
+        position = layout.sample_position(sample_index)
         seq_idx = sample_index.unsqueeze(0)
     longest = max(layout.sample_lengths)
     packing = LayerPacking(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,33 +14,8 @@ from torch import Tensor, nn
 
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.plan import Plan, select
-from hybridprune_megatron.method.schedule import aligned_counts, kept_counts
-from hybridprune_megatron.method.scorers import Scorer
+from hybridprune_megatron.method.reduction import Reduction, counts_after
 from hybridprune_megatron.models.packed import pack_for_layer
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """What to drop where; the same in every forward pass of a model.
-
-    Attributes:
-        scorer: scores the visual tokens.
-        retention: share of the original visual tokens that enters every layer of the whole model.
-        min_tokens: smallest number of visual tokens a sample keeps.
-    """
-
-    scorer: Scorer
-    retention: tuple[float, ...]
-    min_tokens: int = 1
-
-    def wanted_counts(self, visual_counts: Sequence[int]) -> list[tuple[int, ...]]:
-        """Per layer, the visual tokens of each sample that enter it, before alignment.
-
-        Args:
-            visual_counts: S visual tokens before any reduction.
-        """
-        per_sample = [kept_counts(self.retention, count, self.min_tokens) for count in visual_counts]
-        return [tuple(counts[layer] for counts in per_sample) for layer in range(len(self.retention))]
 
 
 class ReductionStack(HybridStack):
@@ -86,11 +59,12 @@ class ReductionStack(HybridStack):
             Hidden states of the tokens that are left and their layout.
         """
         wanted = reduction.wanted_counts(layout.visual_counts) if reduction is not None else None
+        align = self.tp_group.size() if self.config.sequence_parallel else 1
         packing = None
         for layer in self.layers:
             if trace is not None:
                 trace.append(layout)
-            counts = self._counts_after(layer.layer_number, layout, wanted)
+            counts = counts_after(layer.layer_number - 1, layout, wanted, align)
             scorer = reduction.scorer if reduction is not None and counts != layout.visual_counts else None
             packing = pack_for_layer(layout, scorer, packing)
             hidden_states = self._run_layer(layer, hidden_states, packing)
@@ -104,19 +78,6 @@ class ReductionStack(HybridStack):
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
         return hidden_states, layout
-
-    def _counts_after(
-        self, layer_number: int, layout: TokenLayout, wanted: list[tuple[int, ...]] | None
-    ) -> tuple[int, ...]:
-        """Visual tokens per sample that enter the next layer (``layer_number`` is 1-based: the next one's index)."""
-        if wanted is None or layer_number >= len(wanted):
-            return layout.visual_counts
-        # Alignment may have kept more before than is wanted now, never the other way round.
-        counts = tuple(min(want, have) for want, have in zip(wanted[layer_number], layout.visual_counts))
-        if counts == layout.visual_counts or wanted[layer_number] == wanted[layer_number - 1]:
-            return layout.visual_counts
-        align = self.tp_group.size() if self.config.sequence_parallel else 1
-        return aligned_counts(counts, layout.visual_counts, layout.sample_lengths, align)
 
     def _run_layer(self, layer: nn.Module, hidden_states: Tensor, packing: Any) -> Tensor:
         """One layer, its activations recomputed in backward if configured.

@@ -11,6 +11,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor, nn
 
 from hybridprune_megatron.models.packed import LayerPacking
+from hybridprune_megatron.ops.attention import packed_attention
 
 
 class RMSNorm(nn.Module):
@@ -94,17 +95,7 @@ class PackedAttention(nn.Module):
         """
         layout = packed_seq_params.layout
         assert layout is not None, "the packing of a layer carries its layout"
-        outputs = []
-        for q, k, v in zip(*(t.split(layout.sample_lengths) for t in (query, key, value))):
-            out = nn.functional.scaled_dot_product_attention(
-                q.transpose(0, 1).unsqueeze(0),
-                k.transpose(0, 1).unsqueeze(0),
-                v.transpose(0, 1).unsqueeze(0),
-                is_causal=True,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            outputs.append(out.squeeze(0).transpose(0, 1))
-        return torch.cat(outputs).flatten(1)
+        return packed_attention(query, key, value, layout.sample_lengths)
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:

@@ -13,6 +13,8 @@ Shape letters: L tokens, c chunks, Q tokens a chunk, H heads, P head width, G gr
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -77,12 +79,13 @@ def ssd_final_states(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, cu_seqlens: Te
     log_decay = torch.cumsum(dt.double() * A.double(), 0)
     last = cu_seqlens[1:].long() - 1
     weight = torch.exp((log_decay[last][sample_index.long()] - log_decay).float()) * dt
-    heads_per_group = num_heads // B.shape[1]
-    B_heads = B.float().repeat_interleave(heads_per_group, 1)
+    weighted = (x.float() * weight.unsqueeze(-1)).unflatten(1, (B.shape[1], -1))
     states = x.new_zeros(num_samples, num_heads, head_dim, B.shape[2], dtype=torch.float32)
-    for sample in range(num_samples):
-        rows = sample_index == sample
-        states[sample] = torch.einsum("lhp,lhn->hpn", x[rows].float() * weight[rows].unsqueeze(-1), B_heads[rows])
+    # One host copy of the boundaries; samples are contiguous, so each is a slice and B is never repeated per head.
+    starts = cu_seqlens.tolist()
+    for sample, (start, stop) in enumerate(pairwise(starts)):
+        written = torch.einsum("lgrp,lgn->grpn", weighted[start:stop], B[start:stop].float())
+        states[sample] = written.flatten(0, 1)
     return states
 
 

@@ -72,11 +72,15 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "config") -> C
     Raises:
         ConfigError: one line that names the value, what is allowed, the key and the fix.
     """
-    return _typed(compose_config(overrides, config_name))
+    return to_config(compose_config(overrides, config_name))
 
 
-def _typed(composed: DictConfig) -> Config:
-    """Resolves a composed configuration into dataclasses, which checks it."""
+def to_config(composed: DictConfig) -> Config:
+    """Resolves a composed configuration (also one from hydra_runner) into dataclasses, which checks it.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
     try:
         cfg = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
@@ -165,7 +169,7 @@ def parse_command_line(argv: Sequence[str], need_files: bool = True) -> Config:
     try:
         composed = compose_config(overrides)
         if "--cfg" in options:
-            _typed(composed)
+            to_config(composed)
             OmegaConf.resolve(composed)
             print(OmegaConf.to_yaml(composed), end="")
         else:

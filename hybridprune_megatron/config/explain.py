@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from hybridprune_megatron.config.checks import closest
 from hybridprune_megatron.config.fields import (
@@ -134,17 +134,22 @@ def _wrong_type(owner: Any, name: str, key: str, shown: str) -> str:
 
 def explain_exception(error: BaseException) -> str:
     """One line from an exception of Hydra or OmegaConf, with the key in front where it is known."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    key = str(getattr(cause, "full_key", None) or "")
-    if key and "not in" in str(cause):
+    cause: BaseException | None = error
+    # Hydra raises its own exception while it handles OmegaConf's, which knows the key.
+    while cause is not None and not getattr(cause, "full_key", None):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return _one_line(error)
+    key = str(getattr(cause, "full_key", ""))
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key}: is not set, neither by a file in conf/ nor on the command line; give {key}=..."
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)):
         group = key.partition(".")[0]
         if is_passed_on(field_types(Config).get(group)):
             return f"{key}: {group} does not set it yet; to pass it on write +{key}=value"
         return f"{_unknown_key(key, key)} (a file in conf/ sets it)"
-    line = _one_line(cause if key else error)
-    return f"{key}: {line}" if key and key not in line else line
+    line = _one_line(cause)
+    return line if key in line else f"{key}: {line}"
 
 
 def _one_line(error: BaseException) -> str:

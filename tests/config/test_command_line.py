@@ -1,0 +1,156 @@
+"""The command line as a user meets it: exit codes, time, help, and what is imported on the way."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hybridprune_megatron.config import load_config, parse_command_line
+from hybridprune_megatron.config.compose import CONF_DIR
+from hybridprune_megatron.config.fields import key_help, leaf_keys
+from hybridprune_megatron.config.help import COMMON_KEYS, GROUPS
+
+CHECKOUT = CONF_DIR.parent
+HEAVY = ("torch", "megatron", "nemo", "lightning", "transformers", "av")
+
+
+def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("foo=1", "foo=1: unknown key"),
+        ("reduction.budget=1.5", "reduction.budget=1.5: must be"),
+        ("experiment=x", "experiment=x"),
+    ],
+)
+def test_recipe_reports_in_one_line_and_three_seconds(override: str, start: str, tmp_path: Path) -> None:
+    seconds = []
+    # A second try, so that a moment of load on the machine is not taken for a slow import.
+    while len(seconds) < 2 and (not seconds or seconds[-1] >= 3):
+        began = time.perf_counter()
+        done = run_python(str(CHECKOUT / "recipes/finetune.py"), override, cwd=tmp_path)
+        seconds.append(time.perf_counter() - began)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"configuration error: {start}")
+    assert done.stderr.count("\n") == 1
+    assert min(seconds) < 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_configuration_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from hybridprune_megatron.config import load_config\n"
+        "load_config(['experiment=demo'])\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & set(sys.argv[1:])))"
+    )
+    done = run_python("-c", code, *HEAVY, cwd=tmp_path)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_error_path_of_the_recipe_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        "heavy, recipe = sys.argv[3:], sys.argv[1]\n"
+        "sys.argv = sys.argv[1:3]\n"
+        "try:\n"
+        "    runpy.run_path(recipe, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, sorted({name.partition('.')[0] for name in sys.modules} & set(heavy)))"
+    )
+    done = run_python("-c", code, str(CHECKOUT / "recipes/finetune.py"), "foo=1", *HEAVY, cwd=tmp_path)
+    assert done.stdout.strip() == "2 []", done.stdout + done.stderr
+
+
+def test_missing_data_is_an_error_of_the_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(["experiment=demo"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("configuration error: data.train=runs/demo/data/train: is not there")
+    assert parse_command_line(["experiment=demo"], need_files=False).name == "demo"
+
+
+def test_help_shows_groups_keys_and_values(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(["--help", "experiment=demo", "reduction.budget=0.35"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for group in GROUPS:
+        assert f"  {group} " in text
+        for path in (CONF_DIR / group).glob("*.yaml"):
+            assert path.stem in text
+    assert "reduction.budget=0.35" in text
+    assert "model.init_checkpoint=assets/demo/base.safetensors" in text
+    assert "python recipes/finetune.py experiment=demo" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert set(GROUPS) == {path.name for path in CONF_DIR.iterdir() if path.is_dir()}
+
+
+def test_help_all_explains_every_key(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(["--help-all"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    keys = leaf_keys()
+    assert len(keys) > 60
+    assert set(COMMON_KEYS) <= set(keys)
+    for key in keys:
+        assert f"  {key}=" in text
+        assert key_help(key), f"{key} has no line in the Attributes section of its dataclass"
+
+
+def test_cfg_job_prints_the_resolved_configuration(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(["--cfg", "job", "experiment=demo", "name=x"])
+    assert ended.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["output_dir"] == "runs/x"
+    assert shown["exp_manager"]["explicit_log_dir"] == "runs/x"
+    assert shown["model"]["vision"]["patch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--multirun"], "--multirun: unknown option; allowed are --help, --help-all, --cfg job and key=value"),
+        (["--cfg", "hydra"], "--cfg hydra: only `--cfg job`"),
+        (["--help", "foo=1"], "foo=1: unknown key foo"),
+        (["--cfg=job", "reduction.budget=2"], "reduction.budget=2.0: must be above 0"),
+    ],
+)
+def test_bad_options(argv: list[str], line: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(argv)
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"configuration error: {line}")
+
+
+def test_values_of_the_demo_file_arrive() -> None:
+    """What the experiment says is what the run gets (a wrong order of the defaults would lose it silently)."""
+    cfg = load_config(["experiment=demo"])
+    said = yaml.safe_load((CONF_DIR / "experiment/demo.yaml").read_text(encoding="ascii"))
+    said.pop("defaults")
+
+    def compare(owner: object, values: dict, prefix: str) -> None:
+        for name, value in values.items():
+            found = getattr(owner, name)
+            if is_dataclass(found):
+                compare(found, value, f"{prefix}{name}.")
+            else:
+                assert found == value, prefix + name
+
+    compare(cfg, said, "")

@@ -1,0 +1,171 @@
+"""Every shipped configuration composes, and the published dimensions add up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from hybridprune_megatron.config import Config, ConfigError, load_config
+from hybridprune_megatron.config.compose import CONF_DIR, check_files, known_scorers
+from hybridprune_megatron.config.explain import group_options
+from hybridprune_megatron.config.schema import ModelConfig
+
+EXPERIMENTS = group_options(CONF_DIR, "experiment")
+# Published dimensions: layers M, -, *; attention indices; in_proj rows;
+# convolution channels; parameters of the language model with 131072 untied rows.
+PUBLISHED = {
+    "nemotron_nano_12b_v2_vl": ((28, 28, 6), (7, 16, 25, 34, 43, 52), 22656, 12288, 12_310_001_152),
+    "nemotron_nano_9b_v2": ((27, 25, 4), (14, 21, 30, 39), 22656, 12288, 8_888_227_328),
+    "nemotron_h_8b": ((24, 24, 4), (7, 18, 29, 40), 18560, 10240, 8_100_852_736),
+}
+
+
+@cache
+def experiment(name: str) -> Config:
+    """An experiment as it is shipped; composing takes a quarter of a second."""
+    return load_config([f"experiment={name}"])
+
+
+def language_parameters(model: ModelConfig, vocab_size: int) -> int:
+    """Parameters of the language model by the formulas of the layers; independent of any code that builds it."""
+    width, inner = model.hidden_size, model.mamba_num_heads * model.mamba_head_dim
+    channels = inner + 2 * model.mamba_num_groups * model.mamba_state_dim
+    query, key_value = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    per_layer = {
+        # in_proj [z x B C dt], convolution of 4 taps with bias, A_log, D, dt_bias, gated norm, out_proj
+        "M": width * (inner + channels + model.mamba_num_heads) + 5 * channels + 3 * model.mamba_num_heads
+        + inner + inner * width,
+        "*": width * (query + 2 * key_value) + query * width,
+        "-": 2 * width * model.ffn_hidden_size,
+    }
+    layers = "".join(model.stages)
+    norms = (len(layers) + 1) * width
+    return 2 * vocab_size * width + norms + sum(per_layer[symbol] for symbol in layers)
+
+
+def test_expected_experiments_are_shipped() -> None:
+    assert {"demo", "demo_base", *PUBLISHED} == set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_composes(name: str) -> None:
+    cfg = experiment(name)
+    assert isinstance(cfg, Config)
+    assert cfg.name == name
+    assert cfg.output_dir == f"runs/{name}"
+    assert cfg.exp_manager["explicit_log_dir"] == f"runs/{name}"
+    assert len(cfg.retention_by_layer) == cfg.model.num_layers
+    assert sum(cfg.retention_by_layer) / cfg.model.num_layers == pytest.approx(cfg.reduction.budget, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_dimensions(name: str) -> None:
+    model = experiment(name).model
+    counts, attention, in_proj, channels, parameters = PUBLISHED[name]
+    layers = "".join(model.stages)
+    assert tuple(layers.count(symbol) for symbol in "M-*") == counts
+    assert tuple(index for index, symbol in enumerate(layers) if symbol == "*") == attention
+    inner = model.mamba_num_heads * model.mamba_head_dim
+    states = 2 * model.mamba_num_groups * model.mamba_state_dim
+    assert (2 * inner + states + model.mamba_num_heads, inner + states) == (in_proj, channels)
+    assert language_parameters(model, vocab_size=131072) == parameters
+
+
+def test_video_model_makes_256_tokens_of_a_frame() -> None:
+    cfg = experiment("nemotron_nano_12b_v2_vl")
+    assert cfg.model.vision is not None
+    assert cfg.model.vision.tokens_per_frame == 256
+    assert cfg.model.vocab_size == 132096
+    assert cfg.parallel.model_parallel_size == 32
+    assert (cfg.data_parallel_size, cfg.num_micro_batches) == (1, 16)
+
+
+def test_demo_is_complete() -> None:
+    cfg = experiment("demo")
+    assert cfg.model.vision is not None
+    assert cfg.model.vision.tokens_per_frame * cfg.data.num_frames == 256
+    assert cfg.model.init_checkpoint == "assets/demo/base.safetensors"
+    assert cfg.reduction.budget == 0.25
+    assert not cfg.model.trainable.vision
+    base = experiment("demo_base")
+    assert base.model.init_checkpoint is None
+    assert base.reduction.budget == 1.0
+    assert base.model.trainable.vision
+    assert replace(base.model, init_checkpoint=cfg.model.init_checkpoint, trainable=cfg.model.trainable) == cfg.model
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [(group, option) for group in ("reduction", "optim", "data", "model") for option in group_options(CONF_DIR, group)],
+)
+def test_group_option_composes(group: str, option: str) -> None:
+    without_vision = {"model": ["data=text_sft", "reduction=none"], "data": ["model=nemotron_h_8b", "reduction=none"]}
+    long = ["model=nemotron_nano_12b_v2_vl", "data=video_sft"]
+    companions: dict[tuple[str, str], list[str]] = {
+        ("model", "nemotron_h_8b"): without_vision["model"],
+        ("model", "nemotron_nano_9b_v2"): without_vision["model"],
+        ("model", "nemotron_nano_12b_v2_vl"): long[1:],
+        ("data", "text_sft"): without_vision["data"],
+        ("data", "video_sft"): long[:1],
+    }
+    cfg = load_config([f"{group}={option}", *companions.get((group, option), [])])
+    assert cfg.trainer.max_steps > 0
+
+
+@pytest.mark.parametrize("option", group_options(CONF_DIR, "parallel"))
+def test_parallel_option_composes(option: str) -> None:
+    overrides = [f"parallel={option}", "trainer.devices=32", "trainer.global_batch_size=32"]
+    if option.startswith("tp8"):
+        overrides += ["model=nemotron_nano_12b_v2_vl", "data=video_sft"]
+    if option == "pp2":
+        overrides += ["model.hybrid_pattern=M-M*-|M-M*-"]
+    cfg = load_config(overrides)
+    assert cfg.data_parallel_size * cfg.parallel.model_parallel_size == 32
+
+
+@pytest.mark.parametrize("option", group_options(CONF_DIR, "trainer"))
+def test_trainer_option_composes(option: str) -> None:
+    cfg = load_config([f"trainer={option}", "trainer.global_batch_size=32"])
+    assert cfg.num_micro_batches * cfg.data_parallel_size == 32
+
+
+def test_overrides_reach_the_config() -> None:
+    cfg = load_config(["experiment=demo", "reduction.budget=0.35", "trainer.max_steps=50", "name=other"])
+    assert (cfg.reduction.budget, cfg.trainer.max_steps) == (0.35, 50)
+    assert cfg.exp_manager["explicit_log_dir"] == "runs/other"
+
+
+def test_explicit_retention_replaces_the_schedule() -> None:
+    shares = [1.0, 0.5, 0.5, 0.25, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
+    cfg = load_config([f"reduction.retention={shares}", "reduction.budget=0.265"])
+    assert cfg.retention_by_layer == tuple(shares)
+
+
+def test_layers_may_be_a_list() -> None:
+    cfg = load_config(["reduction.layers=[0,3]"])
+    assert cfg.reduction.layers == [0, 3]
+    falls = [i for i in range(1, 10) if cfg.retention_by_layer[i] < cfg.retention_by_layer[i - 1]]
+    assert falls == [1, 4]
+
+
+def test_scorers_of_conf_are_the_registered_ones() -> None:
+    from hybridprune_megatron.method.scorers import SCORERS
+
+    assert known_scorers() == sorted(SCORERS)
+
+
+def test_checkpoint_and_data_must_exist(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "train").mkdir()
+    paths = ["data.train=train", "data.validation=null", "data.tokenizer=tokenizer"]
+    check_files(load_config(paths))
+    weights = [*paths, "model.init_checkpoint=base.safetensors"]
+    with pytest.raises(ConfigError, match=r"^model.init_checkpoint=base.safetensors: is not there .*random weights"):
+        check_files(load_config(weights))
+    with pytest.raises(ConfigError, match=r"^data.tokenizer=gone: is not there"):
+        check_files(load_config([*paths, "data.tokenizer=gone"]))
+    with pytest.raises(ConfigError, match=r"^data.train=None: a run needs data; set data.train"):
+        check_files(load_config(["data.train=null"]))

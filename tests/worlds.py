@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -82,6 +84,9 @@ def run_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 18
                 if worker.is_alive():
                     worker.kill()
                     worker.join()
+                # Helpers of a killed rank outlive it; no such group means that there are none.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(worker.pid, signal.SIGKILL)
 
 
 def _collect(ends: list[Connection], timeout: float) -> list[Any]:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from tqdm import tqdm
 
 from hybridprune_megatron.engine.checkpoint import checkpoint_name
+from hybridprune_megatron.engine.module import HybridPruneModule
 from hybridprune_megatron.engine.strategy import MegatronStrategy
 
 
@@ -96,9 +97,10 @@ class StepProgressBar(ProgressBar):
         """Moves the bar one step."""
         if self._bar is None:
             return
-        values = trainer.progress_bar_metrics
-        names = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f"}
-        shown = {name: format(float(values[name]), form) for name, form in names.items() if name in values}
+        # Not trainer.progress_bar_metrics: those are of the step before, Lightning updates them behind this hook.
+        assert isinstance(pl_module, HybridPruneModule), type(pl_module)
+        forms = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f"}
+        shown = {name: format(value, forms[name]) for name, value in pl_module.shown.items()}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update(1)
 

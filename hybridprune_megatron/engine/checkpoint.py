@@ -22,7 +22,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +30,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-if TYPE_CHECKING:
-    from hybridprune_megatron.engine.optimization import TrainState
+from hybridprune_megatron.engine.optimization import TrainState, allocate_state, restore_steps
 
 RUN_FILE = "run.json"
 _INCOMPLETE = ".incomplete"
@@ -234,9 +233,11 @@ def load_checkpoint(path: Path, state: TrainState) -> dict[str, Any]:
         )
     # fp32 parameters are the optimizer's own tensors: copying into them must not be recorded.
     with torch.no_grad():
+        allocate_state(state.optimizer)
         template = _sharded_state(state, None, None, {}, loading=True)
         loaded = dist_checkpointing.load(template, str(path))
         state.module.load_state_dict(loaded["model"])
         state.optimizer.load_state_dict(loaded["optimizer"])
+        restore_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
     return {name: loaded[name] for name in ("step", "trainer", "loader", "rng")}

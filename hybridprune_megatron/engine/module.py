@@ -59,6 +59,7 @@ class HybridPruneModule(LightningModule):
         state: model, optimizer and schedule once the strategy has set up; for evaluation after the run too.
         loader: this rank's loader once training starts.
         consumed_samples: packed sequences consumed by the whole job.
+        shown: of the last step, for the progress bar.
     """
 
     state: TrainState
@@ -82,9 +83,9 @@ class HybridPruneModule(LightningModule):
         self._log_path = log_path or Path(cfg.output_dir) / "train_log.jsonl"
         self._log: TrainLog | None = None
         self._resumed: dict[str, Any] | None = None
-        self._last_step_end = 0.0
         self.loader: TrainLoader | None = None
         self.consumed_samples = 0
+        self.shown: dict[str, float] = {}
 
     def build(self, device: torch.device) -> None:
         """Builds and wraps the model; called by the strategy when megatron's groups exist."""
@@ -114,7 +115,7 @@ class HybridPruneModule(LightningModule):
         return self.loader
 
     def on_train_start(self) -> None:
-        """Last moment before the first step: generators, step log, clock."""
+        """Last moment before the first step: generators and step log."""
         step = self.trainer.global_step
         self.consumed_samples = step * self.cfg.trainer.global_batch_size
         if self.trainer.is_global_zero:
@@ -123,13 +124,13 @@ class HybridPruneModule(LightningModule):
         if self._resumed is not None:
             restore_rng_state(self._resumed["rng"])
             self._resumed = None
-        self._last_step_end = time.perf_counter()
 
     def training_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:
         """One optimizer step over a global batch; returns the mean loss per token (0-dim, detached).
 
         The parameter's name tells Lightning to hand over the iterator: a step takes several micro batches.
         """
+        start = time.perf_counter()
         step = self.trainer.global_step + 1
         # Lightning yields (batch, index, loader index).
         batches = (item[0] for item in dataloader_iter)
@@ -139,19 +140,16 @@ class HybridPruneModule(LightningModule):
         progress.increment_ready()
         progress.increment_completed()
         self.consumed_samples += self.cfg.trainer.global_batch_size
-        self._record(step, result)
+        self._record(step, result, time.perf_counter() - start)
         return torch.tensor(result.loss)
 
-    def _record(self, step: int, result: StepResult) -> None:
-        """Writes the step to the run's log, the loggers and the progress bar."""
-        now = time.perf_counter()
-        seconds, self._last_step_end = now - self._last_step_end, now
+    def _record(self, step: int, result: StepResult, seconds: float) -> None:
+        """Writes the step to the run's log, the loggers and the progress bar; ``seconds`` counts data and compute, not saving."""
         if self._log is not None:
             row = {"step": step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
             row |= {"tokens": result.tokens, "loss_tokens": result.loss_tokens}
             row |= {"seconds": round(seconds, 4), "samples": result.samples}
             self._log.append(row)
         # batch_size is given because Lightning cannot see it behind an iterator.
-        shown = {"loss": result.loss, "lr": result.lr, "tokens/s": result.tokens / seconds}
-        self.log_dict(shown, prog_bar=True, batch_size=1)
-        self.log_dict({"grad_norm": result.grad_norm, "loss_tokens": float(result.loss_tokens)}, batch_size=1)
+        self.shown = {"loss": result.loss, "lr": result.lr, "tokens/s": result.tokens / seconds}
+        self.log_dict({**self.shown, "grad_norm": result.grad_norm, "loss_tokens": float(result.loss_tokens)}, batch_size=1)

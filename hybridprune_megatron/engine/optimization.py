@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +118,46 @@ def build_scheduler(
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
+    """The torch Adams inside megatron's optimizer; none where Transformer Engine or apex bring a fused one."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            yield part.optimizer
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Gives an optimizer that has not stepped yet its (zero) state.
+
+    Megatron's distributed optimizer reads the step count of torch's Adam from its state, and fails where there is none: on loading a
+    checkpoint, and on saving one before the first step.
+    """
+    for adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                if not adam.state[parameter]:
+                    adam.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter.data),
+                        "exp_avg_sq": torch.zeros_like(parameter.data),
+                    }
+
+
+def restore_steps(optimizer: MegatronOptimizer) -> None:
+    """Puts back every parameter's step count after loading.
+
+    Megatron's distributed optimizer stores the count of torch's Adam with the parameter groups, but on loading overwrites it by the
+    count before loading (it treats the state's own "step" as not persistent). Adam's bias correction would start anew.
+    """
+    for adam in _torch_adams(optimizer):
+        for group in adam.param_groups:
+            # Without the distributed optimizer there is no such entry, and the states are right.
+            count = group.pop("step", None)
+            for parameter in group["params"]:
+                state = adam.state[parameter]
+                # A tensor of its own: Adam counts in place, a shared count would grow once per parameter.
+                state["step"] = state["step"].clone() if count is None else torch.tensor(float(count))
 
 
 def connect_schedule(ddp: DistributedDataParallel, optimizer: MegatronOptimizer, parallel: ParallelConfig) -> None:

@@ -1,0 +1,84 @@
+"""Builds the Lightning Trainer of a run and hands it to NeMo's exp_manager."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+
+from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar
+from hybridprune_megatron.engine.checkpoint import latest_checkpoint
+from hybridprune_megatron.engine.launch import Launch
+from hybridprune_megatron.engine.strategy import MegatronStrategy
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import Config
+
+
+def checkpoint_folder(cfg: Config) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(cfg.output_dir) / "checkpoints"
+
+
+def build_trainer(cfg: Config, launch: Launch) -> Trainer:
+    """A Trainer with the Megatron strategy, checkpoints and the progress bar; no logger yet (exp_manager adds them)."""
+    import torch
+
+    return Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        num_nodes=launch.num_nodes,
+        devices=launch.local_world_size,
+        strategy=MegatronStrategy(launch),
+        # Precision is megatron's business; anything but 32 would make Lightning wrap the forward pass.
+        precision="32-true",
+        max_steps=cfg.trainer.max_steps,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[
+            StepCheckpoint(checkpoint_folder(cfg), cfg.trainer.save_every_n_steps),
+            StepProgressBar(),
+        ],
+        # Ours are among the callbacks; this switch is for Lightning's own.
+        enable_checkpointing=True,
+        enable_model_summary=False,
+        log_every_n_steps=cfg.trainer.log_every_n_steps,
+        # The loader hands every rank its own share.
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+
+
+def start_experiment(trainer: Trainer, cfg: Config) -> Path:
+    """Calls NeMo's exp_manager: loggers, step timing, time limit, and the checkpoint to resume from.
+
+    Args:
+        trainer: from :func:`build_trainer`; changed in place.
+        cfg: ``exp_manager`` is passed on. ``resume_if_exists`` finds our newest complete checkpoint.
+
+    Returns:
+        The folder of the logs.
+    """
+    from nemo.utils.exp_manager import exp_manager
+
+    settings: dict[str, Any] = dict(cfg.exp_manager)
+    # exp_manager moves every file it finds in its folder into run_<n>/ when a run starts again; the step log, the report and the
+    # plots in output_dir must stay where they are.
+    log_dir = Path(settings.get("explicit_log_dir") or cfg.output_dir)
+    if log_dir.resolve() == Path(cfg.output_dir).resolve():
+        log_dir = log_dir / "logs"
+    settings["explicit_log_dir"] = str(log_dir)
+    if settings.get("create_checkpoint_callback"):
+        raise ValueError(
+            "exp_manager.create_checkpoint_callback=true: NeMo's callback cannot write distributed checkpoints in one move; "
+            "leave it false, the run saves every trainer.save_every_n_steps steps by itself"
+        )
+    settings["create_checkpoint_callback"] = False
+    if settings.get("resume_if_exists"):
+        newest = latest_checkpoint(checkpoint_folder(cfg))
+        # NeMo looks for names of its own ("*-last"); ours is handed over by its path.
+        settings["resume_from_checkpoint"] = None if newest is None else str(newest)
+        settings["resume_ignore_no_checkpoint"] = True
+    exp_manager(trainer, settings)
+    return log_dir

@@ -1,0 +1,90 @@
+"""A whole run of the tiny model under Lightning, that can be killed at a chosen moment; for ``tests.worlds.run_world``."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybridprune_megatron.config.schema import OptimConfig, ParallelConfig, TrainerConfig
+
+
+@dataclass
+class _Model:
+    init_checkpoint: str | None = None
+
+
+@dataclass
+class _Data:
+    sequence_length: int = 32
+
+
+@dataclass
+class Job:
+    """The part of ``Config`` that the engine reads."""
+
+    output_dir: str
+    trainer: TrainerConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: _Model = field(default_factory=_Model)
+    data: _Data = field(default_factory=_Data)
+    exp_manager: dict[str, Any] = field(default_factory=lambda: {"resume_if_exists": True, "seconds_to_sleep": 0})
+
+
+def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, **trainer: Any) -> Job:
+    """Eight steps, a checkpoint every three."""
+    settings = {"max_steps": 8, "precision": "fp32", "global_batch_size": 2, "save_every_n_steps": 3, "seed": 7} | trainer
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    return Job(str(folder), TrainerConfig(**settings), OptimConfig(lr=1e-2, warmup_steps=2), parallel)
+
+
+def run_job(job: Job, dropout: float = 0.1, kill_at: str = "", nemo: bool = False) -> list[dict[str, Any]]:
+    """Trains in the current world, resuming from the newest checkpoint in the folder.
+
+    Args:
+        job: what to train.
+        dropout: above 0, so that generators decide about digits.
+        kill_at: "step:5" ends the process by SIGKILL before step 5; "save:6" while the checkpoint of step 6 is written.
+        nemo: through NeMo's exp_manager, as the recipe does it.
+
+    Returns:
+        The rows of the step log.
+    """
+    from functools import partial
+
+    import torch.distributed as dist
+
+    from hybridprune_megatron.engine import checkpoint
+    from hybridprune_megatron.engine.launch import Launch
+    from hybridprune_megatron.engine.module import HybridPruneModule
+    from hybridprune_megatron.engine.train_log import read_train_log
+    from hybridprune_megatron.engine.trainer import build_trainer, checkpoint_folder, start_experiment
+    from tests.engine.tiny import CountingLoader, tiny_model
+
+    what, _, number = kill_at.partition(":")
+    sync_to_disk = checkpoint._sync_to_disk
+
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    class DyingModule(HybridPruneModule):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            if what == "step" and self.trainer.global_step + 1 == int(number):
+                die()
+            # At that moment the shards are on disk and the folder is not renamed yet.
+            doomed = what == "save" and self.trainer.global_step + 1 == int(number)
+            checkpoint._sync_to_disk = die if doomed else sync_to_disk
+            return super().training_step(dataloader_iter)
+
+    job.trainer.devices = dist.get_world_size()
+    module = DyingModule(job, partial(tiny_model, dropout=dropout), CountingLoader)  # type: ignore[arg-type]
+    trainer = build_trainer(job, Launch(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size()))  # type: ignore[arg-type]
+    if nemo:
+        start_experiment(trainer, job)  # type: ignore[arg-type]
+        trainer.fit(module)
+    else:
+        trainer.fit(module, ckpt_path=checkpoint.latest_checkpoint(checkpoint_folder(job)))  # type: ignore[arg-type]
+    return read_train_log(Path(job.output_dir) / "train_log.jsonl")

@@ -1,0 +1,178 @@
+"""Configuration of an exported model: the language model's shape, the vision tower's, and the reduction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hybridprune_megatron.method.schedule import layer_symbols, retention_by_layer
+
+_REDUCTION_DEFAULTS: dict[str, Any] = {
+    "scorer": "query",
+    "budget": 1.0,
+    "schedule": "sigmoid",
+    "midpoint": 0.2,
+    "slope": 10.0,
+    "layers": "all",
+    "min_tokens": 1,
+    "retention": None,
+}
+
+
+def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A complete reduction, its retention per layer solved from the budget if it is not given.
+
+    Args:
+        pattern: hybrid layer pattern.
+        reduction: any of scorer, budget, schedule, midpoint, slope, layers, min_tokens, retention; None: no reduction.
+
+    Raises:
+        ValueError: an unknown key, a budget that cannot be met, or a retention of another length.
+    """
+    if reduction is None:
+        return None
+    unknown = sorted(set(reduction) - set(_REDUCTION_DEFAULTS))
+    if unknown:
+        raise ValueError(f"reduction has the key {unknown[0]!r}: allowed are {', '.join(_REDUCTION_DEFAULTS)}")
+    resolved = {**_REDUCTION_DEFAULTS, **reduction}
+    if resolved["retention"] is None:
+        resolved["retention"] = retention_by_layer(
+            pattern, resolved["budget"], resolved["layers"], resolved["midpoint"], resolved["slope"]
+        )
+    resolved["retention"] = [float(share) for share in resolved["retention"]]
+    num_layers = len(layer_symbols(pattern))
+    if len(resolved["retention"]) != num_layers:
+        raise ValueError(
+            f"reduction.retention has {len(resolved['retention'])} numbers: the model has {num_layers} layers"
+        )
+    return resolved
+
+
+def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The saved reduction with some settings replaced; None turns it off.
+
+    The saved retention goes if anything is replaced that it was solved from.
+    """
+    if given is None:
+        return None
+    merged = {**(saved or {}), **given}
+    if "retention" not in given and {"budget", "schedule", "midpoint", "slope", "layers"} & set(given):
+        merged["retention"] = None
+    return merged
+
+
+class HybridPruneConfig(PreTrainedConfig):
+    """Configuration of ``HybridPruneForCausalLM``.
+
+    ``from_pretrained(folder, reduction=None)`` turns the reduction off; ``reduction={"budget": 0.5}`` keeps the other
+    settings and solves the schedule again.
+
+    Args:
+        hybrid_override_pattern: one symbol a layer: M Mamba-2, * attention, - MLP.
+        vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width inside an MLP layer (squared ReLU).
+        num_attention_heads: query heads.
+        num_key_value_heads: key-value heads.
+        head_dim: width of an attention head.
+        mamba_num_heads: heads of a Mamba layer.
+        mamba_head_dim: width of a Mamba head.
+        ssm_state_size: state size of a Mamba head.
+        n_groups: groups of Mamba heads that share B and C.
+        conv_kernel: taps of the causal convolution.
+        chunk_size: tokens a chunk of the scan (speed only).
+        layer_norm_epsilon: of every norm except Mamba's gated one (1e-5, as in megatron).
+        max_position_embeddings: longest context; there are no positions, so nothing breaks past it.
+        time_step_limit: range of dt after softplus, (0, inf): no clamp, as in megatron. transformers' own
+            ``nemotron_h`` clamps dt to 1e-3 from below, which these weights do not expect.
+        vision: fields of the training configuration's ``model.vision``; None: text only.
+        reduction: see ``resolve_reduction``; None: no reduction.
+        image_token_id, image_start_token_id, image_end_token_id, turn_token_id: special tokens of the prompt format.
+        special_token_ids: all ids that are no plain text.
+        use_cache: whether generation keeps caches.
+        kwargs: of ``PreTrainedConfig``.
+    """
+
+    model_type = "hybridprune_vl"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    def __init__(
+        self,
+        hybrid_override_pattern: str = "M-M*-",
+        vocab_size: int = 1024,
+        hidden_size: int = 128,
+        intermediate_size: int = 512,
+        num_attention_heads: int = 4,
+        num_key_value_heads: int = 2,
+        head_dim: int = 32,
+        mamba_num_heads: int = 8,
+        mamba_head_dim: int = 32,
+        ssm_state_size: int = 32,
+        n_groups: int = 2,
+        conv_kernel: int = 4,
+        chunk_size: int = 128,
+        layer_norm_epsilon: float = 1e-5,
+        max_position_embeddings: int = 4096,
+        time_step_limit: list[float | str] | None = None,
+        vision: dict[str, Any] | None = None,
+        reduction: dict[str, Any] | None = None,
+        image_token_id: int | None = None,
+        image_start_token_id: int | None = None,
+        image_end_token_id: int | None = None,
+        turn_token_id: int | None = None,
+        special_token_ids: list[int] | None = None,
+        use_cache: bool = True,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        limit = list(time_step_limit or (0.0, "inf"))
+        if [float(bound) for bound in limit] != [0.0, float("inf")]:
+            raise ValueError(
+                f"time_step_limit={limit}: this model code does not clamp dt; only [0.0, 'inf'] is allowed"
+            )
+        self.hybrid_override_pattern = hybrid_override_pattern
+        self.num_hidden_layers = len(layer_symbols(hybrid_override_pattern))
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.mamba_num_heads = mamba_num_heads
+        self.mamba_head_dim = mamba_head_dim
+        self.ssm_state_size = ssm_state_size
+        self.n_groups = n_groups
+        self.conv_kernel = conv_kernel
+        self.chunk_size = chunk_size
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.max_position_embeddings = max_position_embeddings
+        self.time_step_limit = limit
+        self.vision = vision
+        self.reduction = resolve_reduction(hybrid_override_pattern, reduction)
+        self.image_token_id = image_token_id
+        self.image_start_token_id = image_start_token_id
+        self.image_end_token_id = image_end_token_id
+        self.turn_token_id = turn_token_id
+        self.special_token_ids = special_token_ids or []
+        self.use_cache = use_cache
+        self.initializer_range = initializer_range
+        # num_hidden_layers follows from the pattern, also where the saved file repeats it.
+        kwargs.pop("num_hidden_layers", None)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Visual tokens of a frame."""
+        assert self.vision is not None, "the model has no vision tower"
+        return round(self.vision["frame_size"] // self.vision["patch_size"] * self.vision["pixel_shuffle"]) ** 2
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in ``PreTrainedConfig``; ``reduction`` is merged instead of replaced."""
+        if "reduction" in kwargs:
+            merged = merge_reduction(config_dict.get("reduction"), kwargs.pop("reduction"))
+            config_dict = {**config_dict, "reduction": merged}
+        return super().from_dict(config_dict, **kwargs)

@@ -1,0 +1,363 @@
+"""The exported model: answers questions about videos and drops visual tokens once, in prefill.
+
+Parameter names are those of Nemotron Nano V2 VL (``language_model.backbone.*``, ``language_model.lm_head``,
+``mlp1.*``, ``vision_model.*``, the last one in transformers' own names). Prefill runs over the real tokens of all
+samples packed one after another, with the layout, scores and selection of training; a padded batch therefore equals its
+samples one by one. Decoding continues over the shortened caches.
+
+Shape letters: B samples, L columns of a padded batch, R real tokens packed, D hidden size, F frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel, RadioModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from hybridprune_megatron.export.cache import HybridCache
+from hybridprune_megatron.export.configuration_hybridprune import (
+    HybridPruneConfig,
+    merge_reduction,
+    resolve_reduction,
+)
+from hybridprune_megatron.export.layers import HybridLayer, MambaMixer, Packing
+from hybridprune_megatron.export.token_kinds import derive_token_kinds
+from hybridprune_megatron.method.layout import TokenKind, TokenLayout
+from hybridprune_megatron.method.plan import select
+from hybridprune_megatron.method.reduction import Reduction, counts_after
+from hybridprune_megatron.method.schedule import layer_symbols
+from hybridprune_megatron.method.scorers import get_scorer
+from hybridprune_megatron.vision.encoder import build_projector, encode_frames, radio_config
+
+
+@dataclass
+class HybridPruneOutput(ModelOutput):
+    """Output of ``HybridPruneForCausalLM``.
+
+    Attributes:
+        loss: mean over the labels whose token in front was not dropped.
+        logits: [B, kept columns, vocabulary]; NaN where a token is padding or was dropped (text never is).
+        past_key_values: the caches, with ``use_cache``.
+        reduction_trace: with ``output_reduction``: for every layer and sample, int64 positions within the sample
+            (padding not counted) of the visual tokens that entered the layer.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: HybridCache | None = None
+    reduction_trace: tuple[tuple[Tensor, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A padded batch, packed.
+
+    Attributes:
+        input_ids: int64 [R].
+        layout: of the packed tokens before any reduction.
+        packed_index: int64 [B, L] index of every column in the packed sequence, -1 for padding.
+    """
+
+    input_ids: Tensor
+    layout: TokenLayout
+    packed_index: Tensor
+
+
+class HybridBackbone(nn.Module):
+    """Embedding, layers, final norm."""
+
+    def __init__(self, config: HybridPruneConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        symbols = layer_symbols(config.hybrid_override_pattern)
+        self.layers = nn.ModuleList([HybridLayer(config, symbol, index) for index, symbol in enumerate(symbols)])
+        self.norm_f = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+    def prefill(
+        self,
+        hidden: Tensor,
+        layout: TokenLayout,
+        reduction: Reduction | None,
+        cache: HybridCache | None,
+        trace: list[TokenLayout] | None,
+    ) -> tuple[Tensor, TokenLayout]:
+        """Runs the layers over packed tokens [R, D] and drops visual tokens in between; the caller applies the norm."""
+        wanted = reduction.wanted_counts(layout.visual_counts) if reduction is not None else None
+        packing = Packing.of(layout)
+        for index, layer in enumerate(self.layers):
+            if trace is not None:
+                trace.append(layout)
+            counts = counts_after(index, layout, wanted)
+            scorer = reduction.scorer if reduction is not None and counts != layout.visual_counts else None
+            hidden, scores = layer(hidden, packing, scorer, cache)
+            if scorer is not None:
+                assert scores is not None, f"layer {index} was asked to score and did not"
+                plan = select(scores, layout, counts)
+                hidden, layout = plan.take(hidden), plan.layout
+                packing = Packing.of(layout)
+        return hidden, layout
+
+    def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
+        """One more token of every sample: [B, D] to [B, D], the norm left to the caller."""
+        for layer in self.layers:
+            hidden = layer.step(hidden, cache)
+        return hidden
+
+
+class HybridLanguageModel(nn.Module):
+    """Backbone and output layer."""
+
+    def __init__(self, config: HybridPruneConfig) -> None:
+        super().__init__()
+        self.backbone = HybridBackbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., vocabulary]."""
+        return self.lm_head(self.backbone.norm_f(hidden))
+
+
+class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
+    """Video question answering with token reduction inside every layer; see the module's docstring.
+
+    Args:
+        config: its ``reduction`` decides what is dropped; ``set_reduction`` changes it later.
+    """
+
+    config_class = HybridPruneConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _is_stateful = True
+    _no_split_modules = ("HybridLayer", "RadioLayer")
+    _keep_in_fp32_modules_strict = ("A_log", "mixer.D")
+    _tied_weights_keys = {"language_model.lm_head.weight": "language_model.backbone.embeddings.weight"}  # noqa: RUF012 - transformers' own attribute
+
+    def __init__(self, config: HybridPruneConfig) -> None:
+        super().__init__(config)
+        self.language_model = HybridLanguageModel(config)
+        if config.vision is not None:
+            vision = config.vision
+            names = ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "patch_size")
+            more = ("position_grid_px", "num_cls_tokens", "num_register_tokens", "image_mean", "image_std")
+            self.vision_model = RadioModel(radio_config(**{name: vision[name] for name in (*names, *more)}))
+            self.mlp1 = build_projector(
+                vision["hidden_size"], vision["pixel_shuffle"], vision["projector_hidden_size"], config.hidden_size
+            )
+        self._reduction = _build_reduction(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.language_model.backbone.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the token embedding."""
+        self.language_model.backbone.embeddings = value  # type: ignore[assignment]  # as in transformers
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output layer."""
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replaces the output layer."""
+        self.language_model.lm_head = new_embeddings  # type: ignore[assignment]  # as in transformers
+
+    def set_reduction(self, reduction: dict[str, Any] | None) -> None:
+        """Changes the reduction: None turns it off, ``{"budget": 0.5}`` keeps the other settings and solves it again.
+
+        Raises:
+            ValueError: an unknown key or a budget that cannot be met.
+        """
+        merged = merge_reduction(self.config.reduction, reduction)
+        self.config.reduction = resolve_reduction(self.config.hybrid_override_pattern, merged)
+        self._reduction = _build_reduction(self.config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        token_kinds: Tensor | None = None,
+        past_key_values: HybridCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_reduction: bool = False,
+        return_dict: bool | None = None,
+    ) -> HybridPruneOutput | tuple:
+        """Prefill, or decoding if ``past_key_values`` holds anything.
+
+        Args:
+            input_ids: int64 [B, L]; with caches only the new columns.
+            attention_mask: [B, L], 0 for padding; None: no padding.
+            pixel_values: [F, 3, height, width] from 0 to 255, the frames of all samples in order.
+            token_kinds: int [B, L] ``TokenKind`` values from the processor; columns it does not cover (generated ones)
+                are ANSWER. None: derived from the ids, see ``derive_token_kinds``.
+            past_key_values: caches of an earlier call.
+            labels: int64 [B, L] like ``input_ids``, shifted inside; -100: no loss.
+            use_cache: whether to return caches; default: ``config.use_cache`` unless training or given labels.
+            logits_to_keep: number of last columns, or their indices, whose logits are wanted; 0: all.
+            output_reduction: whether to return ``reduction_trace``.
+            return_dict: False returns a tuple.
+
+        Raises:
+            ValueError: frames do not fit the visual tokens, or padding on the right with caches.
+        """
+        if past_key_values is not None and past_key_values.get_seq_length():
+            if pixel_values is not None or labels is not None:
+                raise ValueError("pixel_values or labels together with filled caches: give them in the first call only")
+            output = self._decode(input_ids, attention_mask, past_key_values, logits_to_keep)
+            return output if return_dict is not False else output.to_tuple()
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None
+        batch = self._pack(input_ids, attention_mask, token_kinds)
+        cache = None
+        if use_cache:
+            if bool((batch.packed_index[:, -1] < 0).any()):
+                raise ValueError("a row is padded on the right: decoding goes on from the last column; pad on the left")
+            cache = past_key_values if past_key_values is not None else HybridCache()
+            cache.num_columns = input_ids.shape[1]
+        trace: list[TokenLayout] | None = [] if output_reduction else None
+        hidden = self._embed(batch, pixel_values)
+        hidden, layout = self.language_model.backbone.prefill(hidden, batch.layout, self._reduction, cache, trace)
+        logits, shown = self._column_logits(hidden, layout, batch.packed_index, logits_to_keep)
+        output = HybridPruneOutput(
+            loss=None if labels is None else _loss(logits, shown, labels),
+            logits=logits,
+            past_key_values=cache,
+            reduction_trace=None if trace is None else tuple(_kept_positions(layout) for layout in trace),
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _pack(self, input_ids: Tensor, attention_mask: Tensor | None, token_kinds: Tensor | None) -> _Batch:
+        """The real tokens of all rows one after another, and what they are."""
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        lengths = mask.sum(1).tolist()
+        if not min(lengths):
+            raise ValueError(f"row {lengths.index(0)} of the batch is all padding: every row needs a token")
+        if token_kinds is None:
+            kinds = derive_token_kinds(input_ids, mask, self.config)
+        else:
+            missing = input_ids.shape[1] - token_kinds.shape[1]
+            kinds = nn.functional.pad(token_kinds.cpu().to(torch.uint8), (0, missing), value=int(TokenKind.ANSWER))
+        frames = (kinds == int(TokenKind.FRAME)).to(input_ids.device)
+        image = self.config.image_token_id
+        if image is not None and not torch.equal(frames, (input_ids == image) & mask):
+            raise ValueError(
+                "token_kinds and input_ids differ: exactly the image tokens are FRAME; use the processor's"
+            )
+        packed_index = (torch.cumsum(mask.flatten(), 0).view_as(mask) - 1).masked_fill(~mask, -1)
+        layout = TokenLayout.from_kinds(kinds[mask.cpu()], lengths, input_ids.device)
+        return _Batch(input_ids[mask], layout, packed_index)
+
+    def _embed(self, batch: _Batch, pixel_values: Tensor | None) -> Tensor:
+        """[R, D]: embedded text with the projected frames at the visual positions."""
+        hidden = self.language_model.backbone.embeddings(batch.input_ids)
+        visual, shown = sum(batch.layout.visual_counts), 0 if pixel_values is None else len(pixel_values)
+        if self.config.vision is None:
+            if visual or shown:
+                raise ValueError(f"{shown} frames for a text-only model: leave pixel_values and image tokens out")
+            return hidden
+        if visual != shown * self.config.tokens_per_frame:
+            raise ValueError(
+                f"{shown} frames of {self.config.tokens_per_frame} tokens and {visual} image tokens: pixel_values and "
+                "input_ids must come from one call of the processor"
+            )
+        if pixel_values is None or not shown:
+            return hidden
+        learns = next(self.vision_model.parameters()).requires_grad
+        shuffle = self.config.vision["pixel_shuffle"]
+        embedded = encode_frames(self.vision_model, self.mlp1, pixel_values, shuffle, learns)
+        return hidden.index_copy(0, batch.layout.visual_index, embedded.flatten(0, 1).to(hidden.dtype))
+
+    def _column_logits(
+        self, hidden: Tensor, layout: TokenLayout, packed_index: Tensor, logits_to_keep: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, kept columns, vocabulary], NaN where no token is left, and bool [B, kept columns] where one is."""
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        rows = packed_index[:, keep]
+        where = torch.searchsorted(layout.origin, rows.contiguous()).clamp(max=len(layout.origin) - 1)
+        shown = layout.origin[where] == rows
+        values = self.language_model.logits(hidden[where[shown]])
+        logits = values.new_full((*rows.shape, values.shape[-1]), float("nan"))
+        return logits.masked_scatter(shown.unsqueeze(-1), values), shown
+
+    def _decode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: HybridCache, logits_to_keep: int | Tensor
+    ) -> HybridPruneOutput:
+        """More tokens after the caches, one column at a time."""
+        columns = input_ids.shape[1]
+        if columns > 1 and attention_mask is not None and not bool(attention_mask[:, -columns:].all()):
+            raise ValueError("new columns with padding after filled caches: give rows of one length, or start afresh")
+        if columns > 1 and bool((input_ids == self.config.image_token_id).any()):
+            raise ValueError("image tokens after filled caches: give all videos in the first call")
+        outputs = []
+        for column in input_ids.unbind(1):
+            embedded = self.language_model.backbone.embeddings(column)
+            outputs.append(self.language_model.backbone.step(embedded, cache))
+        cache.num_columns += columns
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.language_model.logits(torch.stack(outputs, 1)[:, keep])
+        return HybridPruneOutput(logits=logits, past_key_values=cache)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Generation starts without caches; prefill makes our own."""
+        return False
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeats samples for beams; the frames of a sample stay together, which repeating rows would not do."""
+        pixels = model_kwargs.pop("pixel_values", None)
+        if pixels is not None and input_ids is not None and expand_size > 1:
+            visual = (input_ids == self.config.image_token_id).sum(1) // self.config.tokens_per_frame
+            pixels = torch.cat([part for part in pixels.split(visual.tolist()) for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixels is not None:
+            model_kwargs["pixel_values"] = pixels
+        return input_ids, model_kwargs
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MambaMixer):
+            heads = torch.arange(1, module.A_log.shape[0] + 1, dtype=torch.float32)
+            init.copy_(module.A_log, torch.log(heads))
+            init.ones_(module.D)
+            init.zeros_(module.dt_bias)
+
+
+def _build_reduction(config: HybridPruneConfig) -> Reduction | None:
+    """None at a budget of 1, which is the model without reduction."""
+    if config.reduction is None or min(config.reduction["retention"]) == 1.0:
+        return None
+    settings = config.reduction
+    return Reduction(get_scorer(settings["scorer"]), tuple(settings["retention"]), settings["min_tokens"])
+
+
+def _kept_positions(layout: TokenLayout) -> tuple[Tensor, ...]:
+    """For every sample the positions of its visual tokens before any reduction."""
+    return layout.position[layout.visual_index].split(list(layout.visual_counts))
+
+
+def _loss(logits: Tensor, shown: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of the labels whose token in front is left."""
+    if logits.shape[1] != labels.shape[1]:
+        raise ValueError(
+            f"logits of {logits.shape[1]} columns and labels of {labels.shape[1]}: leave logits_to_keep out"
+        )
+    used = (labels[:, 1:] != -100) & shown[:, :-1]
+    return nn.functional.cross_entropy(logits[:, :-1][used].float(), labels[:, 1:][used])

@@ -1,0 +1,204 @@
+"""The export's processor: conversations and video files to the tokens and frames that training made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature, ProcessorMixin
+
+from hybridprune_megatron.data.prompt import (
+    DEFAULT_FRAME_TEXT,
+    TURN_TOKEN,
+    VIDEO_TOKEN,
+    EncodedPrompt,
+    PromptEncoder,
+    parse_chat,
+    read_conversation,
+    render_chat,
+)
+from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video
+from hybridprune_megatron.method.layout import TokenKind
+
+_ASSISTANT = f"{TURN_TOKEN}Assistant\n"
+
+
+class HybridPruneProcessor(ProcessorMixin):
+    """Renders conversations, samples videos and tokenizes both as in training.
+
+    Args:
+        tokenizer: knows the special tokens of the prompt format.
+        tokens_per_frame: visual tokens of a frame.
+        frame_size: side of a frame in pixels.
+        sampling: "uniform" or "fps"; "none" for a text-only model.
+        num_frames: frames of a video with "uniform".
+        fps: frames a second with "fps".
+        max_frames: most frames of a video with "fps".
+        frame_text: template in front of every frame.
+        conversation: which question scores visual tokens, as in training.
+        chat_template: unused; the format is fixed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        tokens_per_frame: int = 1,
+        frame_size: int = 512,
+        sampling: str = "uniform",
+        num_frames: int = 16,
+        fps: float = 2.0,
+        max_frames: int = 128,
+        frame_text: str = DEFAULT_FRAME_TEXT,
+        conversation: str = "first_question",
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.tokens_per_frame, self.frame_size, self.sampling = tokens_per_frame, frame_size, sampling
+        self.num_frames, self.fps, self.max_frames = num_frames, fps, max_frames
+        self.frame_text, self.conversation = frame_text, conversation
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token_id is None:
+            raise ValueError("the tokenizer has no padding token: set pad_token in tokenizer_config.json")
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What ``__call__`` returns."""
+        return ["input_ids", "attention_mask", "token_kinds", "pixel_values"]
+
+    def apply_chat_template(  # type: ignore[override]  # the format is fixed, so there is less to say than in the base
+        self,
+        conversation: Sequence[Any],
+        add_generation_prompt: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders conversations; ``<video>`` stands for a video.
+
+        Args:
+            conversation: messages with role and content (text, or parts of type "text" and "video"), or a list of
+                conversations.
+            add_generation_prompt: whether a last user message is followed by the assistant's marker.
+            tokenize: False returns text; True also reads the videos that the parts name (under "video",
+                "path" or "url").
+            return_dict: with ``tokenize``: whether to return all inputs instead of ``input_ids``.
+            kwargs: with ``tokenize``: passed to ``__call__``.
+        """
+        batched = bool(conversation) and not isinstance(conversation[0], dict)
+        conversations = list(conversation) if batched else [conversation]
+        texts = [render_chat(read_conversation(messages)) for messages in conversations]
+        if not add_generation_prompt and not tokenize:
+            texts = [text.removesuffix(_ASSISTANT) for text in texts]
+        if not tokenize:
+            return texts if batched else texts[0]
+        inputs = self(text=texts, videos=_named_videos(conversations), **kwargs)
+        return inputs if return_dict else inputs["input_ids"]
+
+    def __call__(  # type: ignore[override]  # takes the inputs that this model has
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
+        audios: Any = None,
+        padding: bool | str = True,
+        return_tensors: str | None = "pt",
+        **kwargs: Any,
+    ) -> BatchFeature:
+        """Tokenizes rendered conversations and decodes their videos.
+
+        Args:
+            images: must be empty.
+            text: one or several texts from ``apply_chat_template``.
+            videos: paths, bytes or ``DecodedVideo``, in the order of the ``<video>`` placeholders of all texts; lists
+                of lists are joined.
+            audio, audios: must be empty.
+            padding: False refuses texts of different lengths; else they are padded on the left.
+            return_tensors: only "pt".
+            kwargs: must be empty or None.
+
+        Returns:
+            input_ids, attention_mask, token_kinds: int64 [B, L]; pixel_values uint8 [F, 3, S, S] if there are videos.
+
+        Raises:
+            ValueError: inputs this model does not take, unreadable videos, or a text in another format.
+        """
+        for name, value in {"images": images, "audio": audio, "audios": audios, **kwargs}.items():
+            if value is not None and not (isinstance(value, list | tuple) and not value):
+                raise ValueError(f"{name}={value!r:.60}: this processor takes text and videos; leave {name} out")
+        if text is None or return_tensors not in (None, "pt"):
+            raise ValueError(f"text={text!r:.20}, return_tensors={return_tensors!r}: give text; only 'pt' is returned")
+        texts = [text] if isinstance(text, str) else list(text)
+        decoded = [self._decode(video) for video in _flat(videos)]
+        shown = sum(each.count(VIDEO_TOKEN) for each in texts)
+        if shown != len(decoded):
+            raise ValueError(
+                f"{shown} {VIDEO_TOKEN} in the text and {len(decoded)} videos: give one for each, in order"
+            )
+        waiting = iter(decoded)
+        encoder = PromptEncoder(self.tokenizer, self.tokens_per_frame, self.frame_text)
+        prompts = []
+        for each in texts:
+            times = [next(waiting).seconds for _ in range(each.count(VIDEO_TOKEN))]
+            prompts.append(encoder.encode_prompt(parse_chat(each), times, self.conversation))
+        features = self._pad(prompts, bool(padding))
+        if decoded:
+            features["pixel_values"] = torch.cat([video.frames for video in decoded])
+        return BatchFeature(features)
+
+    def _decode(self, video: Any) -> DecodedVideo:
+        if isinstance(video, DecodedVideo):
+            return video
+        if not isinstance(video, str | bytes | Path):
+            raise ValueError(
+                f"video of type {type(video).__name__}: give a path, the bytes of a file, or a DecodedVideo"
+            )
+        if self.sampling == "none":
+            raise ValueError("this model takes text only: leave videos out")
+        sampling = FrameSampling(self.sampling, self.num_frames, self.fps, self.max_frames)
+        return decode_video(video, sampling, self.frame_size)
+
+    def _pad(self, prompts: Sequence[EncodedPrompt], padding: bool) -> dict[str, Tensor]:
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        if not padding and min(lengths) != max(lengths):
+            raise ValueError(f"padding=False with texts of {min(lengths)} to {max(lengths)} tokens: set padding=True")
+        columns = max(lengths)
+        input_ids = torch.full((len(prompts), columns), self.tokenizer.pad_token_id)
+        attention_mask = torch.zeros_like(input_ids)
+        token_kinds = torch.full_like(input_ids, int(TokenKind.TEXT))
+        for row, (prompt, length) in enumerate(zip(prompts, lengths)):
+            input_ids[row, columns - length :] = torch.tensor(prompt.input_ids)
+            attention_mask[row, columns - length :] = 1
+            token_kinds[row, columns - length :] = torch.tensor(prompt.layout.kinds())
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "token_kinds": token_kinds}
+
+
+def _flat(videos: Any) -> list[Any]:
+    """Videos of all texts in one list."""
+    if videos is None:
+        return []
+    if isinstance(videos, list | tuple):
+        return [video for part in videos for video in _flat(part)]
+    return [videos]
+
+
+def _named_videos(conversations: Sequence[Sequence[dict[str, Any]]]) -> list[Any]:
+    """What the video parts of conversations name."""
+    parts = [
+        part
+        for messages in conversations
+        for message in messages
+        if isinstance(message["content"], list)
+        for part in message["content"]
+        if part["type"] == "video"
+    ]
+    found = []
+    for part in parts:
+        named = [part[key] for key in ("video", "path", "url") if part.get(key) is not None]
+        if not named:
+            raise ValueError(f"video part {part!r:.60} names no file: put its path under 'video'")
+        found.append(named[0])
+    return found

@@ -1,0 +1,223 @@
+"""Writes a training model as a Hugging Face folder that needs nothing of this project to run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig
+
+from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.data.prompt import (
+    END_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    SYSTEM_TOKEN,
+    TURN_TOKEN,
+    special_token_id,
+)
+from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
+from hybridprune_megatron.export.convert import NameMap
+from hybridprune_megatron.export.copy_code import copy_code
+from hybridprune_megatron.export.model_card import model_card
+from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
+
+# What a tokenizer folder may hold; anything else in it (weights, other configurations) stays behind.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_MODEL_CLASS = "modeling_hybridprune.HybridPruneForCausalLM"
+_PROCESSOR_CLASS = "processing_hybridprune.HybridPruneProcessor"
+_AUTO_MAP = {
+    "AutoConfig": "configuration_hybridprune.HybridPruneConfig",
+    "AutoModel": _MODEL_CLASS,
+    "AutoModelForCausalLM": _MODEL_CLASS,
+    "AutoProcessor": _PROCESSOR_CLASS,
+}
+
+
+def export_model(model: nn.Module, cfg: Config, out_dir: str | Path, max_shard_size: str = "5GB") -> Path:
+    """Writes weights, configuration, tokenizer, processor, code and model card.
+
+    The folder appears whole or not at all; one that is there already is replaced.
+
+    Args:
+        model: the unsplit training model (tensor and pipeline parallel 1).
+        cfg: its configuration; uses model, reduction and data (tokenizer, sampling, frame_text, conversation).
+        out_dir: where to write.
+        max_shard_size: largest weights file, e.g. "5GB".
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the model is split, its weights do not fit its configuration, or the tokenizer lacks a special token.
+    """
+    out_dir = Path(out_dir)
+    if cfg.parallel.model_parallel_size > 1:
+        raise ValueError(
+            f"the model is split over {cfg.parallel.model_parallel_size} processes: build it with parallel.tensor=1, "
+            "parallel.pipeline=1, parallel.context=1 and load its checkpoint (scripts/export_hf.py does)"
+        )
+    config = hf_config(cfg)
+    weights = hf_weights(model, cfg)
+    _check_against_model(weights, config)
+    with _whole_folder(out_dir) as folder:
+        _write_weights(folder, weights, max_shard_size)
+        config.dtype = weights["language_model.backbone.embeddings.weight"].dtype
+        config.save_pretrained(folder)
+        pad = _tokenizer(cfg).pad_token_id
+        end = special_token_id(_tokenizer(cfg), END_TOKEN)
+        GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False).save_pretrained(folder)
+        for name in _TOKENIZER_FILES:
+            if (Path(cfg.data.tokenizer) / name).is_file():
+                shutil.copyfile(Path(cfg.data.tokenizer) / name, folder / name)
+        _write_json(folder / "processor_config.json", processor_settings(cfg))
+        copy_code(folder)
+        (folder / "README.md").write_text(model_card(cfg), encoding="ascii")
+    return out_dir
+
+
+def hf_config(cfg: Config) -> HybridPruneConfig:
+    """The export's configuration of a run."""
+    model, tokenizer = cfg.model, _tokenizer(cfg)
+    vision = None
+    if model.vision is not None:
+        vision = asdict(model.vision)
+    special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
+    ids = {token: special_token_id(tokenizer, token) for token in (*special, IMAGE_TOKEN)}
+    if max(ids.values()) >= model.vocab_size:
+        raise ValueError(
+            f"model.vocab_size={model.vocab_size}: data.tokenizer={cfg.data.tokenizer} has the special token id "
+            f"{max(ids.values())}; use the tokenizer the model was trained with"
+        )
+    config = HybridPruneConfig(
+        hybrid_override_pattern=model.hybrid_pattern.replace("|", ""),
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_query_groups,
+        head_dim=model.kv_channels,
+        mamba_num_heads=model.mamba_num_heads,
+        mamba_head_dim=model.mamba_head_dim,
+        ssm_state_size=model.mamba_state_dim,
+        n_groups=model.mamba_num_groups,
+        chunk_size=model.mamba_chunk_size,
+        layer_norm_epsilon=model.norm_epsilon,
+        max_position_embeddings=model.max_sequence_length,
+        initializer_range=model.init_std,
+        vision=vision,
+        reduction=asdict(cfg.reduction),
+        image_token_id=ids[IMAGE_TOKEN],
+        image_start_token_id=ids[IMAGE_START_TOKEN],
+        image_end_token_id=ids[IMAGE_END_TOKEN],
+        turn_token_id=ids[TURN_TOKEN],
+        special_token_ids=sorted(ids.values()),
+        tie_word_embeddings=model.tie_embeddings,
+        eos_token_id=ids[END_TOKEN],
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=["HybridPruneForCausalLM"],
+    )
+    config.auto_map = dict(_AUTO_MAP)
+    return config
+
+
+def hf_weights(model: nn.Module, cfg: Config) -> dict[str, Tensor]:
+    """The training model's weights under the export's names, on the CPU.
+
+    Raises:
+        ValueError: listing names that do not fit the configuration.
+    """
+    names = NameMap(
+        cfg.model.hybrid_pattern, cfg.model.num_query_groups, cfg.model.kv_channels, cfg.model.tie_embeddings
+    )
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    return {name: value.detach().cpu().contiguous() for name, value in names.to_hf(state).items()}
+
+
+def processor_settings(cfg: Config) -> dict[str, Any]:
+    """``processor_config.json`` of a run: how its data was made."""
+    data, vision = cfg.data, cfg.model.vision
+    return {
+        "processor_class": "HybridPruneProcessor",
+        "auto_map": {"AutoProcessor": _PROCESSOR_CLASS},
+        "tokens_per_frame": vision.tokens_per_frame if vision is not None else 1,
+        "frame_size": vision.frame_size if vision is not None else 1,
+        "sampling": data.sampling if vision is not None else "none",
+        "num_frames": data.num_frames,
+        "fps": data.fps,
+        "max_frames": data.max_frames,
+        "frame_text": data.frame_text,
+        "conversation": data.conversation,
+    }
+
+
+def _tokenizer(cfg: Config) -> Any:
+    return AutoTokenizer.from_pretrained(cfg.data.tokenizer, local_files_only=True)
+
+
+def _check_against_model(weights: Mapping[str, Tensor], config: HybridPruneConfig) -> None:
+    """Names and shapes are those that the exported code will ask for."""
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in HybridPruneForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("language_model.lm_head.weight", None)
+    wrong = sorted(name for name, value in weights.items() if expected.get(name) != value.shape)
+    missing = sorted(set(expected) - set(weights))
+    if wrong or missing:
+        raise ValueError(
+            f"weights do not fit the configuration: unknown or misshaped {wrong or 'none'}, missing {missing or 'none'}"
+        )
+
+
+def _write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str) -> None:
+    split = split_torch_state_dict_into_shards(
+        weights, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for filename, names in split.filename_to_tensors.items():
+        save_file({name: weights[name] for name in names}, folder / filename, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside the target that takes its place at the end; nothing is left of it after an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch
+        # mkdtemp makes folders that only their owner can read.
+        scratch.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            target.rename(old / "old")
+            scratch.rename(target)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

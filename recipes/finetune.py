@@ -1,20 +1,62 @@
-"""Finetunes a hybrid video language model under token reduction; ``--help`` lists what can be set."""
+"""Finetunes a hybrid video language model under token reduction; ``--help`` lists what can be set.
+
+    python recipes/finetune.py experiment=demo reduction.budget=0.35 trainer.max_steps=50
+    torchrun --nproc_per_node 2 recipes/finetune.py experiment=demo parallel=tp2
+
+The same command again goes on from the newest complete checkpoint in ``<output_dir>/checkpoints``.
+"""
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 
-from hybridprune_megatron.config import parse_command_line
+from hybridprune_megatron.config import Config, parse_command_line
+from hybridprune_megatron.engine.launch import Launch, launch_overrides, read_launch
+
+
+def finetune(cfg: Config, launch: Launch) -> None:
+    """Trains as configured, from the start or from the newest checkpoint."""
+    from hybridprune_megatron.data.task_encoder import build_train_loader
+    from hybridprune_megatron.engine import ensure_device_backend
+
+    ensure_device_backend()
+    from hybridprune_megatron.engine.module import HybridPruneModule
+    from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
+    from hybridprune_megatron.models.build import build_model
+
+    module = HybridPruneModule(cfg, partial(build_model, cfg), partial(build_train_loader, cfg))
+    trainer = build_trainer(cfg, launch)
+    start_experiment(trainer, cfg)
+    trainer.fit(module)
 
 
 def main() -> None:
     """Checks the configuration, and only then loads what is slow to import."""
+    launch = read_launch()
+    sys.argv += launch_overrides(launch, sys.argv[1:])
     parse_command_line(sys.argv[1:])
-    from hybridprune_megatron import engine
 
-    # The engine's owner puts the run here; until then nothing may look as if it had trained.
-    sys.exit(f"nothing was trained: {engine.__name__} is not called from this recipe yet")
+    from nemo.core.config import hydra_runner
+    from omegaconf import DictConfig, OmegaConf
+
+    from hybridprune_megatron.config.compose import CONF_DIR, register_schema
+    from hybridprune_megatron.engine.parallel import shut_down
+
+    register_schema()
+
+    @hydra_runner(config_path=str(CONF_DIR), config_name="config")
+    def run(composed: DictConfig) -> None:
+        cfg = OmegaConf.to_object(composed)
+        assert isinstance(cfg, Config), type(cfg)
+        finetune(cfg, launch)
+
+    try:
+        run()
+    finally:
+        shut_down()
 
 
+# Megatron's checkpoint writer and the data workers start processes that import this file.
 if __name__ == "__main__":
     main()

@@ -54,8 +54,8 @@ def _worker(rank: int, size: int, store: str, fn: Callable[..., Any], args: tupl
 def run_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
     """Calls ``fn(*args)`` on every rank of a fresh world and returns the results by rank.
 
-    ``fn`` is a module-level function; torch.distributed runs already when it is called, megatron's groups do not
-    (``init_model_parallel``). Arguments and results are pickled.
+    ``fn`` is a module-level function; torch.distributed runs already when it is called, megatron's groups do
+    not (``init_model_parallel``). Arguments and results are pickled.
 
     Args:
         size: number of processes.
@@ -64,7 +64,8 @@ def run_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 18
         timeout: seconds for the whole world.
 
     Raises:
-        AssertionError: with the traceback of the first rank that failed, or if the world did not finish in time.
+        AssertionError: with the traceback of the first rank that failed, or if the world did not finish in
+            time.
     """
     context = _start_context()
     with tempfile.TemporaryDirectory(prefix="world-") as folder:
@@ -96,7 +97,9 @@ def _collect(ends: list[Connection], timeout: float) -> list[Any]:
         waiting = [end for rank, end in enumerate(ends) if rank not in results]
         ready = multiprocessing.connection.wait(waiting, max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise AssertionError(f"ranks {[r for r in range(len(ends)) if r not in results]} did not finish in {timeout} s")
+            raise AssertionError(
+                f"ranks {[r for r in range(len(ends)) if r not in results]} did not finish in {timeout} s"
+            )
         for end in ready:
             rank = ends.index(end)  # type: ignore[arg-type]  # wait() returns what it was given
             try:

@@ -5,7 +5,8 @@ Nothing heavy is imported here, so that a configuration error shows before torch
 
 
 def ensure_device_backend() -> str:
-    """Makes megatron usable on this machine and names its backend. The one place where the CPU adapter is activated.
+    """Makes megatron usable on this machine and names its backend. The one place where the CPU adapter is
+    activated.
 
     Call it before megatron builds anything. Calling it again does nothing.
 

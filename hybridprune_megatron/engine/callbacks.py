@@ -1,8 +1,9 @@
 """Lightning callbacks of a run: atomic checkpoints and a progress bar.
 
-Why not NeMo's checkpoint callback (``exp_manager.create_checkpoint_callback`` is false): it writes in place and marks a
-checkpoint as unfinished by a file beside it; killed while it writes the only "-last" checkpoint, it refuses to resume and asks for the
-folder to be removed by hand. Ours are renamed into place when complete, and the newest complete one is found by its name.
+Why not NeMo's checkpoint callback (``exp_manager.create_checkpoint_callback`` is false): it writes in place
+and marks a checkpoint as unfinished by a file beside it; killed while it writes the only "-last" checkpoint,
+it refuses to resume and asks for the folder to be removed by hand. Ours are renamed into place when complete,
+and the newest complete one is found by its name.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class StepCheckpoint(Checkpoint):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Saves the step before this one.
 
-        Not in on_train_batch_end: there Lightning has counted the optimizer step but not yet the batch, and a resumed run would
-        start with its counters one apart.
+        Not in on_train_batch_end: there Lightning has counted the optimizer step but not yet the batch, and a
+        resumed run would start with its counters one apart.
         """
         if trainer.global_step % self._every == 0:
             self.save(trainer)
@@ -57,7 +58,8 @@ class StepCheckpoint(Checkpoint):
             self._saved_at = trainer.global_step
             trainer.save_checkpoint(self._directory / checkpoint_name(trainer.global_step))
 
-    # NeMo's StatelessTimer (exp_manager.max_time_per_run) saves through these two names of Lightning's own callback.
+    # NeMo's StatelessTimer (exp_manager.max_time_per_run) saves through these two names of Lightning's own
+    # callback.
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Any]:
         return {}
@@ -93,11 +95,14 @@ class StepProgressBar(ProgressBar):
             dynamic_ncols=True,
         )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Moves the bar one step."""
         if self._bar is None:
             return
-        # Not trainer.progress_bar_metrics: those are of the step before, Lightning updates them behind this hook.
+        # Not trainer.progress_bar_metrics: those are of the step before, Lightning updates them behind this
+        # hook.
         assert isinstance(pl_module, HybridPruneModule), type(pl_module)
         forms = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f"}
         shown = {name: format(value, forms[name]) for name, value in pl_module.shown.items()}

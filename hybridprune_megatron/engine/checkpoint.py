@@ -2,15 +2,17 @@
 
 Layout of ``<output_dir>/checkpoints``::
 
-    step_00000050/              a complete checkpoint: megatron's shards, its metadata.json, and run.json (readable without torch)
-    step_00000100.incomplete/   being written, or what a killed run left; never loaded, removed at the next start
+    step_00000050/              a complete checkpoint: megatron's shards, its metadata.json, and run.json
+    (readable without torch) step_00000100.incomplete/   being written, or what a killed run left; never
+    loaded, removed at the next start
 
-All ranks write into the ``.incomplete`` folder; behind a barrier rank 0 syncs it to disk and renames it, which is one step for
-the file system.
+All ranks write into the ``.incomplete`` folder; behind a barrier rank 0 syncs it to disk and renames it,
+which is one step for the file system.
 
-What is stored how (megatron-core 0.19.2): tensors as raw shards; everything else is ``torch.save``d bytes. The common part is
-read back with ``weights_only``, but per-rank objects and the ``.metadata`` index go through pickle. So resuming trusts the run's
-own folder, and :mod:`hybridprune_megatron.engine.weights`, which reads other people's weights, takes tensors only.
+What is stored how (megatron-core 0.19.2): tensors as raw shards; everything else is ``torch.save``d bytes.
+The common part is read back with ``weights_only``, but per-rank objects and the ``.metadata`` index go
+through pickle. So resuming trusts the run's own folder, and :mod:`hybridprune_megatron.engine.weights`, which
+reads other people's weights, takes tensors only.
 """
 
 from __future__ import annotations
@@ -35,9 +37,13 @@ from hybridprune_megatron.engine.optimization import TrainState, allocate_state,
 RUN_FILE = "run.json"
 _INCOMPLETE = ".incomplete"
 _NAME = re.compile(r"step_(\d+)")
-# dp_reshardable: every replica writes its own part of the optimizer, nothing is gathered. A resumed run has the same tensor and
-# pipeline sizes; weights alone load into any (see weights.py).
-_FORMAT = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True, "singleton_local_shards": False}
+# dp_reshardable: every replica writes its own part of the optimizer, nothing is gathered. A resumed run has
+# the same tensor and pipeline sizes; weights alone load into any (see weights.py).
+_FORMAT = {
+    "distrib_optim_sharding_type": "dp_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
 
 
 def checkpoint_name(step: int) -> str:
@@ -61,7 +67,8 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints in a folder, oldest first; empty if the folder does not exist."""
     if not directory.is_dir():
         return []
-    # The name alone says complete; the files are asked for too, for folders that something else has thinned out.
+    # The name alone says complete; the files are asked for too, for folders that something else has thinned
+    # out.
     found = [
         path
         for path in directory.iterdir()
@@ -217,19 +224,21 @@ def load_checkpoint(path: Path, state: TrainState) -> dict[str, Any]:
         state: freshly built; overwritten.
 
     Returns:
-        {"step", "trainer": the ``common`` values that were saved, "loader": this rank's loader state, "rng": for
-        :func:`restore_rng_state`}.
+        {"step", "trainer": the ``common`` values that were saved, "loader": this rank's loader state, "rng":
+        for :func:`restore_rng_state`}.
 
     Raises:
         ValueError: if the folder is not a complete checkpoint, or the number of processes changed.
     """
     if path not in complete_checkpoints(path.parent):
-        raise ValueError(f"{path} is not a complete checkpoint; delete it, or name a folder step_<number> with {RUN_FILE}")
+        raise ValueError(
+            f"{path} is not a complete checkpoint; delete it, or name a folder step_<number> with {RUN_FILE}"
+        )
     saved = read_run_file(path).get("world_size", dist.get_world_size())
     if saved != dist.get_world_size():
         raise ValueError(
-            f"{path} was written by {saved} processes and this job has {dist.get_world_size()}: resume with {saved}, or start "
-            f"a new run from its weights with model.init_checkpoint={path} and another output_dir"
+            f"{path} was written by {saved} processes, this job has {dist.get_world_size()}: resume with {saved}, or "
+            f"start a new run from its weights with model.init_checkpoint={path} and another output_dir"
         )
     # fp32 parameters are the optimizer's own tensors: copying into them must not be recorded.
     with torch.no_grad():

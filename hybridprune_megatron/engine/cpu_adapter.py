@@ -1,12 +1,13 @@
 """Runs megatron-core on a machine without CUDA, over gloo.
 
-Why this exists: megatron-core 0.19 is written for GPUs. It asks ``torch.cuda`` for the current device, for streams, events and
-generator states, writes ``device="cuda"`` into factory calls, and recognises parameter dtypes by the name of their CUDA tensor
-type. None of its arithmetic needs a GPU. This module answers those questions with the CPU, so that the real process groups, DDP,
-distributed optimizer, schedules and checkpoints run (and are tested) anywhere. It changes no megatron algorithm.
+Why this exists: megatron-core 0.19 is written for GPUs. It asks ``torch.cuda`` for the current device, for
+streams, events and generator states, writes ``device="cuda"`` into factory calls, and recognises parameter
+dtypes by the name of their CUDA tensor type. None of its arithmetic needs a GPU. This module answers those
+questions with the CPU, so that the real process groups, DDP, distributed optimizer, schedules and checkpoints
+run (and are tested) anywhere. It changes no megatron algorithm.
 
-It is the only place in the project that patches anything. :func:`activate` refuses to run where CUDA exists, and is called by
-:func:`hybridprune_megatron.engine.ensure_device_backend` alone.
+It is the only place in the project that patches anything. :func:`activate` refuses to run where CUDA exists,
+and is called by :func:`hybridprune_megatron.engine.ensure_device_backend` alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _active_mode: _CudaNamesMeanCpu | None = None
 
 
 class _NullStream:
-    """Stands for a CUDA stream or event: work on a CPU is finished when the call returns, so there is nothing to order."""
+    """Stands for a CUDA stream or event: work on a CPU is done when the call returns, there is nothing to order."""
 
     cuda_stream = 0
     device = _CPU
@@ -69,7 +70,7 @@ def _is_cuda(device: object) -> bool:
 
 
 class _CudaNamesMeanCpu(TorchFunctionMode):
-    """Rewrites a CUDA device in any torch call to the CPU, and answers ``Tensor.type()`` as the optimizers expect it."""
+    """Rewrites a CUDA device in any torch call to the CPU; answers ``Tensor.type()`` as the optimizers expect it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs:
@@ -114,7 +115,7 @@ def _null_context() -> Callable[..., Any]:
 
 
 def _returns(value: Any) -> Callable[..., Any]:
-    """A new function each time: torch.compile keeps a table of torch's functions and refuses one object under two names."""
+    """A new function each time: torch.compile's table of torch's functions refuses one object under two names."""
 
     def function(*_: Any, **__: Any) -> Any:
         return value
@@ -161,7 +162,7 @@ def _patch_torch_cuda() -> None:
 
 
 def _stay_eager() -> None:
-    """Megatron compiles small functions with torch.compile; on a CPU that needs a C++ compiler and takes longer than it saves."""
+    """Without torch.compile, which on a CPU needs a C++ compiler and takes longer than megatron's uses save."""
     from megatron.core import jit
 
     jit.disable_jit_fuser()
@@ -187,12 +188,13 @@ def activate() -> None:
     global _active_mode
     if torch.cuda.is_available():
         raise RuntimeError(
-            "the CPU adapter was asked for on a machine with a CUDA device; it only runs where torch.cuda.is_available() is "
-            "False (set CUDA_VISIBLE_DEVICES= to train on the CPU of this machine)"
+            "the CPU adapter was asked for on a machine with a CUDA device; it needs torch.cuda.is_available() False "
+            "(set CUDA_VISIBLE_DEVICES= to train on the CPU of this machine)"
         )
     if _active_mode is not None:
         return
-    # Megatron first: its import loads torch._dynamo, which registers torch.cuda's functions and must see the real ones.
+    # Megatron first: its import loads torch._dynamo, which registers torch.cuda's functions and must see the
+    # real ones.
     _patch_megatron()
     _patch_torch_cuda()
     mode = _CudaNamesMeanCpu()

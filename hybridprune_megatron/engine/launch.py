@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands in the job. Ranks count from 0; ``main_port`` 0 means that no port is needed (one process)."""
+    """Where this process stands in the job. Ranks count from 0; ``main_port`` 0: no port is needed (one process)."""
 
     rank: int = 0
     world_size: int = 1
@@ -42,7 +42,8 @@ def _env_int(name: str) -> int:
 
 
 def read_launch() -> Launch:
-    """Reads what the launcher (torchrun or srun) left in the environment; a single process when there is none.
+    """Reads what the launcher (torchrun or srun) left in the environment; a single process when there is
+    none.
 
     Raises:
         ValueError: if a variable is not a number or torchrun's variables are incomplete.
@@ -50,7 +51,9 @@ def read_launch() -> Launch:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
-            raise ValueError(f"RANK and WORLD_SIZE are set but {', '.join(missing)} is not; start the job with torchrun")
+            raise ValueError(
+                f"RANK and WORLD_SIZE are set but {', '.join(missing)} is not; start the job with torchrun"
+            )
         world_size = _env_int("WORLD_SIZE")
         local = _env_int("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else world_size
         return Launch(
@@ -62,7 +65,8 @@ def read_launch() -> Launch:
             _env_int("MASTER_PORT"),
             "torchrun",
         )
-    # SLURM_STEP_ID alone is also set in an interactive allocation's shell; a task of srun has a local id and a process id too.
+    # SLURM_STEP_ID alone is also set in an interactive allocation's shell; a task of srun has a local id and
+    # a process id too.
     if "SLURM_PROCID" in os.environ and "SLURM_LOCALID" in os.environ and _env_int("SLURM_NTASKS") > 1:
         return Launch(
             _env_int("SLURM_PROCID"),
@@ -86,8 +90,8 @@ def check_launch(launch: Launch, num_nodes: int, devices: int) -> None:
     wanted = num_nodes * devices
     if wanted != launch.world_size:
         raise ValueError(
-            f"trainer.num_nodes x trainer.devices = {num_nodes} x {devices} processes, but {launch.world_size} were started; "
-            f"start them with `torchrun --nnodes {num_nodes} --nproc_per_node {devices} recipes/finetune.py ...` or srun"
+            f"trainer.num_nodes x trainer.devices = {num_nodes} x {devices} processes, {launch.world_size} were started; "
+            f"run `torchrun --nnodes {num_nodes} --nproc_per_node {devices} recipes/finetune.py ...` or use srun"
         )
 
 
@@ -99,7 +103,8 @@ def first_host(node_list: str) -> str:
 
 
 def launch_overrides(launch: Launch, overrides: list[str]) -> list[str]:
-    """Hydra overrides that make trainer.num_nodes and trainer.devices what the launcher started, where not given by hand.
+    """Hydra overrides that make trainer.num_nodes and trainer.devices what the launcher started, where not
+    given by hand.
 
     So that ``torchrun --nproc_per_node 2 recipes/finetune.py parallel.tensor=2`` says everything once.
     """

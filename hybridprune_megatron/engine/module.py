@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class TrainLoader(Protocol):
     """Endless packed batches of one data-parallel rank, in an order that can be saved.
 
-    A state is plain values (str, numbers, lists, dicts, tensors) and describes what comes behind the last batch handed out.
+    A state is plain values (str, numbers, lists, dicts, tensors) and describes what comes behind the last
+    batch handed out.
     """
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -50,12 +51,15 @@ LoaderFactory = Callable[[int, int], TrainLoader]
 
 
 class HybridPruneModule(LightningModule):
-    """Ties a model and its data to Lightning. The optimizer is megatron's, so Lightning's own optimization is off.
+    """Ties a model and its data to Lightning. The optimizer is megatron's, so Lightning's own optimization is
+    off.
 
-    The strategy builds and owns the processes; see :class:`~hybridprune_megatron.engine.strategy.MegatronStrategy`.
+    The strategy builds and owns the processes; see
+    :class:`~hybridprune_megatron.engine.strategy.MegatronStrategy`.
 
     Attributes:
-        cfg: the run's configuration (``trainer``, ``optim``, ``parallel``, ``model.init_checkpoint`` are read).
+        cfg: the run's configuration (``trainer``, ``optim``, ``parallel``, ``model.init_checkpoint`` are
+            read).
         state: model, optimizer and schedule once the strategy has set up; for evaluation after the run too.
         loader: this rank's loader once training starts.
         consumed_samples: packed sequences consumed by the whole job.
@@ -65,7 +69,11 @@ class HybridPruneModule(LightningModule):
     state: TrainState
 
     def __init__(
-        self, cfg: Config, model_factory: ModelFactory, loader_factory: LoaderFactory, log_path: Path | None = None
+        self,
+        cfg: Config,
+        model_factory: ModelFactory,
+        loader_factory: LoaderFactory,
+        log_path: Path | None = None,
     ) -> None:
         """Nothing is built yet.
 
@@ -89,9 +97,7 @@ class HybridPruneModule(LightningModule):
 
     def build(self, device: torch.device) -> None:
         """Builds and wraps the model; called by the strategy when megatron's groups exist."""
-        module = self._model_factory(
-            parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
-        )
+        module = self._model_factory(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
         if self.cfg.model.init_checkpoint:
             load_initial_weights(module, self.cfg.model.init_checkpoint)
         self.state = build_train_state(module, self.cfg.optim, self.cfg.trainer, self.cfg.parallel, device)
@@ -135,7 +141,8 @@ class HybridPruneModule(LightningModule):
         # Lightning yields (batch, index, loader index).
         batches = (item[0] for item in dataloader_iter)
         result = train_step(self.state, batches, self._num_microbatches, self.cfg.data.sequence_length, step)
-        # Lightning counts steps by its own optimizers, of which there are none; the count ends the run and names checkpoints.
+        # Lightning counts steps by its own optimizers, of which there are none; the count ends the run and
+        # names checkpoints.
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         progress.increment_ready()
         progress.increment_completed()
@@ -144,12 +151,15 @@ class HybridPruneModule(LightningModule):
         return torch.tensor(result.loss)
 
     def _record(self, step: int, result: StepResult, seconds: float) -> None:
-        """Writes the step to the run's log, the loggers and the progress bar; ``seconds`` counts data and compute, not saving."""
+        """Writes the step to log, loggers and progress bar; ``seconds`` counts data and compute, not saving."""
         if self._log is not None:
-            row = {"step": step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
+            row: dict[str, Any] = {"step": step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
             row |= {"tokens": result.tokens, "loss_tokens": result.loss_tokens}
             row |= {"seconds": round(seconds, 4), "samples": result.samples}
             self._log.append(row)
         # batch_size is given because Lightning cannot see it behind an iterator.
         self.shown = {"loss": result.loss, "lr": result.lr, "tokens/s": result.tokens / seconds}
-        self.log_dict({**self.shown, "grad_norm": result.grad_norm, "loss_tokens": float(result.loss_tokens)}, batch_size=1)
+        self.log_dict(
+            {**self.shown, "grad_norm": result.grad_norm, "loss_tokens": float(result.loss_tokens)},
+            batch_size=1,
+        )

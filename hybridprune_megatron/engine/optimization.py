@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -19,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainState:
-    """What a training step changes. A plain holder: Lightning must not find a module in it and move or convert it.
+    """What a training step changes. A plain holder: Lightning must not find a module in it and move or
+    convert it.
 
     Attributes:
         module: the bare model, as its factory built it (bf16 parameters if the run is bf16).
@@ -40,13 +45,15 @@ def wrap_model(
     """Moves a model to its device and precision and wraps it in megatron's DDP.
 
     Args:
-        module: with a transformer config as ``module.config``; frozen parameters have ``requires_grad`` off already.
+        module: with a transformer config as ``module.config``; frozen parameters have ``requires_grad`` off
+            already.
         trainer: ``precision`` is read.
         parallel: ``distributed_optimizer`` and the overlap switches are read.
         device: this process's device.
 
     Returns:
-        The wrapped model. Gradients are sums over tokens: the step divides them by the number of loss tokens of the whole job.
+        The wrapped model. Gradients are sums over tokens: the step divides them by the number of loss tokens
+        of the whole job.
 
     Raises:
         ValueError: if nothing in the model is trainable.
@@ -54,7 +61,8 @@ def wrap_model(
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError("no parameter is trainable: set one of model.trainable.vision/projector/language to true")
     config = module.config
-    # Read by DDP (no scaling by the group's size), the schedule (no scaling by micro batches) and finalize_model_grads.
+    # Read by DDP (no scaling by the group's size), the schedule (no scaling by micro batches) and
+    # finalize_model_grads.
     config.calculate_per_token_loss = True
     module = module.to(device)
     if trainer.precision == "bf16":
@@ -67,7 +75,8 @@ def wrap_model(
         average_in_collective=False,
     )
     ddp = DistributedDataParallel(config, ddp_config, module)
-    # Same seed, same weights on every replica; this makes it true also for weights that a rank loaded by itself.
+    # Same seed, same weights on every replica; this makes it true also for weights that a rank loaded by
+    # itself.
     ddp.broadcast_params()
     return ddp
 
@@ -75,7 +84,7 @@ def wrap_model(
 def build_optimizer(
     ddp: DistributedDataParallel, optim: OptimConfig, trainer: TrainerConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:
-    """Adam with decoupled weight decay; its state is split over replicas if ``parallel.distributed_optimizer`` is on."""
+    """Adam with decoupled weight decay; ``parallel.distributed_optimizer`` splits its state over replicas."""
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -109,7 +118,8 @@ def build_scheduler(
         lr_warmup_steps=warmup_steps,
         lr_decay_steps=decay_steps,
         lr_decay_style=optim.decay_style,
-        # The scheduler overwrites the optimizer's weight decay at every step, so it is told the same constant.
+        # The scheduler overwrites the optimizer's weight decay at every step, so it is told the same
+        # constant.
         start_wd=optim.weight_decay,
         end_wd=optim.weight_decay,
         wd_incr_steps=decay_steps,
@@ -130,8 +140,8 @@ def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer
 def allocate_state(optimizer: MegatronOptimizer) -> None:
     """Gives an optimizer that has not stepped yet its (zero) state.
 
-    Megatron's distributed optimizer reads the step count of torch's Adam from its state, and fails where there is none: on loading a
-    checkpoint, and on saving one before the first step.
+    Megatron's distributed optimizer reads the step count of torch's Adam from its state, and fails where
+    there is none: on loading a checkpoint, and on saving one before the first step.
     """
     for adam in _torch_adams(optimizer):
         for group in adam.param_groups:
@@ -147,8 +157,9 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
 def restore_steps(optimizer: MegatronOptimizer) -> None:
     """Puts back every parameter's step count after loading.
 
-    Megatron's distributed optimizer stores the count of torch's Adam with the parameter groups, but on loading overwrites it by the
-    count before loading (it treats the state's own "step" as not persistent). Adam's bias correction would start anew.
+    Megatron's distributed optimizer stores the count of torch's Adam with the parameter groups, but on
+    loading overwrites it by the count before loading (it treats the state's own "step" as not persistent).
+    Adam's bias correction would start anew.
     """
     for adam in _torch_adams(optimizer):
         for group in adam.param_groups:

@@ -99,7 +99,8 @@ def init_distributed(launch: Launch, timeout_minutes: float = 30.0, init_method:
 
 
 def init_model_parallel(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0) -> None:
-    """Builds megatron's groups and seeds every generator (python, numpy, torch, megatron's tracker). Idempotent in the groups.
+    """Builds megatron's groups and seeds every generator (python, numpy, torch, megatron's tracker).
+    Idempotent in the groups.
 
     Args:
         tensor: processes that split each layer's weights.
@@ -113,8 +114,9 @@ def init_model_parallel(tensor: int = 1, pipeline: int = 1, context: int = 1, se
     world_size = dist.get_world_size()
     if world_size % (tensor * pipeline * context):
         raise ValueError(
-            f"parallel.tensor x parallel.pipeline x parallel.context = {tensor} x {pipeline} x {context} does not divide the "
-            f"{world_size} processes of this job; change parallel.* or start a multiple of {tensor * pipeline * context}"
+            f"parallel.tensor x parallel.pipeline x parallel.context = {tensor} x {pipeline} x {context} does not "
+            f"divide the {world_size} processes of this job; change parallel.* or start a multiple of "
+            f"{tensor * pipeline * context}"
         )
     if not 0 <= seed < _MAX_SEED:
         raise ValueError(f"trainer.seed={seed} must be from 0 to {_MAX_SEED - 1}")
@@ -123,7 +125,8 @@ def init_model_parallel(tensor: int = 1, pipeline: int = 1, context: int = 1, se
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             context_parallel_size=context,
-            # Megatron wants a second, gloo set of groups beside nccl only for a gathering optimizer format that is not used here.
+            # Megatron wants a second, gloo set of groups beside nccl only for a gathering optimizer format
+            # that is not used here.
             create_gloo_process_groups=False,
         )
     # Stages draw different weights, replicas of a stage the same ones.

@@ -1,4 +1,4 @@
-"""The Lightning strategy over megatron-core: Lightning keeps loops, loggers and callbacks, megatron does everything else."""
+"""The Lightning strategy over megatron-core: Lightning keeps loops, loggers and callbacks, megatron does the rest."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from hybridprune_megatron.engine.parallel import LaunchedEnvironment, init_distr
 class MegatronStrategy(DDPStrategy):
     """Process groups, model, optimizer and checkpoints of a run.
 
-    A DDPStrategy by inheritance because Lightning and NeMo's exp_manager ask for one where there are several processes; none of
-    torch's DDP is used. Checkpoints are folders in which every rank writes its part (see ``engine.checkpoint``); Lightning's own
-    loop counters travel in their common part.
+    A DDPStrategy by inheritance because Lightning and NeMo's exp_manager ask for one where there are several
+    processes; none of torch's DDP is used. Checkpoints are folders in which every rank writes its part (see
+    ``engine.checkpoint``); Lightning's own loop counters travel in their common part.
     """
 
     def __init__(self, launch: Launch, keep_last: int = 2) -> None:
@@ -85,7 +85,7 @@ class MegatronStrategy(DDPStrategy):
         self._module().build(self._device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Writes one distributed checkpoint; ``filepath`` is its final folder. Reached through ``trainer.save_checkpoint``."""
+        """Writes a distributed checkpoint; ``filepath`` is its final folder. Called by ``trainer.save_checkpoint``."""
         module = self._module()
         assert module.loader is not None, "a checkpoint before training has no loader state"
         common = {name: checkpoint[name] for name in ("pytorch-lightning_version", "epoch", "global_step", "loops")}
@@ -132,7 +132,7 @@ class MegatronStrategy(DDPStrategy):
             dist.barrier()
 
     def teardown(self) -> None:
-        """Leaves model and groups alone: evaluation and export follow in the same process (see ``parallel.shut_down``)."""
+        """Leaves model and groups alone: evaluation may follow in this process (see ``parallel.shut_down``)."""
         assert self.accelerator is not None
         self.accelerator.teardown()
 
@@ -149,7 +149,9 @@ def plain(value: Any, where: str) -> Any:
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise ValueError(f"{where} is a {type(value).__name__}; a checkpoint holds plain values and tensors only, store it as those")
+    raise ValueError(
+        f"{where} is a {type(value).__name__}; a checkpoint holds plain values and tensors only, store it as those"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -51,5 +51,7 @@ def read_train_log(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
-                raise ValueError(f"{path} line {number} is not JSON: {line[:60]!r}; delete the line or the file") from None
+                raise ValueError(
+                    f"{path} line {number} is not JSON: {line[:60]!r}; delete the line or the file"
+                ) from None
     return rows

@@ -1,6 +1,7 @@
 """One optimizer step, and one evaluation pass, through megatron's pipeline schedules.
 
-The loss is the mean over every loss token of the job: micro batches, replicas and samples of any length weigh by their tokens.
+The loss is the mean over every loss token of the job: micro batches, replicas and samples of any length weigh
+by their tokens.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class _Recorder:
 
 
 def _loss(num_tokens: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The schedule's loss function: the sum of ``output`` (float32 [L'], masked), its token count, and the sum for the log."""
+    """The schedule's loss function: sum of ``output`` (float32 [L'], masked), its token count, both for the log."""
     total = output.float().sum()
     tokens = torch.tensor(num_tokens, dtype=torch.int, device=output.device)
     # A clone, not a detach: the schedule scales the returned loss in place.
@@ -80,7 +81,11 @@ def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tup
 
 
 def _run_schedule(
-    model: torch.nn.Module, batches: _Recorder, num_microbatches: int, sequence_length: int, forward_only: bool
+    model: torch.nn.Module,
+    batches: _Recorder,
+    num_microbatches: int,
+    sequence_length: int,
+    forward_only: bool,
 ) -> tuple[float, int]:
     """Runs the pipeline; returns the loss sum and loss tokens of the whole job, equal on all ranks."""
     outputs = get_forward_backward_func()(
@@ -145,7 +150,8 @@ def train_step(
     loss = loss_sum / max(loss_tokens, 1)
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"loss={loss} at step {step} over {loss_tokens} loss tokens; samples of this rank: {', '.join(recorder.keys[:4])}; "
+            f"loss={loss} at step {step} over {loss_tokens} loss tokens; "
+            f"samples of this rank: {', '.join(recorder.keys[:4])}; "
             "lower optim.lr, check those samples, or resume from an earlier checkpoint"
         )
     lr = max(group["lr"] for group in state.optimizer.param_groups)
@@ -154,7 +160,8 @@ def train_step(
     grad_norm = float(grad_norm) if grad_norm is not None else 0.0
     if not math.isfinite(grad_norm):
         raise FloatingPointError(
-            f"gradient norm={grad_norm} at step {step} (loss={loss}); samples of this rank: {', '.join(recorder.keys[:4])}; "
+            f"gradient norm={grad_norm} at step {step} (loss={loss}); "
+            f"samples of this rank: {', '.join(recorder.keys[:4])}; "
             "lower optim.lr or check those samples; the run can go on from its last checkpoint"
         )
     state.scheduler.step(increment=1)
@@ -166,7 +173,7 @@ def train_step(
 def evaluation_loss(
     model: torch.nn.Module, batches: Iterator[PackedBatch], num_microbatches: int, sequence_length: int
 ) -> tuple[float, int]:
-    """Mean loss per loss token over ``num_microbatches`` of every replica, and that number of tokens; nothing is changed."""
+    """Mean loss per loss token over ``num_microbatches`` of every replica, and that number of tokens."""
     was_training = model.training
     model.eval()
     recorder = _Recorder(batches, next(model.parameters()).device)

@@ -63,15 +63,15 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
     from nemo.utils.exp_manager import exp_manager
 
     settings: dict[str, Any] = dict(cfg.exp_manager)
-    # exp_manager moves every file it finds in its folder into run_<n>/ when a run starts again; the step log, the report and the
-    # plots in output_dir must stay where they are.
+    # exp_manager moves every file it finds in its folder into run_<n>/ when a run starts again; the step log,
+    # the report and the plots in output_dir must stay where they are.
     log_dir = Path(settings.get("explicit_log_dir") or cfg.output_dir)
     if log_dir.resolve() == Path(cfg.output_dir).resolve():
         log_dir = log_dir / "logs"
     settings["explicit_log_dir"] = str(log_dir)
     if settings.get("create_checkpoint_callback"):
         raise ValueError(
-            "exp_manager.create_checkpoint_callback=true: NeMo's callback cannot write distributed checkpoints in one move; "
+            "exp_manager.create_checkpoint_callback=true: NeMo's callback cannot write checkpoints in one move; "
             "leave it false, the run saves every trainer.save_every_n_steps steps by itself"
         )
     settings["create_checkpoint_callback"] = False

@@ -1,7 +1,9 @@
-"""Loads the weights a run starts from: a .safetensors file, or a distributed checkpoint, into any parallel layout.
+"""Loads the weights a run starts from: a .safetensors file, or a distributed checkpoint, into any parallel
+layout.
 
-Names are those of the model's sharded state dict, which are the names of ``state_dict()`` of the unsplit model. Only tensors are
-read: from a distributed checkpoint no stored object is unpickled, and its index is checked before it is.
+Names are those of the model's sharded state dict, which are the names of ``state_dict()`` of the unsplit
+model. Only tensors are read: from a distributed checkpoint no stored object is unpickled, and its index is
+checked before it is.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ _INDEX_TYPES: set[tuple[str, str]] = set()
 
 
 def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
-    """Overwrites the weights of a freshly built model, before it is wrapped for training. Every rank calls it.
+    """Overwrites the weights of a freshly built model, before it is wrapped for training. Every rank calls
+    it.
 
     Args:
-        module: any tensor/pipeline split; every weight must be in the file, and every weight of the file in some rank's model.
+        module: any tensor/pipeline split; every weight must be in the file, and every weight of the file in
+            some rank's model.
         path: a ``.safetensors`` file or a distributed checkpoint folder (ours or stock megatron's).
 
     Raises:
@@ -36,7 +40,9 @@ def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
     elif path.is_file():
         _load_safetensors(module, path)
     else:
-        raise ValueError(f"model.init_checkpoint={path} does not exist; give a .safetensors file, a checkpoint folder, or null")
+        raise ValueError(
+            f"model.init_checkpoint={path} does not exist; give a .safetensors file, a checkpoint folder, or null"
+        )
 
 
 def _sharded_tensors(module: MegatronModule) -> dict[str, ShardedTensor | ShardedTensorFactory]:
@@ -60,7 +66,7 @@ def _load_safetensors(module: MegatronModule, path: Path) -> None:
         for name, entry in _sharded_tensors(module).items():
             if entry.key not in names:
                 raise ValueError(
-                    f"model.init_checkpoint={path} has no weight {entry.key!r}; it was made for another model, check model=..."
+                    f"model.init_checkpoint={path} has no weight {entry.key!r}; it is of another model, check model=..."
                 )
             loaded[name] = _local_part(entry, file.get_tensor(entry.key), path)
     with torch.no_grad():
@@ -71,14 +77,17 @@ def _local_part(entry: ShardedTensor | ShardedTensorFactory, full: torch.Tensor,
     """This rank's part of a whole weight."""
     if isinstance(entry, ShardedTensor):
         return _slice(entry, full, path)
-    # A factory (Mamba's in_proj and conv, gated MLPs) holds several weights in one, side by side on dim 0, each split by itself.
+    # A factory (Mamba's in_proj and conv, gated MLPs) holds several weights in one, side by side on dim 0,
+    # each split by itself.
     parts, offset = [], 0
     for part in _leaves(entry.build()):
         rows = part.global_shape[0]
         parts.append(_slice(part, full[offset : offset + rows], path))
         offset += rows
     if offset != full.shape[0]:
-        raise ValueError(f"model.init_checkpoint={path}: {entry.key} has {full.shape[0]} rows and the model {offset}; check model=...")
+        raise ValueError(
+            f"model.init_checkpoint={path}: {entry.key} has {full.shape[0]} rows, the model {offset}; check model=..."
+        )
     return entry.merge_fn(parts) if not isinstance(entry.build(), dict) else torch.cat(parts)
 
 
@@ -93,7 +102,7 @@ def _slice(entry: ShardedTensor, full: torch.Tensor, path: Path) -> torch.Tensor
     shape = tuple(entry.global_shape[axes:])
     if tuple(full.shape) != shape:
         raise ValueError(
-            f"model.init_checkpoint={path}: {entry.key} has shape {tuple(full.shape)} and the model {shape}; check model=..."
+            f"model.init_checkpoint={path}: {entry.key} is {tuple(full.shape)}, in the model {shape}; check model=..."
         )
     for dim, (start, size) in enumerate(zip(entry.global_offset[axes:], entry.local_shape)):
         full = full.narrow(dim, start, size)
@@ -102,7 +111,9 @@ def _slice(entry: ShardedTensor, full: torch.Tensor, path: Path) -> torch.Tensor
 
 def _load_distributed(module: MegatronModule, path: Path) -> None:
     if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        raise ValueError(f"model.init_checkpoint={path} is a folder without metadata.json; name a complete checkpoint's folder")
+        raise ValueError(
+            f"model.init_checkpoint={path} is a folder without metadata.json; name a complete checkpoint's folder"
+        )
     check_index(path / ".metadata")
     with torch.no_grad():
         sharded: dict[str, Any] = dict(_sharded_tensors(module))

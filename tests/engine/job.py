@@ -1,4 +1,4 @@
-"""A whole run of the tiny model under Lightning, that can be killed at a chosen moment; for ``tests.worlds.run_world``."""
+"""A whole run of the tiny model under Lightning, to be killed at a chosen moment; for ``tests.worlds.run_world``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,13 @@ class Job:
 
 def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, **trainer: Any) -> Job:
     """Eight steps, a checkpoint every three."""
-    settings = {"max_steps": 8, "precision": "fp32", "global_batch_size": 2, "save_every_n_steps": 3, "seed": 7} | trainer
+    settings = {
+        "max_steps": 8,
+        "precision": "fp32",
+        "global_batch_size": 2,
+        "save_every_n_steps": 3,
+        "seed": 7,
+    } | trainer
     parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     return Job(str(folder), TrainerConfig(**settings), OptimConfig(lr=1e-2, warmup_steps=2), parallel)
 
@@ -47,7 +53,8 @@ def run_job(job: Job, dropout: float = 0.1, kill_at: str = "", nemo: bool = Fals
     Args:
         job: what to train.
         dropout: above 0, so that generators decide about digits.
-        kill_at: "step:5" ends the process by SIGKILL before step 5; "save:6" while the checkpoint of step 6 is written.
+        kill_at: "step:5" ends the process by SIGKILL before step 5; "save:6" while the checkpoint of step 6
+            is written.
         nemo: through NeMo's exp_manager, as the recipe does it.
 
     Returns:

@@ -39,7 +39,10 @@ def test_killed_run_goes_on_digit_for_digit(tmp_path: Path, undisturbed: list[tu
         assert list((tmp_path / "checkpoints").glob("*.incomplete"))
     rows = run_world(1, run_job, job)[0]
     assert _digits(rows) == undisturbed
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step_00000006", "step_00000008"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_00000006",
+        "step_00000008",
+    ]
 
 
 def test_run_killed_twice(tmp_path: Path, undisturbed: list[tuple]) -> None:
@@ -74,5 +77,5 @@ def test_finished_run_stays_finished(tmp_path: Path) -> None:
 
 def test_other_world_size_is_refused(tmp_path: Path) -> None:
     run_world(1, run_job, tiny_job(tmp_path, max_steps=3))
-    with pytest.raises(AssertionError, match="written by 1 processes and this job has 2: resume with 1"):
+    with pytest.raises(AssertionError, match="written by 1 processes, this job has 2: resume with 1"):
         run_world(2, run_job, tiny_job(tmp_path))

@@ -1,4 +1,4 @@
-"""A small megatron model and an endless loader with a state, to test the engine without the project's own model and data."""
+"""A small megatron model and an endless loader with a state: the engine without the project's model and data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class TinyModel(GPTModel):
         return out[0] * batch.loss_mask if self.post_process else out
 
 
-def tiny_model(pre_process: bool = True, post_process: bool = True, dropout: float = 0.0, bf16: bool = False) -> TinyModel:
+def tiny_model(
+    pre_process: bool = True, post_process: bool = True, dropout: float = 0.0, bf16: bool = False
+) -> TinyModel:
     """A fresh model on the seeds and groups in force."""
     config = TransformerConfig(
         num_layers=2,
@@ -74,7 +76,7 @@ def counting_sample(key: str, generator: torch.Generator) -> EncodedSample:
 
 
 class CountingLoader:
-    """Endless batches of one sample; its state is the generator's and a count, and loading it twice gives the same batches."""
+    """Endless batches of one sample; its state is the generator's and a count."""
 
     def __init__(self, rank: int, size: int, seed: int = 5) -> None:
         self._generator = torch.Generator().manual_seed(seed + 1000 * rank)

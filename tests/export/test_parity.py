@@ -1,0 +1,170 @@
+"""The export computes what the training model computes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample, pack
+from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
+from hybridprune_megatron.export.write import hf_config, hf_weights
+from hybridprune_megatron.method.layout import SampleLayout
+from hybridprune_megatron.models.build import build_reduction
+from tests.export.conftest import make_config, make_model, row
+
+TOLERANCE = 1e-4
+
+
+def packed(inputs: dict[str, torch.Tensor]):
+    """The rows of padded inputs as training packs them."""
+    samples = []
+    for index in range(len(inputs["input_ids"])):
+        single = row(inputs, index)
+        ids = single["input_ids"][0]
+        layout = SampleLayout.from_kinds(single["token_kinds"][0].tolist(), 4)
+        labels = torch.full_like(ids, IGNORE_LABEL)
+        samples.append(EncodedSample(str(index), ids, labels, layout, single["pixel_values"]))
+    return pack(samples)
+
+
+def assert_equal_models(model, hf, inputs: dict[str, torch.Tensor]) -> float:
+    """Compares the logits of all tokens that are left and the kept indices of every layer; returns the largest gap."""
+    trace: list = []
+    with torch.no_grad():
+        logits, layout = model.logits(packed(inputs), trace=trace)
+        out = hf(**inputs, output_reduction=True)
+    exported = out.logits[inputs["attention_mask"].bool()]
+    left = ~exported.isnan().any(1)
+    assert torch.equal(torch.nonzero(left).flatten(), layout.origin)
+    gap = (exported[left] - logits).abs().max().item()
+    assert gap < TOLERANCE
+    assert len(out.reduction_trace) == len(trace)
+    for mine, theirs in zip(out.reduction_trace, trace):
+        assert [len(sample) for sample in mine] == list(theirs.visual_counts)
+        assert torch.equal(torch.cat(mine), theirs.position[theirs.visual_index])
+    return gap
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.35, 1.0])
+@pytest.mark.parametrize("scorer", ["query", "query_with_decay", "random", "uniform"])
+def test_logits_and_kept_indices_equal_the_training_models(
+    world, inputs, budget: float, scorer: str, record_property
+) -> None:
+    settings = world.cfg.reduction
+    reduction = build_reduction(world.cfg.model.hybrid_pattern, type(settings)(scorer=scorer, budget=budget))
+    saved = world.hf.config.reduction
+    trained, world.model.reduction = world.model.reduction, reduction
+    world.hf.set_reduction({"budget": budget, "scorer": scorer})
+    try:
+        record_property("max_abs_logit_diff", assert_equal_models(world.model, world.hf, inputs))
+    finally:
+        world.model.reduction = trained
+        world.hf.set_reduction(saved)
+
+
+def test_the_saved_reduction_is_the_trained_one(world, inputs) -> None:
+    assert world.hf.config.reduction["budget"] == world.cfg.reduction.budget
+    assert tuple(world.hf.config.reduction["retention"]) == world.model.reduction.retention
+    assert_equal_models(world.model, world.hf, inputs)
+
+
+@pytest.mark.parametrize(("pattern", "tie"), [("*-M", False), ("MM*M-*", True)])
+def test_other_patterns_and_tied_embeddings(tokenizer_dir, inputs, pattern: str, tie: bool) -> None:
+    cfg = make_config(tokenizer_dir, pattern, tie)
+    model = make_model(cfg)
+    hf = HybridPruneForCausalLM(hf_config(cfg)).eval()
+    missing, unexpected = hf.load_state_dict(hf_weights(model, cfg), strict=False)
+    assert not unexpected
+    assert missing == (["language_model.lm_head.weight"] if tie else [])
+    assert_equal_models(model, hf, inputs)
+
+
+def test_a_text_only_model(tokenizer_dir) -> None:
+    cfg = make_config(tokenizer_dir, "M-*", vision=False)
+    model = make_model(cfg)
+    hf = HybridPruneForCausalLM(hf_config(cfg)).eval()
+    hf.load_state_dict(hf_weights(model, cfg))
+    ids = torch.randint(0, 200, (2, 33), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    samples = [ids[index][mask[index].bool()] for index in range(2)]
+    batch = pack(
+        [
+            EncodedSample(
+                "x",
+                each,
+                torch.full_like(each, -100),
+                SampleLayout.from_kinds([0] * len(each)),
+                torch.empty(0, 3, 0, 0),
+            )
+            for each in samples
+        ]
+    )
+    with torch.no_grad():
+        wanted, _ = model.logits(batch)
+        out = hf(input_ids=ids, attention_mask=mask)
+        assert (out.logits[mask.bool()] - wanted).abs().max() < TOLERANCE
+        assert out.logits[~mask.bool()].isnan().all()
+    with pytest.raises(ValueError, match="text-only model"):
+        hf(input_ids=ids, pixel_values=torch.zeros(1, 3, 32, 32))
+
+
+def test_a_padded_batch_equals_its_samples_one_by_one(world, inputs) -> None:
+    with torch.no_grad():
+        whole = world.hf(**inputs).logits[:, -1]
+        for index in range(len(whole)):
+            single = world.hf(**row(inputs, index), logits_to_keep=1).logits[0, 0]
+            assert (single - whole[index]).abs().max() < 1e-5
+
+
+def test_loss_is_the_mean_over_labels_of_tokens_that_are_left(world, inputs) -> None:
+    labels = torch.where(inputs["token_kinds"] == 2, inputs["input_ids"], IGNORE_LABEL)
+    out = world.hf(**inputs, labels=labels)
+    log_probs = out.logits.detach().log_softmax(-1)
+    wanted = [
+        -log_probs[sample, column - 1, labels[sample, column]]
+        for sample, column in torch.nonzero(labels != IGNORE_LABEL).tolist()
+    ]
+    assert torch.allclose(out.loss, torch.stack(wanted).mean())
+    assert out.past_key_values is None
+    out.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in world.hf.language_model.parameters())
+    world.hf.zero_grad()
+    # Labels on dropped tokens carry no loss instead of a NaN.
+    assert world.hf(**inputs, labels=inputs["input_ids"]).loss.isfinite()
+
+
+def test_logits_of_chosen_columns(world, inputs) -> None:
+    with torch.no_grad():
+        whole = world.hf(**inputs).logits
+        assert torch.equal(world.hf(**inputs, logits_to_keep=3).logits, whole[:, -3:])
+        chosen = torch.tensor([-5, -1]) + whole.shape[1]
+        assert torch.equal(world.hf(**inputs, logits_to_keep=chosen).logits, whole[:, chosen])
+
+
+def test_kinds_derived_from_ids_are_the_processors_but_for_newlines(world, inputs) -> None:
+    from hybridprune_megatron.export.token_kinds import derive_token_kinds
+
+    mask = inputs["attention_mask"].bool()
+    derived = derive_token_kinds(inputs["input_ids"], mask, world.hf.config).long()
+    newline = world.processor.tokenizer.encode("\n", add_special_tokens=False)[0]
+    differs = derived != inputs["token_kinds"]
+    assert differs.any()
+    assert (inputs["input_ids"][differs] == newline).all()
+
+
+def test_wrong_inputs_are_refused_in_one_line(world: SimpleNamespace, inputs) -> None:
+    cases = [
+        ({"pixel_values": inputs["pixel_values"][1:]}, "image tokens: pixel_values"),
+        ({"token_kinds": torch.zeros_like(inputs["token_kinds"])}, "exactly the image tokens are FRAME"),
+        ({"attention_mask": torch.zeros_like(inputs["attention_mask"])}, "all padding"),
+    ]
+    for change, text in cases:
+        with pytest.raises(ValueError, match=text) as error:
+            world.hf(**{**inputs, **change})
+        assert "\n" not in str(error.value)
+    right = {name: value.flip(1) for name, value in inputs.items() if name != "pixel_values"}
+    with pytest.raises(ValueError, match="pad on the left"):
+        world.hf(**right, pixel_values=inputs["pixel_values"], use_cache=True)

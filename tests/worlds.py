@@ -22,6 +22,7 @@ _PRELOAD = [
     "megatron.core.dist_checkpointing",
     "megatron.core.optimizer",
     "hybridprune_megatron.engine.module",
+    "hybridprune_megatron.models.build",
 ]
 
 

@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 from safetensors import safe_open
+from safetensors.torch import save_file
+
+from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 
 # What a genuine index of torch.distributed.checkpoint is made of.
 _INDEX_TYPES: set[tuple[str, str]] = set()
@@ -45,9 +49,39 @@ def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
         )
 
 
+def save_weights(module: MegatronModule, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the weights of an unsplit model as one .safetensors file that ``load_initial_weights`` reads.
+
+    Args:
+        module: a model of one tensor- and pipeline-parallel rank.
+        path: the file; replaced whole or not at all.
+        dtype: what weights of more than one dimension are stored in; None: as they are.
+
+    Raises:
+        ValueError: the model is split over ranks.
+    """
+    if (
+        parallel_state.get_tensor_model_parallel_world_size() * parallel_state.get_pipeline_model_parallel_world_size()
+        > 1
+    ):
+        raise ValueError(
+            "a .safetensors file holds whole weights: load the checkpoint with parallel=single to write one"
+        )
+    state = module.state_dict()
+    weights = {entry.key: state[name] for name, entry in _sharded_tensors(module).items()}
+    weights = {
+        key: value.to(dtype if dtype is not None and value.dim() > 1 else value.dtype).contiguous()
+        for key, value in weights.items()
+    }
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file(weights, partial)
+    partial.replace(path)
+
+
 def _sharded_tensors(module: MegatronModule) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """The model's own tensors; extra state objects of some layers are left out."""
-    sharded = module.sharded_state_dict(metadata={"singleton_local_shards": False})
+    sharded = module.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
     return {name: entry for name, entry in sharded.items() if not isinstance(entry, ShardedObject)}
 
 
@@ -63,14 +97,28 @@ def _load_safetensors(module: MegatronModule, path: Path) -> None:
     with safe_open(path, framework="pt") as file:
         names = set(file.keys())
         loaded: dict[str, Any] = {}
+        used: set[str] = set()
         for name, entry in _sharded_tensors(module).items():
             if entry.key not in names:
                 raise ValueError(
                     f"model.init_checkpoint={path} has no weight {entry.key!r}; it is of another model, check model=..."
                 )
             loaded[name] = _local_part(entry, file.get_tensor(entry.key), path)
+            used.add(entry.key)
+    _refuse_unused(names - used, path)
     with torch.no_grad():
         _assign(module, loaded)
+
+
+def _refuse_unused(unused: set[str], path: Path) -> None:
+    """A weight that no rank's model has means that the file is of another model."""
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, unused)
+    nowhere = sorted(set.intersection(*everywhere))
+    if nowhere:
+        raise ValueError(
+            f"model.init_checkpoint={path} holds weights that the model has not: {', '.join(nowhere[:3])}; check model=..."
+        )
 
 
 def _local_part(entry: ShardedTensor | ShardedTensorFactory, full: torch.Tensor, path: Path) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
@@ -33,8 +35,13 @@ def build_model(
     Raises:
         ValueError: a scorer, layer or budget that does not exist, or a spec that cannot be had here.
     """
+    with torch.device("meta") if meta else nullcontext():
+        return _build(cfg, pre_process, post_process, transformer_config(cfg, meta=meta))
+
+
+def _build(cfg: Config, pre_process: bool, post_process: bool, config: TransformerConfig) -> VideoLanguageModel:
     model = cfg.model
-    config = transformer_config(cfg, meta=meta)
+    meta = config.init_model_with_meta_device
     spec = resolve_spec(model.spec)
     language_model = ReductionHybridModel(
         config,

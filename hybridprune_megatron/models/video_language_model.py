@@ -47,6 +47,8 @@ class VideoLanguageModel(MegatronModule):
         self.pixel_shuffle = pixel_shuffle
         self.train_vision = train_vision
         self.reduction = reduction
+        # What megatron's schedules and DDP look up on the outermost module.
+        self.model_type = language_model.model_type
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
 

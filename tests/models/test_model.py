@@ -1,0 +1,149 @@
+"""The whole model on one process: reduction, packing, recomputation, frozen parts."""
+
+from __future__ import annotations
+
+import torch
+
+from hybridprune_megatron.method.layout import TokenKind, TokenLayout
+from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
+from tests.worlds import run_world
+
+
+def _build(*overrides: str, budget: float = 0.5, **kwargs):
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.models.build import build_model
+
+    init_model_parallel(seed=1)
+    return build_model(tiny_config(*overrides, budget=budget, **kwargs)).train()
+
+
+def _loss_and_gradients(model, batch):
+    model.zero_grad()
+    loss = model(batch).sum()
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _budget_of_one() -> None:
+    model = _build(budget=1.0)
+    batch = tiny_batch(3, 5, 2)
+    assert model.reduction is None
+    full = _loss_and_gradients(model, batch)
+    # The same weights with the machinery on and nothing to drop.
+    from hybridprune_megatron.method.reduction import Reduction
+    from hybridprune_megatron.method.scorers import get_scorer
+
+    model.reduction = Reduction(get_scorer("query"), (1.0,) * 6)
+    same = _loss_and_gradients(model, batch)
+    assert torch.equal(full[0], same[0])
+    assert all(torch.equal(full[1][name], same[1][name]) for name in full[1])
+    # And a reduction does change the result, or the lines above would say nothing.
+    model.reduction = _build().reduction
+    assert not torch.equal(full[0], _loss_and_gradients(model, batch)[0])
+
+
+def test_a_budget_of_one_is_bitwise_the_model_without_reduction():
+    run_world(1, _budget_of_one)
+
+
+def _packing() -> None:
+    model = _build()
+    samples = [tiny_sample(index, frames) for index, frames in enumerate((3, 5, 1, 4))]
+    from hybridprune_megatron.data.batch import pack
+
+    loss, gradients = _loss_and_gradients(model, pack(samples))
+    alone = [_loss_and_gradients(model, pack([sample])) for sample in samples]
+    torch.testing.assert_close(loss, sum(one for one, _ in alone), rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        total = sum(grads[name] for _, grads in alone)
+        torch.testing.assert_close(gradient, total, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_packed_samples_equal_the_same_samples_one_by_one():
+    run_world(1, _packing)
+
+
+def _trace() -> None:
+    model = _build()
+    batch = tiny_batch(3, 5, 2)
+    kinds = torch.tensor([kind for layout in batch.layouts for kind in layout.kinds()])
+    trace: list[TokenLayout] = []
+    with torch.no_grad():
+        logits, last = model.logits(batch, trace=trace)
+    wanted = model.reduction.wanted_counts([12, 20, 8])
+    assert [layout.visual_counts for layout in trace] == wanted
+    assert logits.shape[0] == last.num_tokens
+    for layout in [*trace, last]:
+        survivors = kinds[layout.origin]
+        assert (survivors != TokenKind.FRAME).sum() == (kinds != TokenKind.FRAME).sum(), "text was dropped"
+        assert survivors[layout.visual_index].eq(TokenKind.FRAME).all()
+        assert survivors[layout.query_index].eq(TokenKind.QUESTION).all()
+    # The loss of the training path is the loss of the surviving rows' logits: labels moved with their tokens.
+    rows = torch.searchsorted(last.origin, torch.nonzero(batch.loss_mask).flatten())
+    labels = batch.labels[batch.loss_mask > 0]
+    expected = torch.nn.functional.cross_entropy(logits[rows], labels, reduction="none")
+    torch.testing.assert_close(model(batch).detach(), expected)
+
+
+def test_tokens_labels_and_layout_stay_together():
+    run_world(1, _trace)
+
+
+def _answers_do_not_score() -> None:
+    model = _build().eval()
+    batch = tiny_batch(5, 4)
+    other = tiny_batch(5, 4)
+    answer = torch.tensor([kind for layout in batch.layouts for kind in layout.kinds()]) == TokenKind.ANSWER
+    other.input_ids[answer] = (other.input_ids[answer] + 7) % 64
+    kept = []
+    for each in (batch, other):
+        trace: list[TokenLayout] = []
+        with torch.no_grad():
+            model.logits(each, trace=trace)
+        kept.append([layout.origin for layout in trace])
+    assert all(torch.equal(one, two) for one, two in zip(*kept))
+
+
+def test_the_answer_never_influences_what_is_kept():
+    run_world(1, _answers_do_not_score)
+
+
+def _recompute() -> None:
+    batch = tiny_batch(3, 5)
+    plain = _build()
+    again = _build("trainer.recompute=full")
+    again.load_state_dict(plain.state_dict())
+    loss, gradients = _loss_and_gradients(plain, batch)
+    loss_again, gradients_again = _loss_and_gradients(again, batch)
+    assert torch.equal(loss, loss_again)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, gradients_again[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_recomputation_changes_no_gradient():
+    run_world(1, _recompute)
+
+
+def _frozen() -> None:
+    model = _build("model.trainable.vision=false", "model.trainable.language=true")
+    _, gradients = _loss_and_gradients(model, tiny_batch(3))
+    assert not any(name.startswith("vision_model") for name in gradients)
+    assert not model.vision_model.training
+    assert any(name.startswith("mlp1") for name in gradients)
+    model = _build("model.trainable.vision=true")
+    _, gradients = _loss_and_gradients(model, tiny_batch(3))
+    assert any(name.startswith("vision_model") for name in gradients)
+
+
+def test_a_frozen_tower_gets_no_gradient_and_stays_in_eval_mode():
+    run_world(1, _frozen)
+
+
+def _text_only() -> None:
+    model = _build("data.sampling=none", "model.vision=null", budget=1.0)
+    loss, _ = _loss_and_gradients(model, tiny_batch(0))
+    assert torch.isfinite(loss)
+
+
+def test_a_model_without_vision_trains_on_text():
+    run_world(1, _text_only)

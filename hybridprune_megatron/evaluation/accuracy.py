@@ -1,0 +1,100 @@
+"""Exact answers: a sample counts if greedy decoding would write its answer and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from hybridprune_megatron.data.batch import IGNORE_LABEL, PADDING_KEY, PackedBatch
+from hybridprune_megatron.evaluation.forward import device_of, length_multiple, measuring, packed_batches
+from hybridprune_megatron.evaluation.questions import Question
+from hybridprune_megatron.evaluation.retention import Retention, sample_retention
+from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.models.video_language_model import VideoLanguageModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model made of a list of questions.
+
+    Attributes:
+        accuracy: share of exact answers.
+        by_kind: the same for every kind of question.
+        num_samples: number of questions.
+        retention: what was kept, measured in the same passes.
+        correct: by sample key, for comparing two models sample by sample.
+    """
+
+    accuracy: float
+    by_kind: dict[str, float]
+    num_samples: int
+    retention: Retention
+    correct: dict[str, bool] = field(repr=False)
+
+
+def evaluate(
+    model: VideoLanguageModel, questions: Sequence[Question], reduction: Reduction | None, max_tokens: int
+) -> Evaluation:
+    """Accuracy and measured retention of a model on held-out samples.
+
+    The answer's tokens are given while each is predicted (teacher forcing). All of them being the likeliest token is
+    the same as greedy decoding giving exactly the answer and its end: the first wrong token ends both.
+
+    Args:
+        model: any tensor-parallel part, on one pipeline stage; every rank calls this and gets the same result.
+        questions: at least one; keys differ.
+        reduction: what to drop; None: nothing.
+        max_tokens: length of a packed batch before reduction.
+    """
+    if not questions:
+        raise ValueError("0 held-out samples: evaluate at least one (trainer.eval_samples, data.validation)")
+    correct: dict[str, bool] = {}
+    shares: list[tuple[float, ...]] = []
+    with measuring(model, reduction):
+        samples = (question.sample for question in questions)
+        for batch in packed_batches(samples, max_tokens, length_multiple(model)):
+            trace: list[TokenLayout] = []
+            right = answers_right(model, batch, trace)
+            correct |= {key: fine for key, fine in zip(batch.keys, right) if key != PADDING_KEY}
+            shares += sample_retention(trace)
+    if len(correct) != len(questions):
+        raise ValueError(f"{len(questions)} held-out samples have {len(correct)} different keys: keys must differ")
+    kinds = sorted({question.kind for question in questions})
+    by_kind = {kind: fmean([correct[q.sample.key] for q in questions if q.kind == kind]) for kind in kinds}
+    return Evaluation(fmean(correct.values()), by_kind, len(correct), Retention.of(shares), correct)
+
+
+def answers_right(model: VideoLanguageModel, batch: PackedBatch, trace: list[TokenLayout] | None = None) -> list[bool]:
+    """For every sample of a batch, whether all its labels are the likeliest tokens; True for a sample without labels.
+
+    Args:
+        model: in eval mode, see ``measuring``.
+        batch: on any device.
+        trace: gets the layout that enters every layer.
+    """
+    rows = torch.nonzero(batch.labels != IGNORE_LABEL).flatten()
+    device = device_of(model)
+    logits, _ = model.logits(batch.to(device), rows.to(device), trace)
+    group = model.language_model.pg_collection.tp
+    best = gather_from_tensor_model_parallel_region(logits, group=group).argmax(-1).cpu()
+    return right_by_sample(best == batch.labels[rows], rows, [layout.num_tokens for layout in batch.layouts])
+
+
+def right_by_sample(right: Tensor, rows: Tensor, lengths: Sequence[int]) -> list[bool]:
+    """Whether all rows of each sample are right.
+
+    Args:
+        right: bool [R].
+        rows: int64 [R], positions in the packed sequence.
+        lengths: S lengths of the samples.
+    """
+    ends = torch.tensor(lengths).cumsum(0)
+    sample = torch.searchsorted(ends, rows, right=True)
+    wrong = torch.zeros(len(lengths), dtype=torch.long).index_add(0, sample, (~right).long())
+    return (wrong == 0).tolist()

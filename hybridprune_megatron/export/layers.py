@@ -75,8 +75,7 @@ class MambaMixer(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[L, D] to [L, D], with the scores [V] of the visual tokens if a scorer is given."""
         z, inputs, raw_dt = self.in_proj(hidden).split(self.projection_sizes, dim=-1)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        assert bias is not None, "the convolution has a bias"
+        weight, bias = self._taps()
         x, B, C = self._heads(nn.functional.silu(causal_conv(inputs, weight, bias, packing.sample_position)))
         dt, A = self._steps(raw_dt)
         scores = None
@@ -95,12 +94,18 @@ class MambaMixer(nn.Module):
         assert isinstance(layer, MambaCache), type(layer)
         z, inputs, raw_dt = self.in_proj(hidden).split(self.projection_sizes, dim=-1)
         window = torch.cat([layer.inputs, inputs.unsqueeze(1)], 1)
-        mixed = (window * self.conv1d.weight.squeeze(1).T).sum(1) + self.conv1d.bias
+        weight, bias = self._taps()
+        mixed = (window * weight.T).sum(1) + bias
         x, B, C = self._heads(nn.functional.silu(mixed))
         dt, A = self._steps(raw_dt)
         y, layer.state = ssd_step(x, dt, A, B, C, self.D, layer.state)
         layer.inputs = window[:, 1:]
         return self.out_proj(self.norm(y.flatten(1), z))
+
+    def _taps(self) -> tuple[Tensor, Tensor]:
+        """Weights [channels, W] and bias [channels] of the convolution."""
+        assert self.conv1d.bias is not None, "the convolution has a bias"
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     def _heads(self, convolved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [L, H, P], B and C [L, G, N]."""
@@ -151,8 +156,10 @@ class AttentionMixer(nn.Module):
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [L, H, E], k and v [L, K, E]."""
-        shape = (-1, self.head_dim)
-        return tuple(proj(hidden).unflatten(-1, shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[return-value]  # three of them
+        query, key, value = (
+            proj(hidden).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value
 
 
 class MLPMixer(nn.Module):

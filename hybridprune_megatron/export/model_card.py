@@ -35,8 +35,10 @@ answer = model.generate(**inputs, max_new_tokens=32)[:, inputs["input_ids"].shap
 print(processor.batch_decode(answer, skip_special_tokens=True)[0])
 ```
 
-`from_pretrained(folder, trust_remote_code=True, reduction=None)` turns the reduction off and `reduction={{"budget": 0.5}}`
-solves it again. The code in this folder needs torch, transformers {transformers} and PyAV (`av`), nothing else.
+`from_pretrained(folder, trust_remote_code=True, reduction=None)` turns the reduction off,
+`reduction={{"budget": 0.5}}` solves it again.
+
+The code in this folder needs torch, transformers {transformers} and PyAV (`av`), nothing else.
 
 The step size dt of the Mamba layers is not clamped (`time_step_limit` (0, inf), as in megatron).
 """

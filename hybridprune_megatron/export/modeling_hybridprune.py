@@ -105,6 +105,7 @@ class HybridBackbone(nn.Module):
     def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
         """One more token of every sample: [B, D] to [B, D], the norm left to the caller."""
         for layer in self.layers:
+            assert isinstance(layer, HybridLayer), type(layer)
             hidden = layer.step(hidden, cache)
         return hidden
 

@@ -68,7 +68,7 @@ class HybridPruneProcessor(ProcessorMixin):
         """What ``__call__`` returns."""
         return ["input_ids", "attention_mask", "token_kinds", "pixel_values"]
 
-    def apply_chat_template(  # type: ignore[override]  # the format is fixed, so there is less to say than in the base
+    def apply_chat_template(
         self,
         conversation: Sequence[Any],
         add_generation_prompt: bool = False,
@@ -97,7 +97,7 @@ class HybridPruneProcessor(ProcessorMixin):
         inputs = self(text=texts, videos=_named_videos(conversations), **kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
-    def __call__(  # type: ignore[override]  # takes the inputs that this model has
+    def __call__(
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,

@@ -42,6 +42,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
 )
 _MODEL_CLASS = "modeling_hybridprune.HybridPruneForCausalLM"
 _PROCESSOR_CLASS = "processing_hybridprune.HybridPruneProcessor"
@@ -68,7 +69,8 @@ def export_model(model: nn.Module, cfg: Config, out_dir: str | Path, max_shard_s
         The folder.
 
     Raises:
-        ValueError: the model is split, its weights do not fit its configuration, or the tokenizer lacks a special token.
+        ValueError: the model is split, its weights do not fit its configuration, or the tokenizer lacks a special
+            token.
     """
     out_dir = Path(out_dir)
     if cfg.parallel.model_parallel_size > 1:

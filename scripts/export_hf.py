@@ -1,0 +1,57 @@
+"""Exports a checkpoint to a Hugging Face folder that runs without this project.
+
+    python scripts/export_hf.py --checkpoint runs/demo --out runs/demo/hf
+    python scripts/export_hf.py --checkpoint runs/demo/checkpoints/step_00000050 --out hf reduction.budget=0.35
+    python scripts/export_hf.py --checkpoint assets/demo/base.safetensors --out hf experiment=demo
+
+Runs in one process, on a CPU; the checkpoint may come from any number of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Command line to options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="folder of a run (newest checkpoint), of one checkpoint, or .safetensors file",
+    )
+    parser.add_argument("--out", required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weights file (default %(default)s)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes to the checkpoint's configuration; with a .safetensors file, the configuration (experiment=...)",
+    )
+    options = parser.parse_args(argv)
+    for override in options.overrides:
+        if "=" not in override:
+            parser.error(f"{override!r} is no key=value")
+    return options
+
+
+def main(argv: list[str]) -> None:
+    """Loads and writes; a wrong argument ends it with one line and code 2."""
+    options = parse_arguments(argv)
+    # After the arguments are read: these take half a minute to import.
+    from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
+    from hybridprune_megatron.export.write import export_model
+
+    try:
+        checkpoint = find_checkpoint(options.checkpoint)
+        cfg = checkpoint_config(checkpoint, options.overrides)
+        folder = export_model(load_model(checkpoint, cfg), cfg, options.out, options.max_shard_size)
+    except ValueError as error:
+        print(f"export failed: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{checkpoint} exported to {folder} (budget {cfg.reduction.budget}, score {cfg.reduction.scorer})")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,57 @@
+# On a fresh clone: `make demo` or `make test`. Both make .venv and install into it first, and reuse it afterwards.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# The version that .python-version names; `make setup PYTHON=/path/to/python3.12` takes another interpreter.
+PYTHON ?= python$(shell cat .python-version)
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+# Tests that need no GPU, no Slurm, and no patience; `make test-all` runs the slow ones too.
+QUICK := not gpu and not slurm and not slow
+# Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
+ARGS ?=
+
+.PHONY: help setup demo test test-all lint clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+# make setup     builds .venv and installs everything (again only if pyproject.toml changed)
+setup: $(INSTALLED)
+
+# Pip's lines, without those that say nothing new and cut to a terminal's width.
+$(INSTALLED): pyproject.toml .python-version
+	@command -v "$(PYTHON)" > /dev/null || { \
+	  echo "$(PYTHON) not found: install Python $$(cat .python-version), or name it: make setup PYTHON=/path/to/python"; exit 1; }
+	@test -x $(VENV)/bin/python || { echo "making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "installing into $(VENV) (about 5 GB, some minutes the first time)"
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" \
+	  | sed -u -e '/already satisfied/d' -e '/^  \(Using cached\|Getting\|Installing\|Preparing\)/d' \
+	      -e '/\.metadata/d' -e 's/^\(.\{117\}\).*/\1.../'
+	@touch $@
+
+# make demo      the main job on the embedded default; ends with a table and runs/demo/
+demo: $(INSTALLED)
+	@$(VENV)/bin/python recipes/demo.py $(ARGS)
+
+# make test      lint and the tests that run anywhere
+test: lint
+	@$(VENV)/bin/python -m pytest -m "$(QUICK)" $(ARGS)
+
+# make test-all  the slow tests too
+test-all: lint
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+# make lint      ruff and mypy
+lint: $(INSTALLED)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+# make clean     removes caches and what runs wrote; .venv stays
+clean:
+	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -1,0 +1,93 @@
+"""From a run's checkpoint, as training leaves it, to the exported folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file, save_file
+
+from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
+from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export_hf.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("export_hf", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def run_dir(world, tmp_path_factory) -> Path:
+    """A run of four processes that saved two checkpoints and was killed in a third."""
+    folder = tmp_path_factory.mktemp("run")
+    config = asdict(world.cfg)
+    config["parallel"] |= {"tensor": 2, "pipeline": 2, "sequence_parallel": True}
+    config["trainer"] |= {"devices": 4}
+    config["model"] |= {"hybrid_pattern": "M*-|M*", "spec": "te"}
+    written = folder / "checkpoints" / "step_00000010"
+    written.mkdir(parents=True)
+    dist_checkpointing.save({"model": world.model.sharded_state_dict(metadata=dict(SHARDED_FORMAT))}, str(written))
+    (written / "run.json").write_text(json.dumps({"step": 10, "config": config}))
+    for name in ("step_00000002", "step_00000012.incomplete"):
+        shutil.copytree(written, written.with_name(name))
+    return folder
+
+
+def test_the_newest_complete_checkpoint_of_a_run(run_dir) -> None:
+    newest = run_dir / "checkpoints" / "step_00000010"
+    assert find_checkpoint(run_dir) == find_checkpoint(run_dir / "checkpoints") == find_checkpoint(newest) == newest
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        find_checkpoint(run_dir / "nothing")
+
+
+def test_the_configuration_of_a_run_for_one_process(run_dir) -> None:
+    cfg = checkpoint_config(find_checkpoint(run_dir), ["reduction.budget=0.4"])
+    assert cfg.model.hybrid_pattern == "M*-M*"
+    assert cfg.parallel.model_parallel_size == 1
+    assert cfg.reduction.budget == 0.4
+    assert cfg.model.vision is not None
+    with pytest.raises(ValueError, match="budgt"):
+        checkpoint_config(find_checkpoint(run_dir), ["reduction.budgt=0.4"])
+
+
+def test_a_run_is_exported(script, world, run_dir, tmp_path, capsys) -> None:
+    script.main(["--checkpoint", str(run_dir), "--out", str(tmp_path / "hf")])
+    assert "step_00000010 exported" in capsys.readouterr().out
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    wanted = world.hf.state_dict()
+    assert set(exported) == set(wanted)
+    assert all(torch.equal(exported[name], wanted[name]) for name in wanted)
+
+
+def test_bare_weights_need_a_configuration(script, world, tmp_path, capsys) -> None:
+    weights = tmp_path / "base.safetensors"
+    save_file({"some.weight": torch.zeros(1)}, weights)
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--checkpoint", str(weights), "--out", str(tmp_path / "hf"), "model=demo"])
+    error = capsys.readouterr().err
+    assert error.startswith("export failed: model.init_checkpoint=")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "hf").exists()
+
+
+def test_help_and_wrong_arguments_are_quick() -> None:
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, timeout=5)
+    assert "--checkpoint" in shown.stdout
+    wrong = subprocess.run(
+        [sys.executable, SCRIPT, "--out", "x"], capture_output=True, text=True, check=False, timeout=5
+    )
+    assert wrong.returncode == 2

@@ -18,9 +18,7 @@ from hybridprune_megatron.engine.launch import Launch, launch_overrides, read_la
 def finetune(cfg: Config, launch: Launch) -> None:
     """Trains as configured, from the start or from the newest checkpoint."""
     from hybridprune_megatron.data.task_encoder import build_train_loader
-    from hybridprune_megatron.engine import ensure_device_backend
 
-    ensure_device_backend()
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
     from hybridprune_megatron.models.build import build_model

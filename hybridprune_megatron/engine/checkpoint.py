@@ -39,10 +39,12 @@ _INCOMPLETE = ".incomplete"
 _NAME = re.compile(r"step_(\d+)")
 # dp_reshardable: every replica writes its own part of the optimizer, nothing is gathered. A resumed run has
 # the same tensor and pipeline sizes; weights alone load into any (see weights.py).
-_FORMAT = {
+SHARDED_FORMAT = {
     "distrib_optim_sharding_type": "dp_reshardable",
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
+    # One entry a layer and weight, named as in state_dict().
+    "non_homogeneous_layers": True,
 }
 
 
@@ -125,7 +127,7 @@ def restore_rng_state(state: dict[str, Any]) -> None:
 
 def _sharded_state(state: TrainState, per_rank: Any, loader: Any, common: Mapping[str, Any], loading: bool) -> dict:
     """Megatron's description of what to save or load; ``per_rank`` and ``loader`` are None when loading."""
-    model = state.module.sharded_state_dict(metadata=dict(_FORMAT))
+    model = state.module.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     # Processes of one replica read the same data: the first of them stores the loader's state.
     replica = (
@@ -135,7 +137,7 @@ def _sharded_state(state: TrainState, per_rank: Any, loader: Any, common: Mappin
     )
     return {
         "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_FORMAT)),
+        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDED_FORMAT)),
         "rng": ShardedObject("rng", per_rank, (dist.get_world_size(),), (dist.get_rank(),)),
         "loader": ShardedObject("loader", loader, (size,), (rank,), replica_id=replica),
         **common,
@@ -192,7 +194,7 @@ def save_checkpoint(
     scheduler = state.scheduler.state_dict()
     common = {"trainer": dict(common), "scheduler": scheduler, "step": step}
     sharded = _sharded_state(state, _rng_state(), loader_state, common, loading=False)
-    dist_checkpointing.save(sharded, str(scratch), content_metadata=dict(_FORMAT))
+    dist_checkpointing.save(sharded, str(scratch), content_metadata=dict(SHARDED_FORMAT))
     dist.barrier()
     if dist.get_rank() == 0:
         (scratch / RUN_FILE).write_text(json.dumps({"step": step, **run}, indent=2) + "\n")

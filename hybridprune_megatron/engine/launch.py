@@ -90,8 +90,8 @@ def check_launch(launch: Launch, num_nodes: int, devices: int) -> None:
     wanted = num_nodes * devices
     if wanted != launch.world_size:
         raise ValueError(
-            f"trainer.num_nodes x trainer.devices = {num_nodes} x {devices} processes, {launch.world_size} were started; "
-            f"run `torchrun --nnodes {num_nodes} --nproc_per_node {devices} recipes/finetune.py ...` or use srun"
+            f"trainer.num_nodes x trainer.devices = {num_nodes} x {devices} processes, {launch.world_size} were "
+            f"started; run `torchrun --nnodes {num_nodes} --nproc_per_node {devices} recipes/finetune.py` or use srun"
         )
 
 

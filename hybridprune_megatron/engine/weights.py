@@ -22,8 +22,37 @@ from safetensors.torch import save_file
 
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 
-# What a genuine index of torch.distributed.checkpoint is made of.
-_INDEX_TYPES: set[tuple[str, str]] = set()
+# All that a genuine index of torch.distributed.checkpoint is made of. Names in full: a pickle may also ask for
+# "os.system" of a harmless module that happens to import os.
+_DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "uint8",
+    "bool",
+)
+_INDEX_TYPES = {
+    "torch": {"Size", *_DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "pathlib": {"PosixPath"},
+}
 
 
 def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
@@ -117,7 +146,7 @@ def _refuse_unused(unused: set[str], path: Path) -> None:
     nowhere = sorted(set.intersection(*everywhere))
     if nowhere:
         raise ValueError(
-            f"model.init_checkpoint={path} holds weights that the model has not: {', '.join(nowhere[:3])}; check model=..."
+            f"model.init_checkpoint={path} holds weights that the model has not: {nowhere[0]}, ...; check model=..."
         )
 
 
@@ -134,7 +163,7 @@ def _local_part(entry: ShardedTensor | ShardedTensorFactory, full: torch.Tensor,
         offset += rows
     if offset != full.shape[0]:
         raise ValueError(
-            f"model.init_checkpoint={path}: {entry.key} has {full.shape[0]} rows, the model {offset}; check model=..."
+            f"model.init_checkpoint={path}: {entry.key}: {full.shape[0]} rows, in the model {offset}; check model=..."
         )
     return entry.merge_fn(parts) if not isinstance(entry.build(), dict) else torch.cat(parts)
 
@@ -176,7 +205,7 @@ class _IndexReader(pickle.Unpickler):
     """Reads a checkpoint index without importing anything but the index's own types."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _INDEX_TYPES or module == "torch.distributed.checkpoint.metadata":
+        if name in _INDEX_TYPES.get(module, ()):
             return super().find_class(module, name)
         raise ValueError(f"it would import {module}.{name}, which no checkpoint index needs")
 

@@ -1,0 +1,113 @@
+"""Which checkpoints count, and what may be loaded."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from hybridprune_megatron.engine.train_log import TrainLog, read_train_log
+from tests.worlds import run_world
+
+
+def _fake(folder: Path, name: str, *files: str) -> None:
+    (folder / name).mkdir()
+    for file in files:
+        (folder / name / file).write_text('{"step": 1}')
+
+
+def _selection(folder: Path) -> None:
+    from hybridprune_megatron.engine.checkpoint import complete_checkpoints, latest_checkpoint, remove_incomplete
+
+    assert latest_checkpoint(folder / "missing") is None
+    assert latest_checkpoint(folder) is None
+    whole = ("metadata.json", "run.json")
+    _fake(folder, "step_00000009", *whole)
+    _fake(folder, "step_00000010", *whole)
+    _fake(folder, "step_00000011", "metadata.json")
+    _fake(folder, "step_00000012.incomplete", *whole)
+    _fake(folder, "notes", *whole)
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000009", "step_00000010"]
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    assert newest.name == "step_00000010"
+    remove_incomplete(folder)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "notes",
+        "step_00000009",
+        "step_00000010",
+        "step_00000011",
+    ]
+
+
+def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
+    run_world(1, _selection, tmp_path)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple:
+        return os.system, ("true",)
+
+
+def _index(folder: Path) -> None:
+    from hybridprune_megatron.engine.weights import check_index, load_initial_weights
+
+    (folder / ".metadata").write_bytes(pickle.dumps(_Bomb()))
+    with pytest.raises(ValueError, match=r"would import posix\.system.*do not load this checkpoint"):
+        check_index(folder / ".metadata")
+    with pytest.raises(ValueError, match=r"model.init_checkpoint=.* does not exist"):
+        load_initial_weights(None, folder / "missing")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"is a folder without metadata\.json"):
+        load_initial_weights(None, folder)  # type: ignore[arg-type]
+
+
+def test_index_that_runs_code_is_refused(tmp_path: Path) -> None:
+    run_world(1, _index, tmp_path)
+
+
+def _wrong_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.engine.weights import load_initial_weights, save_weights
+    from tests.engine.tiny import tiny_model
+
+    init_model_parallel(seed=1)
+    module = tiny_model()
+    path, name = folder / "w.safetensors", "output_layer.weight"
+    save_weights(module, path)
+    right = load_file(path)
+    too_small = right | {name: right[name][:-1].clone()}
+    too_many = right | {"extra.weight": right[name]}
+    too_few = {key: value for key, value in right.items() if key != name}
+    for wrong, message in (
+        (too_small, r"output_layer.weight is \(63, 32\), in the model \(64, 32\)"),
+        (too_many, "holds weights that the model has not: extra.weight"),
+        (too_few, "has no weight 'output_layer.weight'"),
+    ):
+        save_file({key: value.clone() for key, value in wrong.items()}, path)
+        with pytest.raises(ValueError, match=message):
+            load_initial_weights(module, path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    run_world(1, _wrong_weights, tmp_path)
+
+
+def test_log_is_cut_back_and_survives_a_broken_line(tmp_path: Path) -> None:
+    log = TrainLog(tmp_path / "deep" / "train_log.jsonl")
+    losses = [0.1 + 0.2, 1 / 3, 2.0]
+    for step, loss in enumerate(losses, start=1):
+        log.append({"step": step, "loss": loss})
+    with log.path.open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    assert [row["loss"] for row in read_train_log(log.path)] == losses
+    log.truncate_after(2)
+    assert log.path.read_text().count("\n") == 2
+    log.append({"step": 3, "loss": 5.0})
+    assert [row["loss"] for row in read_train_log(log.path)] == [*losses[:2], 5.0]
+    log.path.write_text('{"step": 1}\nbroken\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_train_log(log.path)

@@ -1,0 +1,135 @@
+"""What the repository as a whole promises: import direction, small files, no traces of a machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "hybridprune_megatron"
+
+#: What every package may import of this project; everything else is refused.
+ALLOWED: dict[str, set[str]] = {
+    "method": set(),
+    "ops": set(),
+    "config": {"method"},
+    "vision": set(),
+    "data": {"method", "config"},
+    "models": {"method", "ops", "vision", "data", "config"},
+    "evaluation": {"method", "vision", "data", "config", "models"},
+    "engine": {"method", "data", "config", "models", "evaluation"},
+    "export": {"method", "ops", "vision", "data", "config", "models", "engine"},
+}
+#: Packages outside this project that a package must not import, not even inside a function.
+FORBIDDEN: dict[str, set[str]] = {
+    "method": {"megatron", "transformers", "lightning", "nemo"},
+    "ops": {"megatron", "transformers", "lightning", "nemo"},
+    "config": {"torch", "megatron", "transformers", "lightning", "nemo"},
+    "vision": {"megatron", "lightning", "nemo"},
+    "models": {"lightning", "nemo"},
+    "evaluation": {"lightning", "nemo", "transformers"},
+}
+MOST_LINES = 400
+MOST_BYTES = 10 * 2**20
+
+
+def tracked() -> list[Path]:
+    """Files under version control, or all files outside of ignored folders where there is no git (an archive)."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode:
+        skipped = {".venv", "runs", "build", ".git"}
+        return [path for path in ROOT.rglob("*") if path.is_file() and not skipped & set(path.parts)]
+    # A file that is deleted but not committed yet is listed still.
+    return [path for name in listed.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def text_files() -> list[Path]:
+    return [path for path in tracked() if b"\0" not in path.read_bytes()[:8192]]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import of {node.module}"
+            assert node.module is not None, path
+            names.add(node.module)
+            # "from package import module" names a module too.
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_every_package_has_a_rule():
+    packages = {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")}
+    assert packages == set(ALLOWED)
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_go_one_way(package):
+    for path in (ROOT / PACKAGE / package).rglob("*.py"):
+        for name in imported_modules(path):
+            parts = name.split(".")
+            assert parts[0] not in FORBIDDEN.get(package, set()), f"{path} imports {name}"
+            assert parts[0] not in {"recipes", "scripts", "tests"}, f"{path} imports {name}"
+            if parts[0] == PACKAGE and len(parts) > 1:
+                assert parts[1] in ALLOWED[package] | {package}, f"{path} imports {name}"
+
+
+def test_allowed_imports_have_no_cycle():
+    left = {package: set(allowed) for package, allowed in ALLOWED.items()}
+    while left:
+        leaves = {package for package, allowed in left.items() if not allowed & set(left)}
+        assert leaves, f"a cycle among {sorted(left)}"
+        left = {package: allowed for package, allowed in left.items() if package not in leaves}
+
+
+def test_python_files_are_ascii_and_not_too_long():
+    for path in tracked():
+        if path.suffix == ".py":
+            text = path.read_text(encoding="ascii")
+            assert len(text.splitlines()) <= MOST_LINES, path
+
+
+def test_no_large_file_is_tracked():
+    for path in tracked():
+        assert path.stat().st_size <= MOST_BYTES, path
+
+
+def test_no_machine_paths():
+    # A path below a home, a mount or a workplace; examples in the documentation use other names.
+    machine = re.compile(r"(?<![\w.])/(?:home|root|Users|work|mnt|scratch)/\w+")
+    for path in text_files():
+        found = machine.search(path.read_text(errors="replace"))
+        assert found is None, f"{path}: {found.group()}"
+
+
+def test_nothing_is_unpickled():
+    # The reader of checkpoint indices subclasses the unpickler to refuse everything but the index's own types.
+    reader = ROOT / PACKAGE / "engine" / "weights.py"
+    for path in tracked():
+        if path.suffix == ".py" and PACKAGE in path.parts and path != reader:
+            assert "pickle" not in imported_modules(path), path
+            assert "weights_only=False" not in path.read_text(), path
+
+
+def test_readme_names_every_folder():
+    readme = (ROOT / "README.md").read_text()
+    folders = {path.relative_to(ROOT).parts[0] for path in tracked() if len(path.relative_to(ROOT).parts) > 1}
+    packages = {f"{PACKAGE}/{package}" for package in ALLOWED}
+    for folder in sorted(({*folders} - {PACKAGE, ".ci"}) | packages):
+        assert f"| `{folder}/` |" in readme, folder
+
+
+def test_readme_shows_the_committed_report():
+    from scripts.fill_readme import README, REPORT, filled
+
+    if not REPORT.is_file():
+        pytest.skip("docs/demo_report.json is not there yet")
+    assert filled(README.read_text()) == README.read_text(), "run python scripts/fill_readme.py"

@@ -1,7 +1,7 @@
 """Decoding a video into a few square frames with their times, through PyAV.
 
-A frame is resized straight to ``frame_size`` x ``frame_size`` (bicubic, which low-passes when it shrinks): one tile a frame,
-its aspect ratio given up, as the vision tower of Nemotron Nano V2 VL takes video frames.
+A frame is resized straight to ``frame_size`` x ``frame_size`` (bicubic, which low-passes when it shrinks): one tile
+a frame, its aspect ratio given up, as the vision tower of Nemotron Nano V2 VL takes video frames.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class FrameSampling:
     """Which frames of a video are taken.
 
     Attributes:
-        mode: ``uniform`` takes ``num_frames`` frames, the first and the last among them, evenly by index; ``fps`` takes the
-            frame shown at every 1/fps seconds, and evenly in time over the whole video where that were more than
-            ``max_frames``. Both give every frame its own time, so a variable frame rate shows in the timestamps.
+        mode: ``uniform`` takes ``num_frames`` frames, the first and the last among them, evenly by index; ``fps``
+            takes the frame shown at every 1/fps seconds, and evenly in time over the whole video where that were more
+            than ``max_frames``. Every frame keeps its own time: a variable frame rate shows in the timestamps.
         num_frames: for ``uniform``.
         fps: frames a second, for ``fps``.
         max_frames: the cap, for ``fps``.
@@ -107,8 +107,8 @@ class _NoFrames(Exception):
 
 
 def _decode(source: bytes | str | Path, sampling: FrameSampling, frame_size: int) -> DecodedVideo:
-    # The container's index gives the frame times without decoding. It can be wrong (edit lists, damaged packets), so the
-    # decoded times have the last word: if they differ, the choice is made again from them, at the cost of a second pass.
+    # The container's index gives the frame times without decoding. It can be wrong (edit lists, damaged packets), so
+    # the decoded times have the last word: if they differ, the choice is made again from them, in a second pass.
     listed = _listed_times(source)
     times, frames = _decode_chosen(source, _choose(listed, sampling), frame_size)
     if not times:

@@ -1,0 +1,141 @@
+"""Writing data sets: WebDataset tar shards with conversations and videos, prepared for Energon.
+
+A sample with key K is ``K.json`` ({"conversation": messages, "meta": anything}) and its videos, ``K.mp4`` or, where
+there are several, ``K.0.mp4``, ``K.1.mp4`` in the order of their placeholders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+
+VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "gif")
+CONVERSATION_PART = "json"
+
+
+class ShardWriter:
+    """Writes one data set folder; it appears under its name only when it is complete.
+
+    Use as a context manager. Samples go to a folder beside the target, which is renamed at the end; after an exception
+    that folder is removed.
+
+    Args:
+        folder: the data set's folder.
+        split: Energon split part that all shards belong to (``train`` or ``val``).
+        samples_per_shard: samples in a tar file.
+        replace: whether an existing folder is replaced.
+
+    Raises:
+        ValueError: the folder exists and ``replace`` is not set.
+    """
+
+    def __init__(self, folder: Path, split: str, samples_per_shard: int = 500, replace: bool = False) -> None:
+        if folder.exists() and not replace:
+            raise ValueError(f"{folder} exists: choose another folder, or remove it first")
+        self.folder = folder
+        self.split = split
+        self.samples_per_shard = samples_per_shard
+        self.num_samples = 0
+        self._partial = folder.with_name(f".{folder.name}.partial")
+        self._tar: tarfile.TarFile | None = None
+        self._names: list[str] = []
+        self._keys: set[str] = set()
+
+    def __enter__(self) -> ShardWriter:
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+        self._partial.mkdir(parents=True)
+        return self
+
+    def add(
+        self,
+        key: str,
+        conversation: Sequence[dict[str, Any]],
+        videos: Sequence[tuple[str, bytes]],
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes a sample.
+
+        Args:
+            key: unique name; letters, digits, dash and underscore.
+            conversation: messages.
+            videos: extension and bytes of each video.
+            meta: whatever an evaluation needs.
+
+        Raises:
+            ValueError: the key is malformed or repeated, or an extension is unknown.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", key) or key in self._keys:
+            raise ValueError(f"sample key {key!r}: letters, digits, dash and underscore, each key once")
+        for extension, _ in videos:
+            if extension not in VIDEO_EXTENSIONS:
+                raise ValueError(f"video of type {extension!r}: choose one of {', '.join(VIDEO_EXTENSIONS)}")
+        if self._tar is None or self.num_samples % self.samples_per_shard == 0:
+            self._next_shard()
+        self._keys.add(key)
+        content = json.dumps({"conversation": list(conversation), "meta": meta or {}}, ensure_ascii=False)
+        self._write(f"{key}.{CONVERSATION_PART}", content.encode())
+        for index, (extension, data) in enumerate(videos):
+            part = extension if len(videos) == 1 else f"{index}.{extension}"
+            self._write(f"{key}.{part}", data)
+        self.num_samples += 1
+
+    def add_file(self, name: str, content: Any) -> None:
+        """Writes a JSON file about the data set beside its shards."""
+        (self._partial / name).write_text(json.dumps(content, indent=2) + "\n")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._tar is not None:
+            self._tar.close()
+        if error is not None:
+            shutil.rmtree(self._partial)
+            return
+        if not self._names:
+            shutil.rmtree(self._partial)
+            raise ValueError(f"no sample for {self.folder}: nothing was written")
+        prepare_dataset(self._partial, self._names, self.split)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        self._partial.rename(self.folder)
+
+    def _next_shard(self) -> None:
+        if self._tar is not None:
+            self._tar.close()
+        name = f"shard-{len(self._names):05d}.tar"
+        self._names.append(name)
+        # Stays open over many calls of add; __exit__ closes it.
+        self._tar = tarfile.open(self._partial / name, "w")  # noqa: SIM115
+
+    def _write(self, name: str, data: bytes) -> None:
+        assert self._tar is not None, "no shard is open"
+        # A fresh TarInfo has no time and no owner, so that equal samples give equal shards.
+        entry = tarfile.TarInfo(name)
+        entry.size = len(data)
+        self._tar.addfile(entry, io.BytesIO(data))
+
+
+def prepare_dataset(folder: Path, shard_names: Iterable[str], split: str) -> None:
+    """Writes Energon's index and description of a folder of shards, as its interactive ``energon prepare`` would."""
+    # The preparator reports on standard output, where the caller has a progress bar.
+    with contextlib.redirect_stdout(io.StringIO()):
+        WebdatasetPreparator.prepare_dataset(
+            folder,
+            list(shard_names),
+            split_parts_patterns=[(part, ".*" if part == split else "(?!)") for part in ("train", "val", "test")],
+            workers=1,
+        )
+    description = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
+    (folder / ".nv-meta" / "dataset.yaml").write_text(yaml.safe_dump(description))

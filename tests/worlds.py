@@ -38,11 +38,14 @@ def _worker(rank: int, size: int, store: str, fn: Callable[..., Any], args: tupl
     os.setpgid(0, 0)
     try:
         import torch
+        from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
         from hybridprune_megatron.engine.launch import Launch
         from hybridprune_megatron.engine.parallel import init_distributed, shut_down
 
         torch.set_num_threads(1)
+        # Megatron's checkpoint writer starts a helper at the first save; from the forkserver it need not import torch.
+        get_write_results_queue("forkserver")
         init_distributed(Launch(rank, size, rank, size), timeout_minutes=2.0, init_method=f"file://{store}")
         result = fn(*args)
         shut_down()

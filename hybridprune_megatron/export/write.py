@@ -100,9 +100,10 @@ def export_model(model: nn.Module, cfg: Config, out_dir: str | Path, max_shard_s
 def hf_config(cfg: Config) -> HybridPruneConfig:
     """The export's configuration of a run."""
     model, tokenizer = cfg.model, _tokenizer(cfg)
-    vision = None
-    if model.vision is not None:
-        vision = asdict(model.vision)
+    vision = asdict(model.vision) if model.vision is not None else None
+    reduction = asdict(cfg.reduction)
+    # Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
+    reduction.pop("multiple_of", None)
     special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
     ids = {token: special_token_id(tokenizer, token) for token in (*special, IMAGE_TOKEN)}
     if max(ids.values()) >= model.vocab_size:
@@ -127,7 +128,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
         max_position_embeddings=model.max_sequence_length,
         initializer_range=model.init_std,
         vision=vision,
-        reduction=asdict(cfg.reduction),
+        reduction=reduction,
         image_token_id=ids[IMAGE_TOKEN],
         image_start_token_id=ids[IMAGE_START_TOKEN],
         image_end_token_id=ids[IMAGE_END_TOKEN],

@@ -45,7 +45,7 @@ def test_the_export_answers_without_this_package(world, clips, tmp_path) -> None
     checkout = str(Path(__file__).resolve().parents[2])
     env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", str(script), str(world.folder), str(clips[0]), checkout]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
     text = "<SPECIAL_11>User\n<video>What is it?\n<SPECIAL_11>Assistant\n"
     inputs = world.processor(text=text, videos=[str(clips[0])])

@@ -85,9 +85,9 @@ def test_bare_weights_need_a_configuration(script, world, tmp_path, capsys) -> N
 
 
 def test_help_and_wrong_arguments_are_quick() -> None:
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, timeout=5)
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, timeout=30)
     assert "--checkpoint" in shown.stdout
     wrong = subprocess.run(
-        [sys.executable, SCRIPT, "--out", "x"], capture_output=True, text=True, check=False, timeout=5
+        [sys.executable, SCRIPT, "--out", "x"], capture_output=True, text=True, check=False, timeout=30
     )
     assert wrong.returncode == 2

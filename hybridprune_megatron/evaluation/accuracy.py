@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -39,7 +39,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: VideoLanguageModel, questions: Sequence[Question], reduction: Reduction | None, max_tokens: int
+    model: VideoLanguageModel,
+    questions: Sequence[Question],
+    reduction: Reduction | None,
+    max_tokens: int,
+    progress: Callable[[int], object] | None = None,
 ) -> Evaluation:
     """Accuracy and measured retention of a model on held-out samples.
 
@@ -51,6 +55,7 @@ def evaluate(
         questions: at least one; keys differ.
         reduction: what to drop; None: nothing.
         max_tokens: length of a packed batch before reduction.
+        progress: gets the number of samples of every batch that is done.
     """
     if not questions:
         raise ValueError("0 held-out samples: evaluate at least one (trainer.eval_samples, data.validation)")
@@ -63,6 +68,8 @@ def evaluate(
             right = answers_right(model, batch, trace)
             correct |= {key: fine for key, fine in zip(batch.keys, right) if key != PADDING_KEY}
             shares += sample_retention(trace)
+            if progress is not None:
+                progress(len([key for key in batch.keys if key != PADDING_KEY]))
     if len(correct) != len(questions):
         raise ValueError(f"{len(questions)} held-out samples have {len(correct)} different keys: keys must differ")
     kinds = sorted({question.kind for question in questions})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -42,7 +43,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def text_table(rows: list[tuple[str, ...]]) -> str:
+def text_table(rows: Sequence[tuple[str, ...]]) -> str:
     """Aligned columns; the first and the last to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -55,7 +56,7 @@ def text_table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def markdown_table(rows: list[tuple[str, ...]]) -> str:
+def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
     """The same as a Markdown table."""
     header, *body = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([header, f"|{' --- |' * len(rows[0])}", *body])

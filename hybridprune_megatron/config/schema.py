@@ -91,6 +91,7 @@ class ReductionConfig:
         slope: steepness of the sigmoid, above 0.
         layers: layers that may drop; all, attention, mamba, or a list of 0-based indices of M and * layers.
         min_tokens: fewest visual tokens that stay per sample.
+        multiple_of: what the packed length divides by after every drop, met by keeping more tokens (16 for FP8).
         retention: share of visual tokens that enters each layer, a number a layer, instead of the schedule; null = off.
     """
 
@@ -101,6 +102,7 @@ class ReductionConfig:
     slope: float = 10.0
     layers: Any = "all"
     min_tokens: int = 1
+    multiple_of: int = 1
     retention: list[float] | None = None
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class ReductionConfig:
         one_of("reduction", self, "schedule", ("sigmoid",))
         within("reduction", self, 0, 1, "midpoint")
         above_zero("reduction", self, "slope")
-        at_least("reduction", self, 1, "min_tokens")
+        at_least("reduction", self, 1, "min_tokens", "multiple_of")
         check_reduction_layers_type(self.layers)
 
 

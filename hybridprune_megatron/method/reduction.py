@@ -18,11 +18,13 @@ class Reduction:
         scorer: scores the visual tokens.
         retention: share of the original visual tokens that enters every layer of the whole model.
         min_tokens: smallest number of visual tokens a sample keeps.
+        multiple_of: what the packed length must divide by after every drop; met by keeping more real tokens.
     """
 
     scorer: Scorer
     retention: tuple[float, ...]
     min_tokens: int = 1
+    multiple_of: int = 1
 
     def wanted_counts(self, visual_counts: Sequence[int]) -> list[tuple[int, ...]]:
         """Per layer, the visual tokens of each sample that enter it, before alignment.

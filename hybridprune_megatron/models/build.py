@@ -94,7 +94,7 @@ def build_reduction(pattern: str, reduction: ReductionConfig) -> Reduction | Non
         retention = retention_by_layer(pattern, reduction.budget, layers, reduction.midpoint, reduction.slope)
     if min(retention) == 1.0:
         return None
-    return Reduction(get_scorer(reduction.scorer), retention, reduction.min_tokens)
+    return Reduction(get_scorer(reduction.scorer), retention, reduction.min_tokens, reduction.multiple_of)
 
 
 def tower_config(vision: VisionConfig):

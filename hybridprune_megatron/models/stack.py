@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class ReductionStack(HybridStack):
             Hidden states of the tokens that are left and their layout.
         """
         wanted = reduction.wanted_counts(layout.visual_counts) if reduction is not None else None
-        align = self.tp_group.size() if self.config.sequence_parallel else 1
+        align = self._alignment(reduction)
         packing = None
         for layer in self.layers:
             if trace is not None:
@@ -78,6 +79,11 @@ class ReductionStack(HybridStack):
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
         return hidden_states, layout
+
+    def _alignment(self, reduction: Reduction | None) -> int:
+        """What every packed length divides by: the setting, and the ranks that share a sequence."""
+        ranks = self.tp_group.size() if self.config.sequence_parallel else 1
+        return math.lcm(ranks, reduction.multiple_of if reduction is not None else 1)
 
     def _run_layer(self, layer: nn.Module, hidden_states: Tensor, packing: Any) -> Tensor:
         """One layer, its activations recomputed in backward if configured.

@@ -196,6 +196,7 @@ def activate() -> None:
     # Megatron first: its import loads torch._dynamo, which registers torch.cuda's functions and must see the
     # real ones.
     _patch_megatron()
+    _stay_eager()
     _patch_torch_cuda()
     mode = _CudaNamesMeanCpu()
     mode.__enter__()

@@ -34,6 +34,12 @@ def _cpu_answers() -> None:
     scope: dict = {"__name__": "megatron.core.optimizer.made_up", "x": torch.ones(1)}
     exec("answer = x.type()", scope)
     assert scope["answer"] == "torch.cuda.FloatTensor"
+    # What megatron decorates with torch.compile runs as it is written.
+    from megatron.core.activations import squared_relu
+    from torch._dynamo.utils import counters
+
+    assert squared_relu(torch.tensor([-1.0, 3.0])).tolist() == [0.0, 9.0]
+    assert not counters["frames"]
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.synchronize()
     # A fork of megatron's tracker leaves the outer generator as it was, and goes on where it stopped.

@@ -13,12 +13,12 @@ from functools import partial
 
 from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.engine.launch import Launch, launch_overrides, read_launch
+from hybridprune_megatron.engine.quiet import quiet_libraries
 
 
 def finetune(cfg: Config, launch: Launch) -> None:
     """Trains as configured, from the start or from the newest checkpoint."""
     from hybridprune_megatron.data.task_encoder import build_train_loader
-
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
     from hybridprune_megatron.models.build import build_model
@@ -34,6 +34,7 @@ def main() -> None:
     launch = read_launch()
     sys.argv += launch_overrides(launch, sys.argv[1:])
     parse_command_line(sys.argv[1:])
+    quiet_libraries()
 
     from nemo.core.config import hydra_runner
     from omegaconf import DictConfig, OmegaConf

@@ -100,7 +100,7 @@ class MegatronStrategy(DDPStrategy):
             Path(filepath).parent,
             checkpoint["global_step"],
             module.state,
-            module.loader.save_state(),
+            plain(module.loader.save_state(), "the loader's state"),
             common,
             run,
             self._keep_last,
@@ -143,7 +143,7 @@ def plain(value: Any, where: str) -> Any:
     Raises:
         ValueError: naming the entry that is not made of plain values and tensors.
     """
-    if value is None or isinstance(value, bool | int | float | str | torch.Tensor):
+    if value is None or isinstance(value, bool | int | float | str | bytes | torch.Tensor):
         return value
     if isinstance(value, dict):
         return {key: plain(item, f"{where}.{key}") for key, item in value.items()}

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar
 from hybridprune_megatron.engine.checkpoint import latest_checkpoint
 from hybridprune_megatron.engine.launch import Launch
+from hybridprune_megatron.engine.quiet import quiet_libraries
 from hybridprune_megatron.engine.strategy import MegatronStrategy
 
 if TYPE_CHECKING:
@@ -77,8 +78,13 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
     settings["create_checkpoint_callback"] = False
     if settings.get("resume_if_exists"):
         newest = latest_checkpoint(checkpoint_folder(cfg))
-        # NeMo looks for names of its own ("*-last"); ours is handed over by its path.
+        # NeMo's own search knows other names ("*-last") and would warn that it finds none: ours is handed over by its path.
         settings["resume_from_checkpoint"] = None if newest is None else str(newest)
-        settings["resume_ignore_no_checkpoint"] = True
+        settings["resume_if_exists"] = False
+    quiet_libraries()
     exp_manager(trainer, settings)
+    # exp_manager lets megatron log at its own level.
+    quiet_libraries()
+    if trainer.is_global_zero and settings.get("resume_from_checkpoint"):
+        print(f"resuming from {settings['resume_from_checkpoint']}", flush=True)
     return log_dir

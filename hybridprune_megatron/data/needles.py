@@ -73,7 +73,7 @@ class NeedleTask:
     """How the samples of a data set look.
 
     Attributes:
-        frames: frames of a clip.
+        frames: frames of a clip; 1 makes stills, which always show the needle and are never asked for the moment.
         fps: frames a second that the clip is stored with.
         size: side of a clip in pixels.
         needles: needles in a clip; with several, no two share any attribute, and the question names one of them by an
@@ -88,18 +88,23 @@ class NeedleTask:
     questions_per_video: int = 1
 
     def __post_init__(self) -> None:
-        if self.frames < len(MOMENTS):
-            raise ValueError(f"--frames {self.frames}: at least {len(MOMENTS)}, one a quarter")
+        if self.frames != 1 and self.frames < len(MOMENTS):
+            raise ValueError(f"--frames {self.frames}: 1 for stills, or at least {len(MOMENTS)}, one a quarter")
         if self.size < 64 or self.size % 2:
             raise ValueError(f"--size {self.size}: an even number of pixels from 64")
         if not 1 <= self.needles <= len(PLACES):
             raise ValueError(f"--needles {self.needles}: 1 to {len(PLACES)}, as no two share a place")
-        limit = len(KINDS) if self.needles == 1 else len(KINDS) - 1
+        limit = len(self.kinds) if self.needles == 1 else len(self.kinds) - 1
         if not 1 <= self.questions_per_video <= limit:
             # With several needles, one attribute names the needle in every question and is never asked for.
             raise ValueError(
                 f"--questions-per-video {self.questions_per_video}: 1 to {limit} with {self.needles} needle(s)"
             )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What can be asked."""
+        return KINDS if self.frames > 1 else tuple(kind for kind in KINDS if kind != "moment")
 
 
 @dataclass(frozen=True)
@@ -150,10 +155,10 @@ def plan_samples(task: NeedleTask, count: int, seed: int, split: str) -> list[Ne
     split_seed = [seed, *split.encode("ascii")]
     rng = np.random.default_rng(split_seed)
     answers = {kind: _Deck(values, rng) for kind, values in CHOICES.items()}
-    kinds = _Deck(KINDS, rng)
+    kinds = _Deck(task.kinds, rng)
     plans = []
     for index in range(count):
-        named_by = str(rng.choice(KINDS)) if task.needles > 1 else None
+        named_by = str(rng.choice(task.kinds)) if task.needles > 1 else None
         asked = _take_kinds(kinds, task.questions_per_video, named_by)
         # Only what is asked comes from a deck: other attributes would use cards up and unbalance the answers.
         target = {
@@ -239,7 +244,9 @@ def render_sample(plan: NeedlePlan, task: NeedleTask, held_out: bool) -> bytes:
 
 
 def moment_frames(moment: str, frames: int) -> tuple[int, int]:
-    """First frame of a quarter and the frame after its last."""
+    """First frame of a quarter and the frame after its last; a still has no quarters."""
+    if frames == 1:
+        return 0, 1
     quarter = MOMENTS.index(moment)
     return quarter * frames // len(MOMENTS), (quarter + 1) * frames // len(MOMENTS)
 
@@ -282,7 +289,7 @@ def _placed_needle(
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Picture [H, W, 3] and alpha [H, W, 1] of a needle, and its left and top pixel inside its quadrant."""
     half = size // 2
-    side = int(rng.integers(size * 40 // 128, size * 48 // 128 + 1))
+    side = int(rng.integers(size * 48 // 128, size * 60 // 128 + 1))
     picture = draw_needle(needle["shape"], needle["colour"], needle["digit"], side)
     x, y = (int(rng.integers(half - side + 1)) for _ in range(2))
     x += half * needle["place"].endswith("right")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -93,10 +94,33 @@ def decode_video(
     Raises:
         ValueError: the video cannot be read or has no frames.
     """
+    with _one_error(source, name):
+        return _decode(source, sampling, frame_size)
+
+
+def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str = "video") -> list[float]:
+    """The times that ``decode_video`` will most likely give its frames, without decoding.
+
+    They come from the container's index, which some files get wrong; compare with the times of the decoded video.
+
+    Raises:
+        ValueError: the video cannot be read or has no frames.
+    """
+    with _one_error(source, name):
+        times = _listed_times(source) or _decode_chosen(source, set(), 2)[0]
+        if not times:
+            raise _NoFrames("no frame in the video stream")
+        chosen = sorted(_choose(times, sampling))
+        return [float(time - times[0]) for time in chosen]
+
+
+@contextmanager
+def _one_error(source: bytes | str | Path, name: str) -> Iterator[None]:
+    """Makes one line of whatever FFmpeg has to say."""
     if isinstance(source, str | Path):
         name = str(source)
     try:
-        return _decode(source, sampling, frame_size)
+        yield
     except (av.error.FFmpegError, OSError, IndexError, EOFError, _NoFrames) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be decoded ({reason}): expected a readable video file with frames") from error

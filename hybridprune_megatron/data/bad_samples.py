@@ -1,0 +1,56 @@
+"""Skips bad samples, counts them by reason, and ends the job when there are too many."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+from megatron.energon.errors import FatalSampleError, SkipSample
+
+from hybridprune_megatron.data.sample_encoder import BadSampleError
+
+logger = logging.getLogger(__name__)
+
+#: A share of fewer samples than this says little: one bad sample among the first ten must not end a job.
+MIN_SEEN = 1000
+#: Examples of each reason that are logged; the rest is only counted.
+MAX_LOGGED = 5
+
+
+class BadSampleTally:
+    """Counts of one loader process.
+
+    Args:
+        max_share: of bad samples among all; more end the job.
+
+    Attributes:
+        seen: samples read.
+        bad: samples left out, by reason.
+    """
+
+    def __init__(self, max_share: float) -> None:
+        self.max_share = max_share
+        self.seen = 0
+        self.bad: Counter[str] = Counter()
+
+    def skip(self, error: BadSampleError) -> SkipSample:
+        """Counts a bad sample; raise what is returned.
+
+        Raises:
+            FatalSampleError: the share of bad samples is above what is allowed. Energon lets it through.
+        """
+        self.bad[error.reason] += 1
+        if self.bad[error.reason] <= MAX_LOGGED:
+            logger.warning("left out (%s): %s", error.reason, error)
+        total = self.bad.total()
+        if total > self.max_share * max(self.seen, MIN_SEEN):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.bad.items()))
+            raise FatalSampleError(
+                f"{total} of {self.seen} samples are bad ({reasons}), above data.max_bad_share={self.max_share}; "
+                f"the last one: {error}; mend the data or raise data.max_bad_share"
+            )
+        return SkipSample()
+
+    def snapshot(self) -> dict[str, int]:
+        """Counts so far: samples seen, and left out by reason."""
+        return {"seen": self.seen, **self.bad}

@@ -1,0 +1,174 @@
+"""From a stored sample, a conversation and video files, to encoded samples; in two steps, so that packing stays cheap.
+
+A draft knows its tokens but holds the video as it was stored; only what was chosen for a pack is decoded. Frames are
+many times larger than the file they come from, and a packing buffer holds many samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.data.batch import EncodedSample, no_pixels
+from hybridprune_megatron.data.prompt import Conversation, EncodedPrompt, PromptEncoder, read_conversation
+from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
+
+#: Why a sample may be left out.
+BAD_REASONS = ("malformed", "video", "too_long")
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used.
+
+    Attributes:
+        reason: one of ``BAD_REASONS``.
+    """
+
+    def __init__(self, reason: str, key: str, message: str) -> None:
+        assert reason in BAD_REASONS, reason
+        super().__init__(f"sample {key}: {message}")
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class SampleDraft:
+    """A sample whose videos are not decoded yet.
+
+    Attributes:
+        key: of the sample it becomes.
+        conversation: all of it.
+        part: which of the samples of this conversation it is (0 but with ``split_turns``).
+        prompt: its tokens, for the expected frame times.
+        seconds: for every video of the conversation its expected frame times.
+        videos: the video files.
+    """
+
+    key: str
+    conversation: Conversation
+    part: int
+    prompt: EncodedPrompt
+    seconds: list[list[float]]
+    videos: tuple[bytes, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.input_ids)
+
+
+class SampleEncoder:
+    """Encodes conversations about videos as the configuration says.
+
+    Args:
+        cfg: uses ``data`` and ``model.vision``.
+
+    Raises:
+        ValueError: the tokenizer cannot be read or lacks special tokens.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        data, vision = cfg.data, cfg.model.vision
+        self.tokenizer = _load_tokenizer(data.tokenizer)
+        self.mode = data.conversation
+        self.sequence_length = data.sequence_length
+        self.sampling: FrameSampling | None = None
+        self.frame_size = 0
+        if data.sampling != "none" and vision is not None:
+            self.sampling = FrameSampling(data.sampling, data.num_frames, data.fps, data.max_frames)
+            self.frame_size = vision.frame_size
+        tokens_per_frame = vision.tokens_per_frame if vision is not None else 1
+        self.prompts = PromptEncoder(self.tokenizer, tokens_per_frame, data.frame_text)
+
+    @property
+    def pad_id(self) -> int:
+        """Token of padding, which no loss and no other sample ever sees."""
+        return int(self.tokenizer.pad_token_id or 0)
+
+    def draft(self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes]) -> list[SampleDraft]:
+        """The samples that a conversation becomes: one, or one a turn with ``split_turns``.
+
+        Raises:
+            BadSampleError: the conversation is malformed, a video unreadable, or a sample longer than a sequence.
+        """
+        seconds = self._probe(key, videos)
+        try:
+            conversation = read_conversation(messages)
+            prompts = self.prompts.encode_samples(conversation, seconds, self.mode)
+        except ValueError as error:
+            raise BadSampleError("malformed", key, str(error)) from error
+        drafts = []
+        for part, prompt in enumerate(prompts):
+            part_key = key if len(prompts) == 1 else f"{key}.{part}"
+            draft = SampleDraft(part_key, conversation, part, prompt, seconds, tuple(videos))
+            self._check_length(draft)
+            drafts.append(draft)
+        return drafts
+
+    def finish(self, draft: SampleDraft) -> EncodedSample:
+        """Decodes the videos of a draft.
+
+        Raises:
+            BadSampleError: a video cannot be decoded, or decodes to more frames than a sequence has room for.
+        """
+        prompt = draft.prompt
+        frames, seconds = [], list(draft.seconds)
+        for index in range(prompt.num_videos):
+            assert self.sampling is not None, "videos without a sampling are refused by draft()"
+            try:
+                decoded = decode_video(draft.videos[index], self.sampling, self.frame_size, f"video {index}")
+            except ValueError as error:
+                raise BadSampleError("video", draft.key, str(error)) from error
+            frames.append(decoded.frames)
+            seconds[index] = decoded.seconds
+        if seconds != draft.seconds:
+            # The container's index was wrong; what was decoded counts.
+            prompts = self.prompts.encode_samples(draft.conversation, seconds, self.mode)
+            prompt = prompts[draft.part]
+        sample = EncodedSample(
+            key=draft.key,
+            input_ids=torch.tensor(prompt.input_ids, dtype=torch.int64),
+            labels=torch.tensor(prompt.labels, dtype=torch.int64),
+            layout=prompt.layout,
+            pixel_values=torch.cat(frames) if frames else no_pixels(),
+        )
+        self._check_length(sample)
+        return sample
+
+    def encode(self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes]) -> list[EncodedSample]:
+        """Both steps at once.
+
+        Raises:
+            BadSampleError: as ``draft`` and ``finish`` do.
+        """
+        return [self.finish(draft) for draft in self.draft(key, messages, videos)]
+
+    def _probe(self, key: str, videos: Sequence[bytes]) -> list[list[float]]:
+        if videos and self.sampling is None:
+            raise BadSampleError(
+                "malformed", key, f"{len(videos)} videos for a model or setting (data.sampling) without"
+            )
+        try:
+            return [probe_video(video, self.sampling, f"video {i}") for i, video in enumerate(videos) if self.sampling]
+        except ValueError as error:
+            raise BadSampleError("video", key, str(error)) from error
+
+    def _check_length(self, sample: SampleDraft | EncodedSample) -> None:
+        length = sample.num_tokens if isinstance(sample, SampleDraft) else sample.layout.num_tokens
+        if length > self.sequence_length:
+            raise BadSampleError(
+                "too_long", sample.key, f"{length} tokens; data.sequence_length={self.sequence_length} is the most"
+            )
+
+
+def _load_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.tokenizer={folder!r} cannot be read: give a folder with a Hugging Face tokenizer"
+        ) from error

@@ -1,0 +1,321 @@
+"""Reads data sets through Energon: its task encoder, packing, and loaders whose state can be saved.
+
+Stages of Energon, in order: ``cook_sample`` (raw parts of a tar sample), ``preencode_sample`` (tokens),
+``select_samples_to_pack``, ``postencode_sample`` (pixels), ``pack_selected_samples``. Energon saves where it is by
+remembering which samples its buffers hold, so every stage depends on nothing but its input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron.energon import (
+    Cooker,
+    Sample,
+    SkipSample,
+    TaskEncoder,
+    WorkerConfig,
+    basic_sample_keys,
+    edataclass,
+    get_savable_loader,
+    get_train_dataset,
+    get_val_dataset,
+    stateless,
+)
+from megatron.energon.errors import FatalSampleError, reraise_exception
+
+from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.data.bad_samples import BadSampleTally
+from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
+from hybridprune_megatron.data.loader_state import from_plain, to_plain
+from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleDraft, SampleEncoder
+from hybridprune_megatron.data.shards import CONVERSATION_PART, VIDEO_EXTENSIONS
+
+#: Samples in a row from one place of a shard before another place is read; the shuffle buffer mixes further.
+_MAX_SAMPLES_PER_SEQUENCE = 100
+#: A long video decodes for a while; Energon warns when a batch takes longer.
+_SLOW_BATCH_SECONDS = 600
+_VIDEO_PART = re.compile(r"(?:(\d+)\.)?(" + "|".join(VIDEO_EXTENSIONS) + ")")
+
+
+@edataclass
+class RawSample(Sample):
+    """Bytes of a tar sample: conversation and videos in order."""
+
+    conversation: bytes
+    videos: tuple[bytes, ...]
+
+
+@edataclass
+class DraftSample(Sample):
+    """A draft on its way to the packing."""
+
+    draft: SampleDraft
+
+
+@edataclass
+class FinishedSample(Sample):
+    """An encoded sample on its way to its pack."""
+
+    sample: EncodedSample
+
+
+@edataclass
+class PackedSample(Sample):
+    """A batch on its way out of the loader, with the counts of the process that made it."""
+
+    batch: PackedBatch
+    counts: dict[str, int]
+    worker: int
+
+    def pin_memory(self) -> PackedSample:
+    X
+
+
+@stateless
+def cook_sample(sample: dict[str, Any]) -> RawSample:
+    """Takes the conversation and the videos out of a tar sample; other parts are never looked at."""
+    videos = []
+    for part in sample:
+        match = _VIDEO_PART.fullmatch(part)
+        if match:
+            videos.append((int(match[1] or 0), part))
+    return RawSample(
+        **basic_sample_keys(sample),
+        conversation=sample.get(CONVERSATION_PART, b""),
+        videos=tuple(sample[part] for _, part in sorted(videos)),
+    )
+
+
+class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
+    """Energon's stages over a ``SampleEncoder``.
+
+    Args:
+        encoder: makes tokens and pixels.
+        max_bad_share: share of bad samples that is skipped before the job ends.
+        pad_to_multiple_of: of the length of a packed sequence.
+    """
+
+    # Parts are decoded here, from bytes. Energon's decoder would also unpickle parts with certain names.
+    decoder = None
+    cookers = (Cooker(cook_sample),)
+
+    def __init__(self, encoder: SampleEncoder, max_bad_share: float, pad_to_multiple_of: int = 1) -> None:
+        self.encoder = encoder
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.tally = BadSampleTally(max_bad_share)
+        # Padding must not push a full sequence over its length.
+        self.capacity = encoder.sequence_length // pad_to_multiple_of * pad_to_multiple_of
+
+    @stateless
+    def preencode_sample(self, sample: RawSample) -> Iterator[DraftSample]:
+        """Tokens of a conversation; one draft, or one a turn."""
+        self.tally.seen += 1
+        try:
+            drafts = self.encoder.draft(sample.__key__, _read_messages(sample), sample.videos)
+        except BadSampleError as error:
+            raise self.tally.skip(error) from error
+        for draft in drafts:
+            yield DraftSample.derive_from(sample, draft=draft)
+
+    def select_samples_to_pack(self, samples: list[DraftSample]) -> list[list[DraftSample]]:
+        """First fit: every sample joins the first sequence that has room, so arrival order stays nearly as it is."""
+        packs: list[list[DraftSample]] = []
+        room: list[int] = []
+        for sample in samples:
+            length = sample.draft.num_tokens
+            place = next((place for place, left in enumerate(room) if left >= length), None)
+            if place is None:
+                packs.append([sample])
+                room.append(self.capacity - length)
+            else:
+                packs[place].append(sample)
+                room[place] -= length
+        return packs
+
+    @stateless
+    def postencode_sample(self, sample: DraftSample) -> FinishedSample:
+        """Decodes the videos of a sample that was chosen for a pack."""
+        try:
+            return FinishedSample.derive_from(sample, sample=self.encoder.finish(sample.draft))
+        except BadSampleError as error:
+            raise self.tally.skip(error) from error
+
+    @stateless
+    def pack_selected_samples(self, samples: list[FinishedSample]) -> PackedSample:
+        """One packed sequence."""
+        chosen: list[EncodedSample] = []
+        room = self.capacity
+        for each in samples:
+            length = each.sample.layout.num_tokens
+            if length > room:
+                # Only a video whose index lied about its frames is longer than its draft.
+                self._too_long(each.sample, room)
+                continue
+            chosen.append(each.sample)
+            room -= length
+        if not chosen:
+            raise SkipSample
+        batch = pack(chosen, self.pad_to_multiple_of, self.encoder.pad_id)
+        worker = WorkerConfig.active_worker_config.rank_worker_id() if WorkerConfig.active_worker_config else 0
+        return PackedSample.derive_from(samples[0], batch=batch, counts=self.tally.snapshot(), worker=worker)
+
+    def _too_long(self, sample: EncodedSample, room: int) -> None:
+        message = f"{sample.layout.num_tokens} tokens after decoding, {room} left in its sequence"
+        self.tally.skip(BadSampleError("too_long", sample.key, message))
+
+
+class TrainLoader:
+    """Endless packed batches of one data-parallel rank, in an order that can be saved.
+
+    A saved state describes what comes behind the last batch that was handed out, and is plain values. It fits a loader
+    of the same data, settings, rank, number of ranks and number of workers.
+
+    Args:
+        cfg: uses ``data``, ``model.vision``, ``trainer.seed`` and ``parallel``.
+        rank: data-parallel rank.
+        world_size: number of data-parallel ranks.
+        pad_to_multiple_of: of the length of every batch; None takes what parallelism and reduction need.
+
+    Attributes:
+        counts: samples seen and left out by reason, over all loader processes of this rank, since the run began (a
+            resumed run reads the samples of its buffers again, and counts them again).
+    """
+
+    def __init__(self, cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> None:
+        path = _dataset_path(cfg.data.train, "data.train")
+        multiple = pad_to_multiple_of or length_multiple(cfg)
+        data = cfg.data
+        self._shape = {"rank": rank, "world_size": world_size, "num_workers": data.num_workers}
+        dataset = get_train_dataset(
+            path,
+            worker_config=_worker_config(rank, world_size, data.num_workers, cfg.trainer.seed),
+            batch_size=None,
+            packing_buffer_size=data.packing_buffer,
+            shuffle_buffer_size=data.shuffle_buffer,
+            max_samples_per_sequence=_MAX_SAMPLES_PER_SEQUENCE,
+            task_encoder=VideoTaskEncoder(SampleEncoder(cfg), data.max_bad_share, multiple),
+        )
+        self._loader = _savable_loader(dataset)
+        self._earlier: dict[str, int] = {}
+        self._by_worker: dict[int, dict[str, int]] = {}
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Batches without end.
+
+        Raises:
+            ValueError: more samples were bad than ``data.max_bad_share`` allows.
+        """
+        try:
+            for packed in self._loader:
+                self._by_worker[packed.worker] = packed.counts
+                yield packed.batch
+        except FatalSampleError as error:
+            raise ValueError(_bad_share_message(error)) from error
+
+    @property
+    def counts(self) -> dict[str, int]:
+        total = dict(self._earlier)
+        for counts in self._by_worker.values():
+            for name, count in counts.items():
+                total[name] = total.get(name, 0) + count
+        return total
+
+    def save_state(self) -> dict[str, Any]:
+        """The state as of now, as plain values."""
+        return {**self._shape, "counts": self.counts, "energon": to_plain(self._loader.save_state_rank())}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from a saved state; call it before iterating.
+
+        Raises:
+            ValueError: the state comes from another number of ranks or workers.
+        """
+        for name, value in self._shape.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"the data loader's state was saved with {name}={state[name]}, now {name}={value}: resume with the "
+                    "same number of data-parallel ranks and the same data.num_workers"
+                )
+        self._earlier = dict(state["counts"])
+        self._loader.restore_state_rank(from_plain(state["energon"]))
+
+
+def build_train_loader(cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> TrainLoader:
+    """The training loader of a data-parallel rank; see ``TrainLoader``."""
+    return TrainLoader(cfg, rank, world_size, pad_to_multiple_of)
+
+
+def build_eval_loader(cfg: Config, rank: int = 0, world_size: int = 1) -> Iterator[EncodedSample]:
+    """The samples of ``data.validation``, once, in the order of their shards; ranks share them.
+
+    Raises:
+        ValueError: more samples were bad than ``data.max_bad_share`` allows.
+    """
+    dataset = get_val_dataset(
+        _dataset_path(cfg.data.validation, "data.validation"),
+        worker_config=_worker_config(rank, world_size, 0, cfg.trainer.seed),
+        batch_size=None,
+        task_encoder=VideoTaskEncoder(SampleEncoder(cfg), cfg.data.max_bad_share),
+    )
+    try:
+        for finished in _savable_loader(dataset):
+            yield finished.sample
+    except FatalSampleError as error:
+        raise ValueError(_bad_share_message(error)) from error
+
+
+def length_multiple(cfg: Config) -> int:
+    """What the length of a packed sequence must divide by: ranks that share a sequence, and FP8's tiles."""
+    shares = cfg.parallel.tensor if cfg.parallel.sequence_parallel else 1
+    if cfg.parallel.context > 1:
+        # Attention cuts a sequence into two chunks a rank.
+        shares = math.lcm(shares, shares * 2 * cfg.parallel.context)
+    return math.lcm(shares, getattr(cfg.reduction, "multiple_of", 1))
+
+
+def _dataset_path(path: str | None, key: str) -> Path:
+    if path is None:
+        raise ValueError(f"{key}=null: give an Energon data set folder; scripts/make_shards.py writes one")
+    if not (Path(path) / ".nv-meta").is_dir() and not Path(path).is_file():
+        raise ValueError(f"{key}={path} is no Energon data set: give a folder with .nv-meta or a metadataset .yaml")
+    return Path(path)
+
+
+def _worker_config(rank: int, world_size: int, num_workers: int, seed: int) -> WorkerConfig:
+    # Bad samples are skipped by name (BadSampleError); any other error is a bug and must not be swallowed.
+    return WorkerConfig(
+        rank=rank,
+        world_size=world_size,
+        num_workers=num_workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,
+    )
+
+
+def _savable_loader(dataset: Any) -> Any:
+    loader = get_savable_loader(dataset, watchdog_timeout_seconds=_SLOW_BATCH_SECONDS)
+    # Energon always asks for pinned memory, and torch warns in every run that has no accelerator.
+    loader.pin_memory = torch.cuda.is_available()
+    return loader
+
+
+def _read_messages(sample: RawSample) -> list[dict[str, Any]]:
+    try:
+        return json.loads(sample.conversation)["conversation"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadSampleError("malformed", sample.__key__, f"its .{CONVERSATION_PART} has no conversation") from error
+
+
+def _bad_share_message(error: FatalSampleError) -> str:
+    """The line of ``BadSampleTally`` out of what Energon and the worker process wrapped around it."""
+    match = re.search(r"\d+ of \d+ samples are bad .* or raise data\.max_bad_share", str(error))
+    return match[0] if match else " ".join(str(error).split())

@@ -58,7 +58,8 @@ def from_plain(value: Any) -> Any:
         return [from_plain(each) for each in value]
     if not isinstance(value, dict):
         return value
-    kind, items = value.get(_TYPE), value.get("items")
+    kind = value.get(_TYPE)
+    items: Any = value.get("items")
     if kind in ("dict", "FlexState"):
         pairs = ((from_plain(key), from_plain(each)) for key, each in items)
         return FlexState(pairs) if kind == "FlexState" else dict(pairs)

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -172,11 +173,14 @@ class Demo:
     def time_prefill(self) -> dict[str, Any]:
         """Prefill seconds of one packed batch."""
         from hybridprune_megatron.data.batch import pack
+        from hybridprune_megatron.evaluation.forward import length_multiple
         from hybridprune_megatron.evaluation.timing import time_prefill
 
-        batch = pack([question.sample for question in self.questions[:TIMING_SAMPLES]])
-        reductions = {"full": None, "reduced": self.finetuned.reduction}
-        return asdict(time_prefill(self.finetuned, batch, reductions, TIMING_ROUNDS))
+        model = self.finetuned
+        samples = [question.sample for question in self.questions[:TIMING_SAMPLES]]
+        batch = pack(samples, length_multiple(model, model.reduction))
+        reductions = {"full": None, "reduced": model.reduction}
+        return asdict(time_prefill(model, batch, reductions, TIMING_ROUNDS))
 
     # ---- what comes out ---------------------------------------------------------------------------------------------
 
@@ -232,9 +236,9 @@ class Demo:
 
     def ask(self) -> dict[str, Any]:
         """Asks the export about the first held-out clip, in a process that knows nothing of this one."""
-        from hybridprune_megatron.evaluation.held_out import first_clip
+        from hybridprune_megatron.evaluation.held_out import read_clips
 
-        clip = first_clip(self.data_folders[1])
+        clip = next(read_clips(self.data_folders[1]))
         path = self.out / "clip.mp4"
         path.write_bytes(clip.video)
         options = ("--model", str(self.out / "hf"), "--video", str(path), "--question", clip.question)
@@ -255,7 +259,7 @@ class Demo:
         Raises:
             SystemExit: with its exit code, if it failed; it has said why.
         """
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment = {"PYTHONWARNINGS": "ignore", **os.environ, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [sys.executable, str(ROOT / script), *arguments],
             stdout=subprocess.PIPE if capture else None,
@@ -339,6 +343,8 @@ def main(argv: list[str]) -> None:
         sys.exit(2)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "inputs.json", inputs)
+    # Megatron reports what it does without Apex and Transformer Engine, which a demo without a GPU does not have.
+    warnings.filterwarnings("ignore")
     Demo(cfg, options.overrides, inputs).run()
 
 

@@ -63,7 +63,7 @@ def evaluate(
     shares: list[tuple[float, ...]] = []
     with measuring(model, reduction):
         samples = (question.sample for question in questions)
-        for batch in packed_batches(samples, max_tokens, length_multiple(model)):
+        for batch in packed_batches(samples, max_tokens, length_multiple(model, reduction)):
             trace: list[TokenLayout] = []
             right = answers_right(model, batch, trace)
             correct |= {key: fine for key, fine in zip(batch.keys, right) if key != PADDING_KEY}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -42,7 +43,7 @@ def packed_batches(samples: Iterable[EncodedSample], max_tokens: int, multiple_o
     Args:
         samples: read one after another, so they may come from a generator.
         max_tokens: length of a batch before reduction; a longer sample gets a batch of its own.
-        multiple_of: padding to this multiple (tensor parallel size under sequence parallelism).
+        multiple_of: padding to this multiple (see ``length_multiple``).
     """
     waiting: list[EncodedSample] = []
     length = 0
@@ -56,9 +57,10 @@ def packed_batches(samples: Iterable[EncodedSample], max_tokens: int, multiple_o
         yield pack(waiting, multiple_of)
 
 
-def length_multiple(model: VideoLanguageModel) -> int:
-    """What the length of a batch must divide by for this model."""
-    return model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+def length_multiple(model: VideoLanguageModel, *reductions: Reduction | None) -> int:
+    """What the length of a batch must divide by for this model under each of some reductions."""
+    ranks = model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+    return math.lcm(ranks, *(reduction.multiple_of for reduction in reductions if reduction is not None))
 
 
 def device_of(model: VideoLanguageModel) -> torch.device:

@@ -1,6 +1,6 @@
 """Writes the weights of a checkpoint as one .safetensors file for ``model.init_checkpoint``.
 
-    python scripts/save_weights.py --checkpoint runs/demo_base_clips --out assets/demo/base.safetensors --dtype bf16
+python scripts/save_weights.py --checkpoint runs/demo_base_clips --out assets/demo/base.safetensors --dtype bf16
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="folder of a run (newest checkpoint) or of one checkpoint")
     parser.add_argument("--out", required=True, type=Path, help="file to write; replaced if it exists")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of weights with two dimensions or more")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of what has two dimensions or more")
     options = parser.parse_args(argv)
     # After the arguments are read: these take half a minute to import.
     import torch

@@ -33,7 +33,7 @@ class ReductionHybridModel(HybridModel):
         """[L] token ids to [L, 1, hidden], the whole sequence on every tensor-parallel rank."""
         return self.embedding(input_ids=input_ids.unsqueeze(0), position_ids=None)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         embeddings: Tensor | None,
         layout: TokenLayout,

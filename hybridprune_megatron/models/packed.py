@@ -11,7 +11,7 @@ from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.scorers import Scorer
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LayerPacking(PackedSeqParams):
     """Megatron's ``packed_seq_params`` for one layer of one forward pass, rebuilt after every drop.
 
@@ -26,9 +26,9 @@ class LayerPacking(PackedSeqParams):
         scores: float32 [V], written by the mixer: mean over this rank's heads.
     """
 
-    layout: TokenLayout | None = None
-    sample_index: Tensor | None = None
-    sample_position: Tensor | None = None
+    layout: TokenLayout
+    sample_index: Tensor
+    sample_position: Tensor
     scorer: Scorer | None = None
     scores: Tensor | None = None
 

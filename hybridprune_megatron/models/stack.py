@@ -41,7 +41,7 @@ class ReductionStack(HybridStack):
         if self.post_process:
             self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         layout: TokenLayout,

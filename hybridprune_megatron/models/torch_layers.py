@@ -94,7 +94,6 @@ class PackedAttention(nn.Module):
             [L, H * E].
         """
         layout = packed_seq_params.layout
-        assert layout is not None, "the packing of a layer carries its layout"
         return packed_attention(query, key, value, layout.sample_lengths)
 
 

@@ -12,7 +12,7 @@ import sys
 from functools import partial
 
 from hybridprune_megatron.config import Config, parse_command_line
-from hybridprune_megatron.engine.launch import Launch, launch_overrides, read_launch
+from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
 
 
@@ -33,7 +33,11 @@ def main() -> None:
     """Checks the configuration, and only then loads what is slow to import."""
     launch = read_launch()
     sys.argv += launch_overrides(launch, sys.argv[1:])
-    parse_command_line(sys.argv[1:])
+    cfg = parse_command_line(sys.argv[1:])
+    try:
+        check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)
+    except ValueError as error:
+        sys.exit(f"configuration error: {error}")
     quiet_libraries()
 
     from nemo.core.config import hydra_runner

@@ -78,7 +78,7 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
     settings["create_checkpoint_callback"] = False
     if settings.get("resume_if_exists"):
         newest = latest_checkpoint(checkpoint_folder(cfg))
-        # NeMo's own search knows other names ("*-last") and would warn that it finds none: ours is handed over by its path.
+        # NeMo's own search knows other names ("*-last") and would warn that it finds none: ours is given as a path.
         settings["resume_from_checkpoint"] = None if newest is None else str(newest)
         settings["resume_if_exists"] = False
     quiet_libraries()

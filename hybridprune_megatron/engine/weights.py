@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 from safetensors import safe_open
@@ -196,7 +197,7 @@ def _load_distributed(module: MegatronModule, path: Path) -> None:
         sharded: dict[str, Any] = dict(_sharded_tensors(module))
         try:
             loaded = dist_checkpointing.load(sharded, str(path))
-        except KeyError as error:
+        except (KeyError, CheckpointingException) as error:
             raise ValueError(f"model.init_checkpoint={path} is of another model: {error}; check model=...") from None
         _assign(module, {name: loaded[name] for name in _sharded_tensors(module)})
 

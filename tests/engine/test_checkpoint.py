@@ -92,6 +92,33 @@ def _wrong_weights(folder: Path) -> None:
             load_initial_weights(module, path)
 
 
+def _wrong_checkpoint(folder: Path) -> None:
+    import torch
+
+    from hybridprune_megatron.engine.checkpoint import load_checkpoint, save_checkpoint
+    from hybridprune_megatron.engine.optimization import allocate_state, build_train_state
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.engine.weights import load_initial_weights
+    from tests.engine.job import tiny_job
+    from tests.engine.tiny import tiny_model
+
+    init_model_parallel(seed=1)
+    job = tiny_job(folder)
+    state = build_train_state(tiny_model(), job.optim, job.trainer, job.parallel, torch.device("cpu"))
+    allocate_state(state.optimizer)
+    path = save_checkpoint(folder, 4, state, {"any": 1}, {"thing": [1, 2.5]}, {"note": "x"})
+    assert load_checkpoint(path, state)["trainer"] == {"thing": [1, 2.5]}
+    with pytest.raises(ValueError, match=r"is of another model: .*mismatch.*position_embeddings.*check model"):
+        load_initial_weights(tiny_model(length=8), path)
+    (path / "run.json").unlink()
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
+        load_checkpoint(path, state)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    run_world(1, _wrong_checkpoint, tmp_path)
+
+
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     run_world(1, _wrong_weights, tmp_path)
 

@@ -31,7 +31,7 @@ class TinyModel(GPTModel):
 
 
 def tiny_model(
-    pre_process: bool = True, post_process: bool = True, dropout: float = 0.0, bf16: bool = False
+    pre_process: bool = True, post_process: bool = True, dropout: float = 0.0, bf16: bool = False, length: int = LENGTH
 ) -> TinyModel:
     """A fresh model on the seeds and groups in force."""
     config = TransformerConfig(
@@ -56,7 +56,7 @@ def tiny_model(
         config,
         get_gpt_layer_local_spec(),
         vocab_size=VOCAB,
-        max_sequence_length=LENGTH,
+        max_sequence_length=length,
         pre_process=pre_process,
         post_process=post_process,
         share_embeddings_and_output_weights=False,

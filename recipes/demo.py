@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
-# The demo's data: a clip and a question each, balanced over kinds and answers.
-TRAIN_SAMPLES = 400
+# The demo's data: a clip of eight seconds and a question each, balanced over kinds and answers.
+TRAIN_SAMPLES = 1200
 DATA_SEED = 1
+CLIP = {"frames": 16, "fps": 2}
 # What a run leaves in its folder, and --fresh deletes.
 PRODUCTS = (
     *("data", "stages", "checkpoints", "logs", "hf"),
@@ -93,6 +94,7 @@ class Demo:
             "scripts/make_demo_data.py",
             *("--out", str(train.parent), "--train", str(TRAIN_SAMPLES), "--seed", str(DATA_SEED)),
             *("--validation", str(self.cfg.trainer.eval_samples)),
+            *(text for name, value in CLIP.items() for text in (f"--{name}", str(value))),
         )
         return {}
 
@@ -296,7 +298,7 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
         )
     return {
         "config": json.loads(json.dumps(asdict(cfg))),
-        "data": {"train": TRAIN_SAMPLES, "validation": cfg.trainer.eval_samples, "seed": DATA_SEED},
+        "data": {"train": TRAIN_SAMPLES, "validation": cfg.trainer.eval_samples, "seed": DATA_SEED, **CLIP},
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
 

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
 from hybridprune_megatron.config.checks import ConfigError, closest, fail
+from hybridprune_megatron.config.cross_checks import check_runnable
 from hybridprune_megatron.config.explain import explain_exception, explain_override
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.schema import Config
@@ -139,11 +140,13 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
     Args:
         overrides: Hydra overrides.
         config_name: file of ``conf/`` to start from, without its ending.
-        need_files: also check that the data, tokenizer and weights are there.
+        need_files: also check that the run can start: nothing that is not there yet, and its data, tokenizer and weights
+            are.
     """
     try:
         cfg = load_config(overrides, config_name)
         if need_files:
+            check_runnable(cfg)
             check_files(cfg)
     except ConfigError as error:
         _exit_with(str(error))

@@ -136,6 +136,21 @@ def check_split(cfg: Config) -> None:
         divides("data.sequence_length", cfg.data.sequence_length, "parallel.tensor", tensor)
 
 
+def check_runnable(cfg: Config) -> None:
+    """Refuses what can be written down but does not run yet.
+
+    Raises:
+        ConfigError: the first such setting.
+    """
+    for name in ("pipeline", "context"):
+        size = getattr(cfg.parallel, name)
+        if size > 1:
+            raise fail(
+                f"parallel.{name}", size, "must be 1: dropping tokens across stages or sequence shards is not there yet",
+                f"set parallel.{name}=1 and split by parallel.tensor and data parallelism",
+            )
+
+
 def check_batch(cfg: Config) -> None:
     """The processes make whole copies of the model, and the global batch is shared evenly among the copies."""
     trainer, size = cfg.trainer, cfg.parallel.model_parallel_size

@@ -82,6 +82,22 @@ def test_missing_data_is_an_error_of_the_run(tmp_path: Path, monkeypatch, capsys
     assert parse_command_line(["experiment=demo"], need_files=False).name == "demo"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["parallel.pipeline=2", "model.hybrid_pattern='M-M*-|M-M*-'"], "parallel.pipeline=2"),
+        (["parallel.context=2"], "parallel.context=2"),
+    ],
+)
+def test_what_does_not_run_yet_is_refused_before_anything_starts(overrides: list[str], key: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_command_line(["experiment=demo", "trainer.devices=2", *overrides])
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"configuration error: {key}: must be 1")
+    assert line.count("\n") == 1
+
+
 def test_help_shows_groups_keys_and_values(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_command_line(["--help", "experiment=demo", "reduction.budget=0.35"])

@@ -78,8 +78,8 @@ def test_video_model_makes_256_tokens_of_a_frame() -> None:
     assert cfg.model.vision is not None
     assert cfg.model.vision.tokens_per_frame == 256
     assert cfg.model.vocab_size == 132096
-    assert cfg.parallel.model_parallel_size == 32
-    assert (cfg.data_parallel_size, cfg.num_micro_batches) == (1, 16)
+    assert cfg.parallel.model_parallel_size == 8
+    assert (cfg.data_parallel_size, cfg.num_micro_batches) == (4, 4)
 
 
 def test_demo_is_complete() -> None:

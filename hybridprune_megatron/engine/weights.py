@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 
@@ -197,8 +197,12 @@ def _load_distributed(module: MegatronModule, path: Path) -> None:
         sharded: dict[str, Any] = dict(_sharded_tensors(module))
         try:
             loaded = dist_checkpointing.load(sharded, str(path))
-        except (KeyError, CheckpointingException) as error:
-            raise ValueError(f"model.init_checkpoint={path} is of another model: {error}; check model=...") from None
+        except CheckpointException as error:
+            # torch wraps what a rank's plan raised, a missing or misshapen weight; it is no Exception itself.
+            reasons = [reason for reason, _ in error.failures.values()]
+            raise ValueError(
+                f"model.init_checkpoint={path} is of another model: {reasons[0]}; check model=..."
+            ) from None
         _assign(module, {name: loaded[name] for name in _sharded_tensors(module)})
 
 

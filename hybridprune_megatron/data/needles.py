@@ -155,10 +155,10 @@ def plan_samples(task: NeedleTask, count: int, seed: int, split: str) -> list[Ne
     split_seed = [seed, *split.encode("ascii")]
     rng = np.random.default_rng(split_seed)
     answers = {kind: _Deck(values, rng) for kind, values in CHOICES.items()}
-    kinds = _Deck(task.kinds, rng)
+    kinds, names = _Deck(task.kinds, rng), _Deck(task.kinds, rng)
     plans = []
     for index in range(count):
-        named_by = str(rng.choice(task.kinds)) if task.needles > 1 else None
+        named_by = names.take() if task.needles > 1 else None
         asked = _take_kinds(kinds, task.questions_per_video, named_by)
         # Only what is asked comes from a deck: other attributes would use cards up and unbalance the answers.
         target = {
@@ -297,7 +297,7 @@ def _placed_needle(
     return picture[..., :3].astype(np.float32), picture[..., 3:].astype(np.float32) / 255.0, x, y
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=8192)
 def draw_needle(shape: str, colour: str, digit: str, side: int) -> np.ndarray:
     """uint8 [side, side, 4] RGBA: the filled shape, its outline and its digit, these two in black or white."""
     scale = 4

@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml .python-version
 	@echo "installing into $(VENV) (about 5 GB, some minutes the first time)"
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" \
 	  | sed -u -e '/already satisfied/d' -e '/^  \(Using cached\|Getting\|Installing\|Preparing\)/d' \
-	      -e '/\.metadata/d' -e 's/^\(.\{117\}\).*/\1.../'
+	      -e '/\.metadata/d' -e '/eta 0:/d' -e 's/^\(.\{117\}\).*/\1.../'
 	@touch $@
 
 # make demo      the main job on the embedded default; ends with a table and runs/demo/

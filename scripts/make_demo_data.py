@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from hybridprune_megatron.data.needles import (
     CHOICES,
+    KINDS,
     NeedlePlan,
     NeedleTask,
     load_backgrounds,
@@ -48,10 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=128, help="side of a clip in pixels")
     parser.add_argument("--needles", type=int, default=1, help="needles a clip; the question names one of several")
     parser.add_argument("--questions-per-video", type=int, default=1, help="question turns a sample")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"asked: {', '.join(KINDS)}")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="rendering processes")
     args = parser.parse_args(argv)
     try:
-        task = NeedleTask(args.frames, args.fps, args.size, args.needles, args.questions_per_video)
+        task = NeedleTask(args.frames, args.fps, args.size, args.needles, args.questions_per_video, tuple(args.kinds))
         for split, count in (("train", args.train), ("validation", args.validation)):
             if count:
                 write_split(args.out, split, count, task, args.seed, args.workers)
@@ -88,7 +90,7 @@ def describe(plans: Sequence[NeedlePlan], task: NeedleTask, seed: int, split: st
         "split": split,
         "seed": seed,
         "samples": len(plans),
-        "task": asdict(task),
+        "task": asdict(task) | {"ask": list(task.kinds)},
         "chance": {kind: 1 / len(choices) for kind, choices in CHOICES.items()},
         "answers": {kind: {choice: answers[kind][choice] for choice in CHOICES[kind]} for kind in CHOICES},
     }

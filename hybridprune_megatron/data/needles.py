@@ -79,6 +79,7 @@ class NeedleTask:
         needles: needles in a clip; with several, no two share any attribute, and the question names one of them by an
             attribute that it does not ask for.
         questions_per_video: question turns of a sample.
+        ask: kinds of questions.
     """
 
     frames: int = 32
@@ -86,6 +87,7 @@ class NeedleTask:
     size: int = 128
     needles: int = 1
     questions_per_video: int = 1
+    ask: tuple[str, ...] = KINDS
 
     def __post_init__(self) -> None:
         if self.frames != 1 and self.frames < len(MOMENTS):
@@ -94,6 +96,9 @@ class NeedleTask:
             raise ValueError(f"--size {self.size}: an even number of pixels from 64")
         if not 1 <= self.needles <= len(PLACES):
             raise ValueError(f"--needles {self.needles}: 1 to {len(PLACES)}, as no two share a place")
+        unknown = [kind for kind in self.ask if kind not in KINDS]
+        if unknown or not self.kinds:
+            raise ValueError(f"--kinds {' '.join(self.ask)}: one or more of {', '.join(KINDS)} (stills have no moment)")
         limit = len(self.kinds) if self.needles == 1 else len(self.kinds) - 1
         if not 1 <= self.questions_per_video <= limit:
             # With several needles, one attribute names the needle in every question and is never asked for.
@@ -103,7 +108,12 @@ class NeedleTask:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What can be asked."""
+        """What is asked: all of ``ask`` that clips of this length show."""
+        return tuple(kind for kind in self.ask if kind in self.shown)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The attributes that a needle can be seen to have."""
         return KINDS if self.frames > 1 else tuple(kind for kind in KINDS if kind != "moment")
 
 
@@ -155,7 +165,7 @@ def plan_samples(task: NeedleTask, count: int, seed: int, split: str) -> list[Ne
     split_seed = [seed, *split.encode("ascii")]
     rng = np.random.default_rng(split_seed)
     answers = {kind: _Deck(values, rng) for kind, values in CHOICES.items()}
-    kinds, names = _Deck(task.kinds, rng), _Deck(task.kinds, rng)
+    kinds, names = _Deck(task.kinds, rng), _Deck(task.shown, rng)
     plans = []
     for index in range(count):
         named_by = names.take() if task.needles > 1 else None
@@ -224,7 +234,10 @@ def load_backgrounds(size: int) -> tuple[np.ndarray, ...]:
             scale = _BACKGROUND_MARGIN * size / min(stream.width, stream.height)
             width, height = round(stream.width * scale), round(stream.height * scale)
             frames = [
-                frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
+                # One thread, here and below: the scaler's thread pool does not survive the fork of the renderers.
+                frame.reformat(
+                    width=width, height=height, format="rgb24", interpolation="BICUBIC", threads=1
+                ).to_ndarray()
                 for frame in container.decode(stream)
             ]
         clips.append(np.stack(frames))
@@ -260,7 +273,7 @@ def encode_clip(frames: np.ndarray, fps: int) -> bytes:
         stream.pix_fmt = "yuv420p"
         stream.time_base = Fraction(1, fps)
         for index, picture in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p", threads=1)
             frame.pts, frame.time_base = index, Fraction(1, fps)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -22,6 +22,15 @@ from hybridprune_megatron.data.needles import (
 from hybridprune_megatron.data.video import FrameSampling, decode_video
 
 
+def test_only_the_chosen_kinds_are_asked() -> None:
+    plans = plan_samples(NeedleTask(ask=("place", "colour")), 10, 0, "train")
+    assert Counter(kind for plan in plans for kind in plan.kinds) == {"place": 5, "colour": 5}
+    with pytest.raises(ValueError, match="--kinds size: one or more of colour, shape"):
+        NeedleTask(ask=("size",))
+    with pytest.raises(ValueError, match="stills have no moment"):
+        NeedleTask(frames=1, ask=("moment",))
+
+
 @pytest.mark.parametrize("needles", [1, 2])
 @pytest.mark.parametrize("questions", [1, 4])
 def test_kinds_and_answers_are_balanced(needles: int, questions: int) -> None:

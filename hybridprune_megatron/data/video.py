@@ -213,7 +213,8 @@ def _timed_frames(
 
 def _picture(frame: av.VideoFrame, frame_size: int) -> np.ndarray:
     """uint8 [S, S, 3]: resized, then turned upright, which commute for a square target and right angles."""
-    small = frame.reformat(width=frame_size, height=frame_size, format="rgb24", interpolation="BICUBIC")
+    # One thread: the scaler's thread pool does not survive a fork, and a loader process would wait for it forever.
+    small = frame.reformat(width=frame_size, height=frame_size, format="rgb24", interpolation="BICUBIC", threads=1)
     picture = small.to_ndarray()
     quarters = round(frame.rotation / 90) % 4
     # rotation counts counterclockwise degrees, as rot90 does.

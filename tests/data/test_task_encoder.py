@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import hybridprune_megatron.data.sample_encoder as sample_encoder_module
 from hybridprune_megatron.config import Config
 from hybridprune_megatron.data.bad_samples import BadSampleTally
 from hybridprune_megatron.data.batch import PADDING_KEY, PackedBatch
@@ -320,3 +321,18 @@ def test_shards_are_plain_tars(demo_data: Path) -> None:
         content = json.loads(entry.read())
     assert content["conversation"][0]["role"] == "user"
     assert content["meta"]["answer"] == content["conversation"][1]["content"]
+
+
+def test_decoded_times_count_where_the_index_of_a_video_is_wrong(
+    demo_config: MakeConfig, clip: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = demo_config()
+    messages = turns("<video>\nWhere?", "end")
+    (right,) = SampleEncoder(cfg).encode("k", messages, [clip])
+    monkeypatch.setattr(sample_encoder_module, "probe_video", lambda *_: [0.0, 9.0])
+    (draft,) = SampleEncoder(cfg).draft("k", messages, [clip])
+    assert draft.prompt.layout.num_visual == 32
+    sample = SampleEncoder(cfg).finish(draft)
+    assert sample.layout == right.layout
+    assert torch.equal(sample.input_ids, right.input_ids)
+    assert torch.equal(sample.pixel_values, right.pixel_values)

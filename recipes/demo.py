@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
-# The demo's data: a clip of eight seconds and a question each, balanced over kinds and answers.
-TRAIN_SAMPLES = 1200
+# The demo's data: clips of eight seconds. A training clip is asked all five kinds, a held-out one a single question, both
+# balanced over kinds and answers.
+TRAIN_SAMPLES = 1000
+TRAIN_QUESTIONS = 5
 DATA_SEED = 1
 CLIP = {"frames": 16, "fps": 2}
 # What a run leaves in its folder, and --fresh deletes.
@@ -90,12 +92,17 @@ class Demo:
     def make_data(self) -> dict[str, Any]:
         """Writes shards of both splits."""
         train, _ = self.data_folders
-        self.command(
-            "scripts/make_demo_data.py",
-            *("--out", str(train.parent), "--train", str(TRAIN_SAMPLES), "--seed", str(DATA_SEED)),
-            *("--validation", str(self.cfg.trainer.eval_samples)),
-            *(text for name, value in CLIP.items() for text in (f"--{name}", str(value))),
-        )
+        clip = [text for name, value in CLIP.items() for text in (f"--{name}", str(value))]
+        for train_samples, held_out, questions in (
+            (TRAIN_SAMPLES, 0, TRAIN_QUESTIONS),
+            (0, self.cfg.trainer.eval_samples, 1),
+        ):
+            self.command(
+                "scripts/make_demo_data.py",
+                *("--out", str(train.parent), "--seed", str(DATA_SEED)),
+                *("--train", str(train_samples), "--validation", str(held_out)),
+                *("--questions-per-video", str(questions), *clip),
+            )
         return {}
 
     @cached_property
@@ -298,7 +305,7 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
         )
     return {
         "config": json.loads(json.dumps(asdict(cfg))),
-        "data": {"train": TRAIN_SAMPLES, "validation": cfg.trainer.eval_samples, "seed": DATA_SEED, **CLIP},
+        "data": {"train": TRAIN_SAMPLES, "questions": TRAIN_QUESTIONS, "validation": cfg.trainer.eval_samples, "seed": DATA_SEED, **CLIP},
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
 

@@ -70,6 +70,31 @@ def test_tensor_parallel_training_equals_one_process(weights, sequence_parallel)
         assert rank_losses == pytest.approx(losses, rel=1e-5)
 
 
+def _train_in(precision: str, weights: str) -> list[float]:
+    from hybridprune_megatron.engine.optimization import build_train_state
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.engine.train_step import train_step
+    from hybridprune_megatron.engine.weights import load_initial_weights
+    from hybridprune_megatron.models.build import build_model
+
+    cfg = tiny_config(f"trainer.precision={precision}", "optim.lr=0.01", "trainer.global_batch_size=1")
+    init_model_parallel(seed=1)
+    model = build_model(cfg)
+    load_initial_weights(model, weights)
+    state = build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
+    # Decay rates and skips stay in fp32, everything else is what was asked for.
+    fp32 = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert precision == "fp32" or fp32 == {"A_log", "D"}, fp32
+    return [train_step(state, iter([tiny_batch(3, 5)]), 1, 64, step).loss for step in range(1, 6)]
+
+
+def test_bf16_trains_like_fp32(weights):
+    full, half = (run_world(1, _train_in, precision, weights)[0] for precision in ("fp32", "bf16"))
+    assert full[-1] < 0.9 * full[0]
+    # bf16 keeps eight bits of a number; one token kept or dropped otherwise moves the loss by more than rounding does.
+    assert half == pytest.approx(full, rel=0.05)
+
+
 def _stock_model(cfg):
     """Megatron's own HybridModel with its own MambaMixer.
 

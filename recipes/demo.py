@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
-# The demo's data: clips of eight seconds. A training clip is asked all five kinds, a held-out one a single question, both
-# balanced over kinds and answers.
+# The demo's data: clips of eight seconds. A training clip is asked all five kinds, a held-out one a single question,
+# both balanced over kinds and answers.
 TRAIN_SAMPLES = 1000
 TRAIN_QUESTIONS = 5
 DATA_SEED = 1
@@ -305,7 +305,13 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
         )
     return {
         "config": json.loads(json.dumps(asdict(cfg))),
-        "data": {"train": TRAIN_SAMPLES, "questions": TRAIN_QUESTIONS, "validation": cfg.trainer.eval_samples, "seed": DATA_SEED, **CLIP},
+        "data": {
+            "train": TRAIN_SAMPLES,
+            "questions": TRAIN_QUESTIONS,
+            "validation": cfg.trainer.eval_samples,
+            "seed": DATA_SEED,
+            **CLIP,
+        },
         "weights": hashlib.sha256(weights.read_bytes()).hexdigest(),
     }
 

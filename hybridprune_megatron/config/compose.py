@@ -140,8 +140,7 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
     Args:
         overrides: Hydra overrides.
         config_name: file of ``conf/`` to start from, without its ending.
-        need_files: also check that the run can start: nothing that is not there yet, and its data, tokenizer and weights
-            are.
+        need_files: also check that the run can start: everything asked for runs, and its files are there.
     """
     try:
         cfg = load_config(overrides, config_name)

@@ -146,7 +146,7 @@ def check_runnable(cfg: Config) -> None:
         size = getattr(cfg.parallel, name)
         if size > 1:
             raise fail(
-                f"parallel.{name}", size, "must be 1: dropping tokens across stages or sequence shards is not there yet",
+                f"parallel.{name}", size, "must be 1: dropping tokens across stages or shards is not there yet",
                 f"set parallel.{name}=1 and split by parallel.tensor and data parallelism",
             )
 

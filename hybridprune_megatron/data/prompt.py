@@ -198,8 +198,9 @@ class PromptEncoder:
             timestamps: for every video its frame times in seconds.
             mode: ``first_question``: the first question scores, every answer carries loss. ``split_turns``: every turn
                 is a sample whose own question scores and whose own answer carries loss, after the earlier turns as
-                plain text. ``all_turns``: every question scores, every answer carries loss; later questions then
-                choose tokens for earlier answers, so it suits training without reduction only.
+                plain text. ``all_turns``: every question scores, every answer carries loss. Later questions then
+                also choose tokens for earlier answers, which a user's first question never sees; it is the cheap
+                way to train on many questions about one video.
 
         Raises:
             ValueError: an answer is missing or empty, a video has no question, or videos do not fit the placeholders.

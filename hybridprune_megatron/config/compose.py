@@ -91,7 +91,9 @@ def to_config(composed: DictConfig) -> Config:
     if cfg.reduction.scorer not in scorers:
         nearest = closest(cfg.reduction.scorer, scorers)
         raise fail(
-            "reduction.scorer", cfg.reduction.scorer, f"conf/reduction names the scorers {', '.join(scorers)}",
+            "reduction.scorer",
+            cfg.reduction.scorer,
+            f"conf/reduction names the scorers {', '.join(scorers)}",
             f"did you mean {nearest}?" if nearest else f"set e.g. reduction.scorer={scorers[0]}",
         )
     return cfg
@@ -117,7 +119,9 @@ def check_files(cfg: Config) -> None:
     """
     if cfg.data.train is None:
         raise fail(
-            "data.train", None, "a run needs data",
+            "data.train",
+            None,
+            "a run needs data",
             "set data.train to an Energon dataset folder (scripts/make_shards.py writes one) or a metadataset .yaml",
         )
     shards = "scripts/make_shards.py writes a dataset, `make demo` the demo's"

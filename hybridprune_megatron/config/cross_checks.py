@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 PATTERN_SYMBOLS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "|": "stage cut"}
 # Symbols that megatron-core knows and this project does not.
 UNSUPPORTED_SYMBOLS = {
-    "E": "mixture of experts", "G": "gated delta net", "D": "sparse attention", "+": "latent attention",
+    "E": "mixture of experts",
+    "G": "gated delta net",
+    "D": "sparse attention",
+    "+": "latent attention",
     "/": "multi-token prediction",
 }
 # How far the mean of an explicit reduction.retention may lie from reduction.budget.
@@ -32,7 +35,9 @@ def check_pattern(pattern: str) -> None:
             raise fail("model.hybrid_pattern", pattern, f"has the unknown symbol {symbol!r}", f"use only {known}")
     if not all(pattern.split("|")):
         raise fail(
-            "model.hybrid_pattern", pattern, "every pipeline stage needs a layer",
+            "model.hybrid_pattern",
+            pattern,
+            "every pipeline stage needs a layer",
             "put a | only between two layers, e.g. M-M*|-M-",
         )
 
@@ -67,26 +72,32 @@ def check_vision(cfg: Config) -> None:
     if vision is None:
         if data.sampling != "none":
             raise fail(
-                "data.sampling", data.sampling, f"model {cfg.model.name} has no vision tower (model.vision=null)",
+                "data.sampling",
+                data.sampling,
+                f"model {cfg.model.name} has no vision tower (model.vision=null)",
                 "set data.sampling=none, or take a model with a tower",
             )
         if cfg.reduction.budget < 1:
             raise fail(
-                "reduction.budget", cfg.reduction.budget,
+                "reduction.budget",
+                cfg.reduction.budget,
                 f"model {cfg.model.name} has no vision tower (model.vision=null), so there is nothing to drop",
                 "set reduction=none",
             )
         return
     if data.sampling == "none":
         raise fail(
-            "data.sampling", data.sampling, f"model {cfg.model.name} has a vision tower and needs frames",
+            "data.sampling",
+            data.sampling,
+            f"model {cfg.model.name} has a vision tower and needs frames",
             "set data.sampling=uniform or fps",
         )
     visual = data.most_frames * vision.tokens_per_frame
     if visual >= data.sequence_length:
         frames_key = "data.num_frames" if data.sampling == "uniform" else "data.max_frames"
         raise fail(
-            frames_key, data.most_frames,
+            frames_key,
+            data.most_frames,
             f"at {vision.tokens_per_frame} tokens a frame one video fills {visual} tokens and "
             f"data.sequence_length={data.sequence_length} leaves no room for text",
             f"lower {frames_key} or raise data.sequence_length",
@@ -98,7 +109,9 @@ def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
     stages = len(model.stages)
     if parallel.pipeline > model.num_layers:
         raise fail(
-            "parallel.pipeline", parallel.pipeline, f"the model has only {model.num_layers} layers",
+            "parallel.pipeline",
+            parallel.pipeline,
+            f"the model has only {model.num_layers} layers",
             "lower parallel.pipeline",
         )
     if stages != parallel.pipeline:
@@ -106,7 +119,8 @@ def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
         edges = [round(stage * len(layers) / parallel.pipeline) for stage in range(parallel.pipeline + 1)]
         cut = "|".join(layers[start:stop] for start, stop in pairwise(edges))
         raise fail(
-            "parallel.pipeline", parallel.pipeline,
+            "parallel.pipeline",
+            parallel.pipeline,
             f"model.hybrid_pattern={model.hybrid_pattern} is cut into {stages} stage(s)",
             f"set model.hybrid_pattern='{cut}' or parallel.pipeline={stages}",
         )
@@ -128,7 +142,9 @@ def check_split(cfg: Config) -> None:
         groups = model.mamba_num_groups // tensor
         if groups % context and context % groups:
             raise fail(
-                "parallel.context", context, f"must divide or be a multiple of the {groups} Mamba group(s) of a rank",
+                "parallel.context",
+                context,
+                f"must divide or be a multiple of the {groups} Mamba group(s) of a rank",
                 "change parallel.context or parallel.tensor",
             )
         divides("data.sequence_length", cfg.data.sequence_length, "2*parallel.context", 2 * context)
@@ -146,7 +162,9 @@ def check_runnable(cfg: Config) -> None:
         size = getattr(cfg.parallel, name)
         if size > 1:
             raise fail(
-                f"parallel.{name}", size, "must be 1: dropping tokens across stages or shards is not there yet",
+                f"parallel.{name}",
+                size,
+                "must be 1: dropping tokens across stages or shards is not there yet",
                 f"set parallel.{name}=1 and split by parallel.tensor and data parallelism",
             )
 
@@ -157,20 +175,23 @@ def check_batch(cfg: Config) -> None:
     world = trainer.num_nodes * trainer.devices
     if world % size:
         raise fail(
-            "trainer.num_nodes*trainer.devices", world,
+            "trainer.num_nodes*trainer.devices",
+            world,
             f"must be a multiple of parallel.tensor*parallel.pipeline*parallel.context={size}",
             f"set e.g. trainer.num_nodes=1 trainer.devices={size}",
         )
     if trainer.global_batch_size % cfg.data_parallel_size:
         nearest = -(-trainer.global_batch_size // cfg.data_parallel_size) * cfg.data_parallel_size
         raise fail(
-            "trainer.global_batch_size", trainer.global_batch_size,
+            "trainer.global_batch_size",
+            trainer.global_batch_size,
             f"must be a multiple of the data-parallel size {cfg.data_parallel_size} ({world} ranks / {size} a model)",
             f"set e.g. trainer.global_batch_size={nearest}",
         )
     if cfg.data.sequence_length > cfg.model.max_sequence_length:
         raise fail(
-            "data.sequence_length", cfg.data.sequence_length,
+            "data.sequence_length",
+            cfg.data.sequence_length,
             f"must not exceed model.max_sequence_length={cfg.model.max_sequence_length}",
             "lower data.sequence_length or raise model.max_sequence_length",
         )
@@ -182,7 +203,9 @@ def check_steps(cfg: Config) -> None:
     end = cfg.optim.decay_steps or cfg.trainer.max_steps
     if cfg.optim.warmup_steps >= end:
         raise fail(
-            "optim.warmup_steps", cfg.optim.warmup_steps, f"must be below {end_key}={end}",
+            "optim.warmup_steps",
+            cfg.optim.warmup_steps,
+            f"must be below {end_key}={end}",
             f"lower optim.warmup_steps (0 = none) or raise {end_key}",
         )
 
@@ -211,7 +234,9 @@ def check_schedule(cfg: Config) -> None:
         raise ConfigError(f"{error}; set reduction.layers=all, or a list out of {candidates}") from error
     if reduction.budget < 1 and not reducing:
         raise fail(
-            "reduction.layers", reduction.layers, f"model.hybrid_pattern={pattern} has no such layer, so none can drop",
+            "reduction.layers",
+            reduction.layers,
+            f"model.hybrid_pattern={pattern} has no such layer, so none can drop",
             "set reduction.layers=all" if candidates else "set reduction=none",
         )
     try:
@@ -236,7 +261,8 @@ def check_explicit_retention(cfg: Config, retention: list[float], reducing: set[
         before, now = retention[layer - 1], retention[layer]
         if now > before:
             raise fail(
-                f"{key}[{layer}]", now,
+                f"{key}[{layer}]",
+                now,
                 f"rises from {before} of layer {layer - 1}, and dropped tokens do not come back",
                 f"use at most {before} from layer {layer} on",
             )
@@ -244,13 +270,16 @@ def check_explicit_retention(cfg: Config, retention: list[float], reducing: set[
             raise fail(f"{key}[{layer}]", now, "must be above 0 and at most 1", "use a small share, e.g. 0.01")
         if now < before and layer - 1 not in reducing:
             raise fail(
-                f"{key}[{layer}]", now,
+                f"{key}[{layer}]",
+                now,
                 f"falls from {before}, but the layer in front, {layer - 1} ({symbols[layer - 1]!r}), may not drop",
                 "let it fall only behind an M or * layer that reduction.layers names",
             )
     mean = sum(retention) / layers
     if abs(mean - cfg.reduction.budget) > BUDGET_TOLERANCE:
         raise fail(
-            f"{key} (its mean)", f"{mean:.3f}", f"differs from reduction.budget={cfg.reduction.budget}",
+            f"{key} (its mean)",
+            f"{mean:.3f}",
+            f"differs from reduction.budget={cfg.reduction.budget}",
             f"set reduction.budget={mean:.3f}, the mean of the list",
         )

@@ -13,10 +13,28 @@ from hybridprune_megatron.config.fields import key_help, leaf_keys
 
 GROUPS = ("experiment", "model", "data", "reduction", "optim", "trainer", "parallel")
 COMMON_KEYS = (
-    "name", "output_dir", "model.init_checkpoint", "data.train", "data.validation", "data.tokenizer",
-    "data.sequence_length", "data.num_frames", "reduction.budget", "reduction.layers", "reduction.scorer", "optim.lr",
-    "trainer.max_steps", "trainer.global_batch_size", "trainer.precision", "trainer.num_nodes", "trainer.devices",
-    "trainer.save_every_n_steps", "trainer.seed", "parallel.tensor", "parallel.pipeline", "parallel.context",
+    "name",
+    "output_dir",
+    "model.init_checkpoint",
+    "data.train",
+    "data.validation",
+    "data.tokenizer",
+    "data.sequence_length",
+    "data.num_frames",
+    "reduction.budget",
+    "reduction.layers",
+    "reduction.scorer",
+    "optim.lr",
+    "trainer.max_steps",
+    "trainer.global_batch_size",
+    "trainer.precision",
+    "trainer.num_nodes",
+    "trainer.devices",
+    "trainer.save_every_n_steps",
+    "trainer.seed",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
 )
 EXAMPLES = (
     "python recipes/finetune.py experiment=demo",

@@ -53,16 +53,20 @@ class VisionConfig:
         divides(f"{prefix}.position_grid_px", self.position_grid_px, f"{prefix}.patch_size", self.patch_size)
         if self.position_grid_px < self.frame_size:
             raise fail(
-                f"{prefix}.frame_size", self.frame_size,
-                f"must not exceed {prefix}.position_grid_px={self.position_grid_px}", "use smaller frames",
+                f"{prefix}.frame_size",
+                self.frame_size,
+                f"must not exceed {prefix}.position_grid_px={self.position_grid_px}",
+                "use smaller frames",
             )
         if self.pixel_shuffle not in (1.0, 0.5, 0.25):
             raise fail(
                 f"{prefix}.pixel_shuffle", self.pixel_shuffle, "allowed are 1.0, 0.5, 0.25", "use the model's own (0.5)"
             )
         divides(
-            f"{prefix}.frame_size", self.frame_size,
-            f"{prefix}.patch_size/pixel_shuffle", round(self.patch_size / self.pixel_shuffle),
+            f"{prefix}.frame_size",
+            self.frame_size,
+            f"{prefix}.patch_size/pixel_shuffle",
+            round(self.patch_size / self.pixel_shuffle),
         )
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)

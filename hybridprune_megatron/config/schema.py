@@ -17,8 +17,15 @@ from hybridprune_megatron.config.cross_checks import check_config, check_reducti
 from hybridprune_megatron.config.model_schema import ModelConfig, TrainableConfig, VisionConfig
 
 __all__ = [
-    "Config", "DataConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "ReductionConfig", "TrainableConfig",
-    "TrainerConfig", "VisionConfig",
+    "Config",
+    "DataConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "ReductionConfig",
+    "TrainableConfig",
+    "TrainerConfig",
+    "VisionConfig",
 ]
 
 
@@ -69,7 +76,9 @@ class DataConfig:
             self.frame_text.format(index=1, seconds=0.5)
         except (KeyError, IndexError, ValueError, AttributeError) as error:
             raise fail(
-                "data.frame_text", repr(self.frame_text), "may use {index} and {seconds} only",
+                "data.frame_text",
+                repr(self.frame_text),
+                "may use {index} and {seconds} only",
                 "e.g. 'Frame {index} sampled at {seconds:.2f} seconds: '",
             ) from error
 
@@ -108,7 +117,9 @@ class ReductionConfig:
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
             raise fail(
-                "reduction.budget", self.budget, "must be above 0 and at most 1 (a share of the visual tokens)",
+                "reduction.budget",
+                self.budget,
+                "must be above 0 and at most 1 (a share of the visual tokens)",
                 "set e.g. reduction.budget=0.25, or 1 for no reduction",
             )
         one_of("reduction", self, "schedule", ("sigmoid",))
@@ -197,7 +208,9 @@ class TrainerConfig:
         one_of("trainer", self, "recompute", ("none", "full"))
         if self.micro_batch_size != 1:
             raise fail(
-                "trainer.micro_batch_size", self.micro_batch_size, "must be 1 (a micro-batch is one packed sequence)",
+                "trainer.micro_batch_size",
+                self.micro_batch_size,
+                "must be 1 (a micro-batch is one packed sequence)",
                 "make data.sequence_length longer to do more at once",
             )
 
@@ -228,12 +241,15 @@ class ParallelConfig:
         at_least("parallel", self, 1, "tensor", "pipeline", "context")
         if self.sequence_parallel and self.tensor == 1:
             raise fail(
-                "parallel.sequence_parallel", "true", "needs parallel.tensor of 2 or more, and it is 1",
+                "parallel.sequence_parallel",
+                "true",
+                "needs parallel.tensor of 2 or more, and it is 1",
                 "set parallel.sequence_parallel=false",
             )
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
             raise fail(
-                "parallel.overlap_param_gather", "true",
+                "parallel.overlap_param_gather",
+                "true",
                 "needs parallel.distributed_optimizer=true and parallel.overlap_grad_reduce=true",
                 "set both, or neither",
             )

@@ -93,13 +93,16 @@ VALUE_CASES = {
     ),
     "schedule too short": (["reduction.retention=[1,0.5]"], r"reduction.retention=2 numbers: .*has 10 layers.*"),
     "schedule starts below 1": (
-        [f"reduction.retention=[0.9,{FALLING[2:]}]"], r"reduction.retention\[0\]=0.9: every visual token enters.*"
+        [f"reduction.retention=[0.9,{FALLING[2:]}]"],
+        r"reduction.retention\[0\]=0.9: every visual token enters.*",
     ),
     "schedule falls behind an MLP": (
-        ["reduction.retention=[1,0.5,0.4,0.1,0.1,0.1,0.1,0.1,0.1,0.1]"], r"reduction.retention\[2\]=0.4: .*1 \('-'\).*"
+        ["reduction.retention=[1,0.5,0.4,0.1,0.1,0.1,0.1,0.1,0.1,0.1]"],
+        r"reduction.retention\[2\]=0.4: .*1 \('-'\).*",
     ),
     "schedule reaches 0": (
-        ["reduction.retention=[1,0,0,0,0,0,0,0,0,0]"], r"reduction.retention\[1\]=0.0: must be above 0.*"
+        ["reduction.retention=[1,0,0,0,0,0,0,0,0,0]"],
+        r"reduction.retention\[1\]=0.0: must be above 0.*",
     ),
     "schedule off the budget": (
         [f"reduction.retention=[{FALLING}]", "reduction.budget=0.5"],
@@ -117,14 +120,16 @@ VALUE_CASES = {
     ),
     "cuts without pipeline": (["model.hybrid_pattern=M-|M*"], r"parallel.pipeline=1: .*or parallel.pipeline=2"),
     "pipeline deeper than the model": (
-        ["model.hybrid_pattern=M*", "parallel.pipeline=3", "trainer.devices=3"], r".*the model has only 2 layers.*"
+        ["model.hybrid_pattern=M*", "parallel.pipeline=3", "trainer.devices=3"],
+        r".*the model has only 2 layers.*",
     ),
     "tensor beyond the groups": (
         ["parallel.tensor=4", "trainer.devices=4"],
         r"model.mamba_num_groups=2: must be a multiple of parallel.tensor=4.*",
     ),
     "tensor beyond the query groups": (
-        ["parallel.tensor=4", "trainer.devices=4", "model.mamba_num_groups=4"], r"model.num_query_groups=2: .*"
+        ["parallel.tensor=4", "trainer.devices=4", "model.mamba_num_groups=4"],
+        r"model.num_query_groups=2: .*",
     ),
     "heads and groups": (
         ["model.num_query_groups=3"],
@@ -133,7 +138,8 @@ VALUE_CASES = {
     "sequence parallel alone": (["parallel.sequence_parallel=true"], r".*needs parallel.tensor of 2 or more.*=false"),
     "too few processes": (["parallel.tensor=2"], r"trainer.num_nodes\*trainer.devices=1: .*trainer.devices=2"),
     "batch not shared evenly": (
-        ["trainer.devices=3"], r"trainer.global_batch_size=4: .*data-parallel size 3 .*trainer.global_batch_size=6"
+        ["trainer.devices=3"],
+        r"trainer.global_batch_size=4: .*data-parallel size 3 .*trainer.global_batch_size=6",
     ),
     "context and sequence length": (
         ["parallel.context=2", "trainer.devices=2", "data.sequence_length=2050"],
@@ -162,7 +168,8 @@ VALUE_CASES = {
         r"model.vision.frame_size=120: must be a multiple of .*patch_size=16.*",
     ),
     "nothing trained": (
-        ["model.trainable.projector=false", "model.trainable.language=false"], r".*something must be trained.*"
+        ["model.trainable.projector=false", "model.trainable.language=false"],
+        r".*something must be trained.*",
     ),
     "learning rates": (["optim.min_lr=1"], r"optim.min_lr=1.0: must be from 0 to optim.lr=2e-05.*"),
     "endless warmup": (["optim.warmup_steps=100"], r"optim.warmup_steps=100: must be below trainer.max_steps=100.*"),

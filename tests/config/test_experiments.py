@@ -35,8 +35,11 @@ def language_parameters(model: ModelConfig, vocab_size: int) -> int:
     query, key_value = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
     per_layer = {
         # in_proj [z x B C dt], convolution of 4 taps with bias, A_log, D, dt_bias, gated norm, out_proj
-        "M": width * (inner + channels + model.mamba_num_heads) + 5 * channels + 3 * model.mamba_num_heads
-        + inner + inner * width,
+        "M": width * (inner + channels + model.mamba_num_heads)
+        + 5 * channels
+        + 3 * model.mamba_num_heads
+        + inner
+        + inner * width,
         "*": width * (query + 2 * key_value) + query * width,
         "-": 2 * width * model.ffn_hidden_size,
     }

@@ -345,7 +345,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fresh", action="store_true", help="delete what is below output_dir and start over")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, as for recipes/finetune.py")
     options = parser.parse_args(argv)
-    cfg = exit_on_config_error(["experiment=demo", *options.overrides])
+    overrides = ["name=demo", *options.overrides]
+    cfg = exit_on_config_error(["experiment=demo", *overrides])
     out = Path(cfg.output_dir)
     if options.fresh:
         for product in (out / name for name in PRODUCTS):
@@ -360,7 +361,7 @@ def main(argv: list[str]) -> None:
     write_json(out / "inputs.json", inputs)
     # Megatron reports what it does without Apex and Transformer Engine, which a demo without a GPU does not have.
     warnings.filterwarnings("ignore")
-    Demo(cfg, options.overrides, inputs).run()
+    Demo(cfg, overrides, inputs).run()
 
 
 # Megatron's checkpoint writer starts processes that import this file.

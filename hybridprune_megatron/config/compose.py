@@ -24,6 +24,7 @@ from hybridprune_megatron.config.checks import ConfigError, closest, fail
 from hybridprune_megatron.config.cross_checks import check_runnable
 from hybridprune_megatron.config.explain import explain_exception, explain_override
 from hybridprune_megatron.config.help import usage
+from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
 
 # The package is installed editable, so conf/ lies beside it in the checkout, whatever the current folder is.
@@ -144,13 +145,15 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
     Args:
         overrides: Hydra overrides.
         config_name: file of ``conf/`` to start from, without its ending.
-        need_files: also check that the run can start: everything asked for runs, and its files are there.
+        need_files: also check that the run can start: everything asked for runs, its files are there, and
+            its folder holds no other run.
     """
     try:
         cfg = load_config(overrides, config_name)
         if need_files:
             check_runnable(cfg)
             check_files(cfg)
+            check_resume(cfg)
     except ConfigError as error:
         _exit_with(str(error))
     return cfg

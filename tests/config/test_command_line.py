@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 from hybridprune_megatron.config import load_config, parse_command_line
+from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.fields import key_help, leaf_keys
 from hybridprune_megatron.config.help import COMMON_KEYS, GROUPS
+from hybridprune_megatron.config.resume import check_resume
 
 CHECKOUT = CONF_DIR.parent
 HEAVY = ("torch", "megatron", "nemo", "lightning", "transformers", "av")
@@ -79,7 +82,7 @@ def test_missing_data_is_an_error_of_the_run(tmp_path: Path, monkeypatch, capsys
         parse_command_line(["experiment=demo"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("configuration error: data.train=runs/demo/data/train: is not there")
-    assert parse_command_line(["experiment=demo"], need_files=False).name == "demo"
+    assert parse_command_line(["experiment=demo"], need_files=False).name == "demo_by_hand"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,19 @@ def test_what_does_not_run_yet_is_refused_before_anything_starts(overrides: list
     line = capsys.readouterr().err
     assert line.startswith(f"configuration error: {key}: must be 1")
     assert line.count("\n") == 1
+
+
+def test_a_run_continues_only_with_its_own_settings(tmp_path: Path) -> None:
+    cfg = load_config(["experiment=demo", f"output_dir={tmp_path}"])
+    check_resume(cfg)
+    checkpoint = tmp_path / "checkpoints" / "step_00000050"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "run.json").write_text(json.dumps({"step": 50, "config": asdict(cfg)}))
+    check_resume(cfg)
+    longer = ["experiment=demo", f"output_dir={tmp_path}", "trainer.max_steps=400", "trainer.devices=2", "parallel=tp2"]
+    check_resume(load_config(longer))
+    with pytest.raises(ConfigError, match=r"reduction.budget=0.35: .* holds a run with reduction.budget=0.25; give"):
+        check_resume(load_config(["experiment=demo", f"output_dir={tmp_path}", "reduction.budget=0.35"]))
 
 
 def test_help_shows_groups_keys_and_values(capsys) -> None:

@@ -1,0 +1,47 @@
+"""Whether a run may go on from what its folder holds; nothing slow is imported for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.config.schema import Config
+
+# What may change between two starts of one run: how far it goes, how it is spread, how it reports.
+_FREE = {
+    *("trainer.max_steps", "trainer.num_nodes", "trainer.devices", "trainer.recompute", "trainer.eval_samples"),
+    *("trainer.log_every_n_steps", "trainer.save_every_n_steps", "data.validation", "model.spec"),
+    *("output_dir", "name", "model.init_checkpoint"),
+}
+_FREE_GROUPS = ("parallel.", "exp_manager.")
+
+
+def check_resume(cfg: Config) -> None:
+    """Refuses to continue a run of other settings under the name of this one.
+
+    Raises:
+        ConfigError: naming the first setting that differs from the newest checkpoint below ``output_dir``.
+    """
+    checkpoints = sorted(Path(cfg.output_dir).glob("checkpoints/step_*/run.json"))
+    if not checkpoints:
+        return
+    saved = dict(_leaves(json.loads(checkpoints[-1].read_text(encoding="utf-8"))["config"]))
+    for key, value in _leaves(json.loads(json.dumps(asdict(cfg)))):
+        if key in _FREE or key.startswith(_FREE_GROUPS) or key not in saved or saved[key] == value:
+            continue
+        raise ConfigError(
+            f"{key}={value}: {cfg.output_dir} holds a run with {key}={saved[key]}; give the same value to continue "
+            "it, or name=<name> for a run of its own"
+        )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

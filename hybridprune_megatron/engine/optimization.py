@@ -66,7 +66,11 @@ def wrap_model(
     config.calculate_per_token_loss = True
     module = module.to(device)
     if trainer.precision == "bf16":
+        # Decay rates and skips of Mamba are fp32 in every checkpoint of the family; the wrapper casts all it finds.
+        fp32 = {p: p.data.clone() for p in module.parameters() if getattr(p, "keep_fp32", False)}
         module = Float16Module(config, module)
+        for parameter, values in fp32.items():
+            parameter.data = values
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,

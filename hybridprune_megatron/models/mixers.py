@@ -171,6 +171,9 @@ class ReductionMambaMixer(MambaMixer):
             self.A_log = nn.Parameter(torch.log(torch.empty(heads, device=device).uniform_(1, 16)))
         # A_log and D stay in fp32 whatever the parameter dtype.
         self.D = nn.Parameter(torch.ones(heads, device=device))
+        for parameter in (self.A_log, self.D):
+            # Read where a model is cast to bf16.
+            parameter.keep_fp32 = True  # type: ignore[attr-defined]
         for parameter in (self.conv1d_weight, self.conv1d_bias, self.dt_bias, self.A_log, self.D):
             _mark_sharded(parameter)
         self.conv1d_weight.partition_sizes = self.conv1d_bias.partition_sizes = sizes[1:4]  # type: ignore[attr-defined]

@@ -28,10 +28,12 @@ def test_the_measured_difference_is_small_and_sees_a_changed_weight(world, input
     assert 0 <= small < 1e-4
     # The output layer moves no selection, so the kept tokens stay equal and the logits do not.
     weight = world.hf.language_model.lm_head.weight
+    before = weight.detach().clone()
     with torch.no_grad():
         weight[3] += 0.5
         large = max_logit_difference(world.model, world.hf, samples)
-        weight[3] -= 0.5
+        # To the bit: other tests compare this model's weights.
+        weight.copy_(before)
     assert large > 0.01
 
 

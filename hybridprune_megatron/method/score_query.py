@@ -6,6 +6,7 @@ size. All scores are float32 [V] in the order of ``TokenLayout.visual_index``; h
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,15 +53,8 @@ def attention_mass(signals: AttentionSignals, layout: TokenLayout) -> Tensor:
     Returns:
         float32 [V], summing to at most 1 within a sample.
     """
-    sample_starts, query_starts, visual_starts = layout.sample_starts(), layout.query_starts(), layout.visual_starts()
-    scores = []
-    for sample in range(len(layout.sample_lengths)):
-        visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
-        rows = layout.query_index[query_starts[sample] : query_starts[sample + 1]]
-        if not _can_score(sample, layout):
-            scores.append(signals.q.new_zeros(len(visual), dtype=torch.float32))
-            continue
-        first, last = sample_starts[sample], sample_starts[sample + 1]
+    scores = [signals.q.new_empty(0, dtype=torch.float32)]
+    for visual, rows, first, last in _scorable(layout):
         num_kv_heads = signals.k.shape[1]
         q = signals.q[rows].float() * signals.q.shape[-1] ** -0.5
         q = q.unflatten(1, (num_kv_heads, -1))
@@ -94,15 +88,9 @@ def decay_free(signals: MambaSignals, layout: TokenLayout) -> Tensor:
     Returns:
         float32 [V].
     """
-    query_starts, visual_starts = layout.query_starts(), layout.visual_starts()
     heads_per_group = signals.dt.shape[1] // signals.B.shape[1]
-    scores = []
-    for sample in range(len(layout.sample_lengths)):
-        visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
-        rows = layout.query_index[query_starts[sample] : query_starts[sample + 1]]
-        if not _can_score(sample, layout):
-            scores.append(signals.B.new_zeros(len(visual), dtype=torch.float32))
-            continue
+    scores = [signals.B.new_empty(0, dtype=torch.float32)]
+    for visual, rows, _, _ in _scorable(layout):
         mean_c = signals.C[rows].float().mean(0)
         products = (signals.B[visual].float() * mean_c).sum(-1)
         steps = signals.dt[visual].float().unflatten(1, (-1, heads_per_group)).mean(-1)
@@ -120,16 +108,9 @@ def implicit_attention(signals: MambaSignals, layout: TokenLayout) -> Tensor:
     Returns:
         float32 [V].
     """
-    sample_starts, query_starts, visual_starts = layout.sample_starts(), layout.query_starts(), layout.visual_starts()
     heads_per_group = signals.dt.shape[1] // signals.B.shape[1]
-    scores = []
-    for sample in range(len(layout.sample_lengths)):
-        visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
-        rows = layout.query_index[query_starts[sample] : query_starts[sample + 1]]
-        if not _can_score(sample, layout):
-            scores.append(signals.B.new_zeros(len(visual), dtype=torch.float32))
-            continue
-        first, last = sample_starts[sample], sample_starts[sample + 1]
+    scores = [signals.B.new_empty(0, dtype=torch.float32)]
+    for visual, rows, first, last in _scorable(layout):
         # Summed from the sample's start in float64: differences of long sums are what counts.
         log_decay = torch.cumsum(signals.dt[first:last].double() * signals.A.double(), 0)
         rows_c = signals.C[rows].float()
@@ -145,11 +126,21 @@ def implicit_attention(signals: MambaSignals, layout: TokenLayout) -> Tensor:
     return torch.cat(scores)
 
 
-def _can_score(sample: int, layout: TokenLayout) -> bool:
-    """Whether a sample has visual tokens to score; a sample without a question cannot be scored by one."""
-    if layout.visual_counts[sample] and not layout.query_counts[sample]:
-        raise ValueError(
-            f"sample {sample} of the packed sequence has {layout.visual_counts[sample]} visual tokens and no question "
-            "to score them by: give its first user turn some text, or choose reduction=uniform"
-        )
-    return layout.visual_counts[sample] > 0
+def _scorable(layout: TokenLayout) -> Iterator[tuple[Tensor, Tensor, int, int]]:
+    """Positions of visual and of query tokens, first token and end of every sample that shows something.
+
+    Raises:
+        ValueError: a sample shows something and asks nothing.
+    """
+    starts, query_starts, visual_starts = layout.sample_starts(), layout.query_starts(), layout.visual_starts()
+    for sample, (visual_count, query_count) in enumerate(zip(layout.visual_counts, layout.query_counts)):
+        if not visual_count:
+            continue
+        if not query_count:
+            raise ValueError(
+                f"sample {sample} of the packed sequence has {visual_count} visual tokens and no question to score "
+                "them by: give its first user turn some text, or choose reduction=uniform"
+            )
+        visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
+        rows = layout.query_index[query_starts[sample] : query_starts[sample + 1]]
+        yield visual, rows, starts[sample], starts[sample + 1]

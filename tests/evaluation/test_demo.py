@@ -60,8 +60,6 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path, weights):
 
 @pytest.mark.slow
 def test_the_whole_demo_with_a_few_steps(tmp_path):
-    if not (ROOT / "assets" / "demo" / "base.safetensors").is_file():
-        pytest.skip("assets/demo/base.safetensors is not there")
     # Something of the user's that --fresh must not delete.
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")

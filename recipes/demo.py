@@ -344,7 +344,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="delete what is below output_dir and start over")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, as for recipes/finetune.py")
-    options = parser.parse_args(argv)
+    # Intermixed: options may stand between overrides.
+    options = parser.parse_intermixed_args(argv)
     overrides = ["name=demo", *options.overrides]
     cfg = exit_on_config_error(["experiment=demo", *overrides])
     out = Path(cfg.output_dir)

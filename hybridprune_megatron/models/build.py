@@ -5,14 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import RadioModel
 
-from hybridprune_megatron.config.schema import Config, ReductionConfig, VisionConfig
-from hybridprune_megatron.method.schedule import layer_symbols, retention_by_layer
+from hybridprune_megatron.config.schema import Config, VisionConfig
+from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.method.scorers import get_scorer
 from hybridprune_megatron.models.language_model import ReductionHybridModel
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
@@ -72,7 +71,7 @@ def _build(cfg: Config, pre_process: bool, post_process: bool, config: Transform
         projector,
         model.vision.pixel_shuffle if model.vision is not None else 1.0,
         model.trainable.vision,
-        build_reduction(model.hybrid_pattern, cfg.reduction),
+        build_reduction(cfg),
     )
     trainable = model.trainable
     for part, learns in (
@@ -85,13 +84,9 @@ def _build(cfg: Config, pre_process: bool, post_process: bool, config: Transform
     return result
 
 
-def build_reduction(pattern: str, reduction: ReductionConfig) -> Reduction | None:
+def build_reduction(cfg: Config) -> Reduction | None:
     """The reduction of a configuration; None at a budget of 1, which is bitwise the model without it."""
-    if reduction.retention is not None:
-        retention = tuple(reduction.retention)
-    else:
-        layers = reduction.layers if isinstance(reduction.layers, str) else list(reduction.layers)
-        retention = retention_by_layer(pattern, reduction.budget, layers, reduction.midpoint, reduction.slope)
+    retention, reduction = cfg.retention_by_layer, cfg.reduction
     if min(retention) == 1.0:
         return None
     return Reduction(get_scorer(reduction.scorer), retention, reduction.min_tokens, reduction.multiple_of)
@@ -173,13 +168,3 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
 
 def _device(config: TransformerConfig) -> torch.device:
     return torch.device("cpu" if config.use_cpu_initialization else "cuda")
-
-
-def is_first_stage() -> bool:
-    """Whether this rank embeds tokens."""
-    return parallel_state.is_pipeline_first_stage(ignore_virtual=True)
-
-
-def is_last_stage() -> bool:
-    """Whether this rank computes the loss."""
-    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)

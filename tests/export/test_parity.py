@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -53,7 +54,7 @@ def test_logits_and_kept_indices_equal_the_training_models(
     world, inputs, budget: float, scorer: str, record_property
 ) -> None:
     settings = world.cfg.reduction
-    reduction = build_reduction(world.cfg.model.hybrid_pattern, type(settings)(scorer=scorer, budget=budget))
+    reduction = build_reduction(replace(world.cfg, reduction=type(settings)(scorer=scorer, budget=budget)))
     saved = world.hf.config.reduction
     trained, world.model.reduction = world.model.reduction, reduction
     world.hf.set_reduction({"budget": budget, "scorer": scorer})

@@ -17,6 +17,7 @@ from typing import Any
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.prompt import VIDEO_TOKEN
 from hybridprune_megatron.data.sample_encoder import SampleEncoder
+from hybridprune_megatron.data.shards import CONVERSATION_PART, VIDEO_EXTENSIONS
 from hybridprune_megatron.evaluation.questions import Question
 
 
@@ -46,11 +47,30 @@ class Clip:
         return str(self.messages[0]["content"]).replace(VIDEO_TOKEN, "").strip()
 
 
-def read_clips(folder: Path) -> Iterator[Clip]:
-    """All samples of a data set that ``scripts/make_demo_data.py`` wrote, in order.
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample as it lies in a shard.
+
+    Attributes:
+        key: its name.
+        messages: the conversation.
+        meta: what the data set says about it; empty where it says nothing.
+        videos: bytes of its video files, in the order of their placeholders.
+        shard: the file it comes from.
+    """
+
+    key: str
+    messages: list[dict[str, Any]]
+    meta: dict[str, Any]
+    videos: tuple[bytes, ...]
+    shard: Path
+
+
+def read_samples(folder: Path) -> Iterator[StoredSample]:
+    """All samples of an Energon data set that ``ShardWriter`` wrote, in order.
 
     Raises:
-        ValueError: the folder holds no shards, or samples without a known answer.
+        ValueError: the folder holds no shards, or a sample without a conversation.
     """
     shards = sorted(folder.glob("*.tar"))
     if not shards:
@@ -64,18 +84,32 @@ def read_clips(folder: Path) -> Iterator[Clip]:
                     key, _, part = entry.name.partition(".")
                     parts.setdefault(key, {})[part] = stream.read()
         for key, contents in parts.items():
-            yield _clip(key, contents, shard)
+            if CONVERSATION_PART not in contents:
+                raise ValueError(f"{shard}: sample {key} has no '{CONVERSATION_PART}'; ShardWriter writes one a sample")
+            content = json.loads(contents.pop(CONVERSATION_PART))
+            # "mp4", or "0.mp4", "1.mp4", ... where there are several.
+            names = [part for part in contents if part.rpartition(".")[2] in VIDEO_EXTENSIONS]
+            names.sort(key=lambda part: (len(part), part))
+            videos = tuple(contents[name] for name in names)
+            yield StoredSample(key, content["conversation"], content.get("meta", {}), videos, shard)
 
 
-def _clip(key: str, parts: dict[str, bytes], shard: Path) -> Clip:
-    try:
-        content = json.loads(parts["json"])
-        meta = content["meta"]
-        return Clip(key, parts["mp4"], content["conversation"], meta["answer"], meta["kind"], tuple(meta["choices"]))
-    except KeyError as error:
-        raise ValueError(
-            f"{shard}: sample {key} has no {error}; an evaluation needs an mp4 and, under meta, kind, answer, choices"
-        ) from None
+def read_clips(folder: Path) -> Iterator[Clip]:
+    """All samples of a data set with one video and a known answer each, in order.
+
+    Raises:
+        ValueError: the folder holds no shards, or samples without a known answer.
+    """
+    needs = "an evaluation needs one video and, under meta, kind, answer, choices"
+    for sample in read_samples(folder):
+        where, meta = f"{sample.shard}: sample {sample.key}", sample.meta
+        if len(sample.videos) != 1:
+            raise ValueError(f"{where} has {len(sample.videos)} videos; {needs}")
+        try:
+            known = (meta["answer"], meta["kind"], tuple(meta["choices"]))
+        except KeyError as error:
+            raise ValueError(f"{where} has no {error}; {needs}") from None
+        yield Clip(sample.key, sample.videos[0], sample.messages, *known)
 
 
 def load_questions(cfg: Config, count: int) -> list[Question]:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from hybridprune_megatron.evaluation.held_out import read_clips
+from hybridprune_megatron.evaluation.held_out import read_clips, read_samples
 
 
-def _shard(path: Path, samples: dict[str, dict]) -> None:
+def _shard(path: Path, samples: dict[str, dict], videos: tuple[str, ...] = ("mp4",)) -> None:
     with tarfile.open(path, "w") as tar:
         for key, content in samples.items():
-            for part, data in (("json", json.dumps(content).encode()), ("mp4", f"video of {key}".encode())):
+            parts = [("json", json.dumps(content).encode())]
+            parts += [(part, f"{part.removesuffix('mp4')}video of {key}".encode()) for part in videos]
+            for part, data in parts:
                 entry = tarfile.TarInfo(f"{key}.{part}")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))
@@ -47,4 +49,15 @@ def test_shards_without_answers_are_refused(tmp_path):
     del content["meta"]["choices"]
     _shard(tmp_path / "shard-00000.tar", {"a": content})
     with pytest.raises(ValueError, match="sample a has no 'choices'"):
+        list(read_clips(tmp_path))
+
+
+def test_samples_keep_their_videos_in_order_and_need_no_answer(tmp_path):
+    videos = ("10.mp4", "2.mp4", "0.mp4", "note.txt")
+    _shard(tmp_path / "shard-00000.tar", {"a": {"conversation": _content("red")["conversation"]}}, videos)
+    (sample,) = read_samples(tmp_path)
+    assert sample.videos == (b"0.video of a", b"2.video of a", b"10.video of a")
+    assert sample.meta == {}
+    assert sample.messages[1]["content"] == "red"
+    with pytest.raises(ValueError, match="sample a has 3 videos; an evaluation needs one video"):
         list(read_clips(tmp_path))

@@ -10,31 +10,24 @@ already there with the same settings is left as it is.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from hybridprune_megatron.data.needle_shards import write_split
 from hybridprune_megatron.data.needles import (
     CHOICES,
     KINDS,
     NeedlePlan,
     NeedleTask,
-    load_backgrounds,
     plan_samples,
     render_sample,
 )
-
-DESCRIPTION_FILE = "needles.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,31 +49,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = NeedleTask(args.frames, args.fps, args.size, args.needles, args.questions_per_video, tuple(args.kinds))
         for split, count in (("train", args.train), ("validation", args.validation)):
             if count:
-                write_split(args.out, split, count, task, args.seed, args.workers)
+                held_out = split != "train"
+                plans = plan_samples(task, count, args.seed, split)
+                render = partial(render_sample, task=task, held_out=held_out)
+                description = describe(plans, task, args.seed, split)
+                write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
     except ValueError as error:
         sys.exit(f"make_demo_data: {error}")
-
-
-def write_split(out: Path, split: str, count: int, task: NeedleTask, seed: int, workers: int) -> None:
-    """Writes one data set, unless it is there already."""
-    from hybridprune_megatron.data.shards import ShardWriter
-
-    held_out = split != "train"
-    plans = plan_samples(task, count, seed, split)
-    description = describe(plans, task, seed, split)
-    present = out / split / DESCRIPTION_FILE
-    if present.is_file() and json.loads(present.read_text()) == description:
-        print(f"{out / split}: already there")
-        return
-    if (out / split).exists() and not present.is_file():
-        raise ValueError(f"{out / split} exists and holds something else: choose another --out")
-    render = partial(render_sample, task=task, held_out=held_out)
-    # Energon's reader asks for train and val parts; "val" is its own word for what is held out.
-    writer = ShardWriter(out / split, "val" if held_out else "train", replace=True)
-    with writer, rendering_pool(workers, task.size) as each:
-        for plan, clip in zip(tqdm(plans, desc=split, unit="clip"), each(render, plans)):
-            writer.add(plan.key, plan.conversation(), [("mp4", clip)], plan.meta())
-        writer.add_file(DESCRIPTION_FILE, description)
 
 
 def describe(plans: Sequence[NeedlePlan], task: NeedleTask, seed: int, split: str) -> dict[str, Any]:
@@ -94,17 +69,6 @@ def describe(plans: Sequence[NeedlePlan], task: NeedleTask, seed: int, split: st
         "chance": {kind: 1 / len(choices) for kind, choices in CHOICES.items()},
         "answers": {kind: {choice: answers[kind][choice] for choice in CHOICES[kind]} for kind in CHOICES},
     }
-
-
-@contextmanager
-def rendering_pool(workers: int, size: int) -> Iterator[Any]:
-    """An ordered map over processes; the backgrounds are decoded once and shared by fork."""
-    load_backgrounds(size)
-    if workers <= 1:
-        yield map
-        return
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield partial(pool.imap, chunksize=4)
 
 
 if __name__ == "__main__":

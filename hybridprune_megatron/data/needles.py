@@ -164,8 +164,8 @@ def plan_samples(task: NeedleTask, count: int, seed: int, split: str) -> list[Ne
     """
     split_seed = [seed, *split.encode("ascii")]
     rng = np.random.default_rng(split_seed)
-    answers = {kind: _Deck(values, rng) for kind, values in CHOICES.items()}
-    kinds, names = _Deck(task.kinds, rng), _Deck(task.shown, rng)
+    answers = {kind: Deck(values, rng) for kind, values in CHOICES.items()}
+    kinds, names = Deck(task.kinds, rng), Deck(task.shown, rng)
     plans = []
     for index in range(count):
         named_by = names.take() if task.needles > 1 else None
@@ -185,7 +185,7 @@ def plan_samples(task: NeedleTask, count: int, seed: int, split: str) -> list[Ne
     return plans
 
 
-class _Deck:
+class Deck:
     """Cards dealt in random order, shuffled again when used up: any run of deals is balanced within one."""
 
     def __init__(self, cards: Sequence[str], rng: np.random.Generator) -> None:
@@ -199,7 +199,7 @@ class _Deck:
         return self.take(banned)
 
 
-def _take_kinds(deck: _Deck, number: int, named_by: str | None) -> tuple[str, ...]:
+def _take_kinds(deck: Deck, number: int, named_by: str | None) -> tuple[str, ...]:
     kinds: list[str] = []
     for _ in range(number):
         kinds.append(deck.take([named_by, *kinds]))
@@ -247,13 +247,20 @@ def load_backgrounds(size: int) -> tuple[np.ndarray, ...]:
 def render_sample(plan: NeedlePlan, task: NeedleTask, held_out: bool) -> bytes:
     """The clip of a plan as MP4 bytes (H.264): a window of a real clip with the needles drawn on it."""
     rng = np.random.default_rng(plan.seed)
-    frames = _background(rng, task, held_out)
+    frames = background_frames(rng, task.frames, task.size, held_out)
     for needle in plan.needles:
-        picture, alpha, x, y = _placed_needle(rng, needle, task.size)
+        picture, alpha, x, y = placed_needle(
+            rng, needle["shape"], needle["colour"], needle["digit"], needle["place"], task.size
+        )
         first, stop = moment_frames(needle["moment"], task.frames)
-        region = frames[first:stop, y : y + picture.shape[0], x : x + picture.shape[1]]
-        region[:] = (region * (1.0 - alpha) + picture * alpha + 0.5).astype(np.uint8)
-    return encode_clip(frames, task.fps)
+        draw_on(frames[first:stop], picture, alpha, x, y)
+    return encode_clip(frames, Fraction(task.fps))
+
+
+def draw_on(frames: np.ndarray, picture: np.ndarray, alpha: np.ndarray, x: int, y: int) -> None:
+    """Blends a picture [h, w, 3] with its alpha [h, w, 1] into uint8 frames [F, H, W, 3], left and top at x and y."""
+    region = frames[:, y : y + picture.shape[0], x : x + picture.shape[1]]
+    region[:] = (region * (1.0 - alpha) + picture * alpha + 0.5).astype(np.uint8)
 
 
 def moment_frames(moment: str, frames: int) -> tuple[int, int]:
@@ -264,49 +271,52 @@ def moment_frames(moment: str, frames: int) -> tuple[int, int]:
     return quarter * frames // len(MOMENTS), (quarter + 1) * frames // len(MOMENTS)
 
 
-def encode_clip(frames: np.ndarray, fps: int) -> bytes:
-    """uint8 [F, H, W, 3] as MP4 bytes, visually lossless, in one thread so that equal frames give equal bytes."""
+def encode_clip(frames: np.ndarray, fps: Fraction) -> bytes:
+    """uint8 [F, H, W, 3] at ``fps`` frames a second as MP4 bytes.
+
+    Visually lossless, in one thread so that equal frames give equal bytes.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "18", "threads": "1"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.time_base = Fraction(1, fps)
+        stream.time_base = 1 / fps
         for index, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p", threads=1)
-            frame.pts, frame.time_base = index, Fraction(1, fps)
+            frame.pts, frame.time_base = index, 1 / fps
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
 
-def _background(rng: np.random.Generator, task: NeedleTask, held_out: bool) -> np.ndarray:
+def background_frames(rng: np.random.Generator, frames: int, size: int, held_out: bool) -> np.ndarray:
     """uint8 [frames, size, size, 3]: a random clip, time window, speed, crop and flip."""
-    clips = load_backgrounds(task.size)
+    clips = load_backgrounds(size)
     clip = clips[rng.integers(len(clips))]
     border = round(len(clip) * TRAIN_SHARE)
     window = clip[border:] if held_out else clip[:border]
     stride = int(rng.integers(1, 4))
     start = int(rng.integers(len(window)))
     # Walks back and forth, so that a window shorter than the clip still moves all the time.
-    steps = (start + stride * np.arange(task.frames)) % (2 * len(window) - 2)
+    steps = (start + stride * np.arange(frames)) % (2 * len(window) - 2)
     steps = np.where(steps < len(window), steps, 2 * len(window) - 2 - steps)
-    y = int(rng.integers(clip.shape[1] - task.size + 1))
-    x = int(rng.integers(clip.shape[2] - task.size + 1))
-    crop = window[steps, y : y + task.size, x : x + task.size]
+    y = int(rng.integers(clip.shape[1] - size + 1))
+    x = int(rng.integers(clip.shape[2] - size + 1))
+    crop = window[steps, y : y + size, x : x + size]
     return np.ascontiguousarray(crop[:, :, ::-1] if rng.random() < 0.5 else crop)
 
 
-def _placed_needle(
-    rng: np.random.Generator, needle: dict[str, str], size: int
+def placed_needle(
+    rng: np.random.Generator, shape: str, colour: str, digit: str, place: str, size: int
 ) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Picture [H, W, 3] and alpha [H, W, 1] of a needle, and its left and top pixel inside its quadrant."""
     half = size // 2
     side = int(rng.integers(size * 48 // 128, size * 60 // 128 + 1))
-    picture = draw_needle(needle["shape"], needle["colour"], needle["digit"], side)
+    picture = draw_needle(shape, colour, digit, side)
     x, y = (int(rng.integers(half - side + 1)) for _ in range(2))
-    x += half * needle["place"].endswith("right")
-    y += half * needle["place"].startswith("bottom")
+    x += half * place.endswith("right")
+    y += half * place.startswith("bottom")
     return picture[..., :3].astype(np.float32), picture[..., 3:].astype(np.float32) / 255.0, x, y
 
 

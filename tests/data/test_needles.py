@@ -12,7 +12,7 @@ from hybridprune_megatron.data.needles import (
     COLOURS,
     KINDS,
     NeedleTask,
-    _background,
+    background_frames,
     draw_needle,
     load_backgrounds,
     moment_frames,
@@ -78,7 +78,7 @@ def test_stills_show_the_needle_and_never_ask_for_the_moment() -> None:
     assert all("moment" not in plan.kinds for plan in plans)
     for plan in plans[:3]:
         still = decode_video(render_sample(plan, task, False), FrameSampling(), 128).frames.float()
-        background = _background(np.random.default_rng(plan.seed), task, False)
+        background = background_frames(np.random.default_rng(plan.seed), task.frames, task.size, False)
         difference = (still - torch.from_numpy(background.copy()).permute(0, 3, 1, 2)).abs().mean(1)
         assert len(still) == 1
         assert difference.max() > 60
@@ -89,7 +89,7 @@ def test_needle_is_where_and_when_the_plan_says() -> None:
     sampling = FrameSampling("uniform", num_frames=16)
     for plan in plan_samples(task, 12, 0, "train"):
         with_needle = decode_video(render_sample(plan, task, False), sampling, 128).frames.float()
-        background = _background(np.random.default_rng(plan.seed), task, False)
+        background = background_frames(np.random.default_rng(plan.seed), task.frames, task.size, False)
         difference = (with_needle - torch.from_numpy(background.copy()).permute(0, 3, 1, 2)).abs().mean(1)
         # [frames, vertical half, horizontal half]
         quadrants = difference.unflatten(1, (2, 64)).unflatten(3, (2, 64)).mean(dim=(2, 4))
@@ -134,7 +134,7 @@ def test_held_out_backgrounds_are_other_frames(monkeypatch: pytest.MonkeyPatch) 
     seen: dict[bool, set[int]] = {False: set(), True: set()}
     for held_out, indices in seen.items():
         for seed in range(60):
-            crop = _background(np.random.default_rng(seed), task, held_out)
+            crop = background_frames(np.random.default_rng(seed), task.frames, task.size, held_out)
             assert crop.shape == (32, 64, 64, 3)
             walk = crop[:, 0, 0, 0].astype(int)
             assert np.abs(np.diff(walk)).max() <= 3

@@ -1,0 +1,77 @@
+"""Writes planned needle samples as an Energon data set: rendered in several processes, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from hybridprune_megatron.data.needles import load_backgrounds
+from hybridprune_megatron.data.shards import ShardWriter
+
+DESCRIPTION_FILE = "needles.json"
+
+
+class SamplePlan(Protocol):
+    """A sample before it is rendered."""
+
+    @property
+    def key(self) -> str: ...
+
+    def conversation(self) -> list[dict[str, str]]: ...
+
+    def meta(self) -> dict[str, Any]: ...
+
+
+def write_split[PlanT: SamplePlan](
+    folder: Path,
+    plans: Sequence[PlanT],
+    render: Callable[[PlanT], bytes],
+    description: dict[str, Any],
+    size: int,
+    held_out: bool,
+    workers: int,
+) -> None:
+    """Writes one data set, unless it is there already.
+
+    Args:
+        folder: of the data set; its name is the split's.
+        plans: samples in order.
+        render: makes the MP4 of a plan; runs in other processes.
+        description: goes to ``needles.json``; a data set with an equal one is left as it is.
+        size: side of the clips in pixels.
+        held_out: whether nothing trains on it.
+        workers: rendering processes.
+
+    Raises:
+        ValueError: the folder holds something else.
+    """
+    present = folder / DESCRIPTION_FILE
+    if present.is_file() and json.loads(present.read_text()) == description:
+        print(f"{folder}: already there")
+        return
+    if folder.exists() and not present.is_file():
+        raise ValueError(f"{folder} exists and holds something else: choose another --out")
+    # Energon's reader asks for train and val parts; "val" is its own word for what is held out.
+    writer = ShardWriter(folder, "val" if held_out else "train", replace=True)
+    with writer, _rendering_pool(workers, size) as each:
+        for plan, clip in zip(tqdm(plans, desc=folder.name, unit="clip"), each(render, plans)):
+            writer.add(plan.key, plan.conversation(), [("mp4", clip)], plan.meta())
+        writer.add_file(DESCRIPTION_FILE, description)
+
+
+@contextmanager
+def _rendering_pool(workers: int, size: int) -> Iterator[Any]:
+    """An ordered map over processes; the backgrounds are decoded once and shared by fork."""
+    load_backgrounds(size)
+    if workers <= 1:
+        yield map
+        return
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        yield partial(pool.imap, chunksize=4)

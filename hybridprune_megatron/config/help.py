@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from hybridprune_megatron.config.explain import group_options
 from hybridprune_megatron.config.fields import key_help, leaf_keys
 
-GROUPS = ("experiment", "model", "data", "reduction", "optim", "trainer", "parallel")
+GROUPS = ("experiment", "model", "data", "reduction", "tuning", "optim", "trainer", "parallel")
 COMMON_KEYS = (
     "name",
     "output_dir",
@@ -24,6 +24,7 @@ COMMON_KEYS = (
     "reduction.budget",
     "reduction.layers",
     "reduction.scorer",
+    "tuning.budget.distribution",
     "optim.lr",
     "trainer.max_steps",
     "trainer.global_batch_size",

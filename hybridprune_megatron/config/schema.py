@@ -9,12 +9,15 @@ Nothing heavy is imported, so that a wrong value is reported before megatron or 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of, within
 from hybridprune_megatron.config.cross_checks import check_config, check_reduction_layers_type, resolved_retention
 from hybridprune_megatron.config.model_schema import ModelConfig, TrainableConfig, VisionConfig
+from hybridprune_megatron.config.tuning_checks import check_tuning
+from hybridprune_megatron.config.tuning_schema import TuningConfig
 
 __all__ = [
     "Config",
@@ -25,6 +28,7 @@ __all__ = [
     "ReductionConfig",
     "TrainableConfig",
     "TrainerConfig",
+    "TuningConfig",
     "VisionConfig",
 ]
 
@@ -274,6 +278,7 @@ class Config:
         trainer: length of the run, machines, precision.
         parallel: how the model and the batch are split.
         exp_manager: passed to NeMo's exp_manager as it is.
+        tuning: how finetuning goes about budgets, targets and weights.
     """
 
     name: str
@@ -285,9 +290,12 @@ class Config:
     trainer: TrainerConfig
     parallel: ParallelConfig
     exp_manager: dict[str, Any]
+    # With a default, so that checkpoints from before this group can be read.
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
         check_config(self)
+        check_tuning(self)
 
     @property
     def data_parallel_size(self) -> int:
@@ -303,3 +311,10 @@ class Config:
     def retention_by_layer(self) -> tuple[float, ...]:
         """Share of a sample's visual tokens that enters each layer: ``reduction.retention`` or the solved schedule."""
         return resolved_retention(self)
+
+    def retention_at(self, budget: float) -> tuple[float, ...]:
+        """``retention_by_layer`` at another budget."""
+        # Shallow, so that only the reduction is checked again.
+        other = copy(self)
+        other.reduction = replace(self.reduction, budget=budget)
+        return resolved_retention(other)

@@ -55,6 +55,7 @@ class PackedBatch:
         layouts: one layout a sample.
         pixel_values: uint8 [F, 3, H, W], the frames of all samples.
         num_loss_tokens: number of labels, known on the host so that nobody has to ask the device.
+        retention: share of its visual tokens that enters each layer, a row a sample (host); None: the model's own.
     """
 
     keys: list[str]
@@ -64,6 +65,7 @@ class PackedBatch:
     layouts: list[SampleLayout]
     pixel_values: Tensor
     num_loss_tokens: int = -1
+    retention: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.num_loss_tokens < 0:

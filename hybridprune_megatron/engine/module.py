@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
+from hybridprune_megatron.engine.budgets import BudgetSampler
 from hybridprune_megatron.engine.checkpoint import restore_rng_state
 from hybridprune_megatron.engine.optimization import TrainState, build_train_state, micro_batches_per_step
 from hybridprune_megatron.engine.parallel import data_rank
@@ -58,8 +59,8 @@ class HybridPruneModule(LightningModule):
     :class:`~hybridprune_megatron.engine.strategy.MegatronStrategy`.
 
     Attributes:
-        cfg: the run's configuration (``trainer``, ``optim``, ``parallel``, ``model.init_checkpoint`` are
-            read).
+        cfg: the run's configuration (``trainer``, ``optim``, ``parallel``, ``tuning``, ``model.init_checkpoint``
+            are read).
         state: model, optimizer and schedule once the strategy has set up; for evaluation after the run too.
         loader: this rank's loader once training starts.
         consumed_samples: packed sequences consumed by the whole job.
@@ -88,6 +89,7 @@ class HybridPruneModule(LightningModule):
         self.cfg = cfg
         self._model_factory = model_factory
         self._loader_factory = loader_factory
+        self._budgets = BudgetSampler(cfg) if cfg.tuning.budget.distribution != "fixed" else None
         self._log_path = log_path or Path(cfg.output_dir) / "train_log.jsonl"
         self._log: TrainLog | None = None
         self._resumed: dict[str, Any] | None = None
@@ -139,7 +141,7 @@ class HybridPruneModule(LightningModule):
         start = time.perf_counter()
         step = self.trainer.global_step + 1
         # Lightning yields (batch, index, loader index).
-        batches = (item[0] for item in dataloader_iter)
+        batches = (self._with_budgets(item[0], step) for item in dataloader_iter)
         result = train_step(self.state, batches, self._num_microbatches, self.cfg.data.sequence_length, step)
         # Lightning counts steps by its own optimizers, of which there are none; the count ends the run and
         # names checkpoints.
@@ -149,6 +151,9 @@ class HybridPruneModule(LightningModule):
         self.consumed_samples += self.cfg.trainer.global_batch_size
         self._record(step, result, time.perf_counter() - start)
         return torch.tensor(result.loss)
+
+    def _with_budgets(self, batch: PackedBatch, step: int) -> PackedBatch:
+        return batch if self._budgets is None else self._budgets.assign(batch, step)
 
     def _record(self, step: int, result: StepResult, seconds: float) -> None:
         """Writes the step to log, loggers and progress bar; ``seconds`` counts data and compute, not saving."""

@@ -19,12 +19,14 @@ class Reduction:
         retention: share of the original visual tokens that enters every layer of the whole model.
         min_tokens: smallest number of visual tokens a sample keeps.
         multiple_of: what the packed length must divide by after every drop; met by keeping more real tokens.
+        by_sample: a retention of its own for every sample of the one pass this is for; None: ``retention`` for all.
     """
 
     scorer: Scorer
     retention: tuple[float, ...]
     min_tokens: int = 1
     multiple_of: int = 1
+    by_sample: tuple[tuple[float, ...], ...] | None = None
 
     def wanted_counts(self, visual_counts: Sequence[int]) -> list[tuple[int, ...]]:
         """Per layer, the visual tokens of each sample that enter it, before alignment.
@@ -32,7 +34,9 @@ class Reduction:
         Args:
             visual_counts: S visual tokens before any reduction.
         """
-        per_sample = [kept_counts(self.retention, count, self.min_tokens) for count in visual_counts]
+        retentions = self.by_sample if self.by_sample is not None else (self.retention,) * len(visual_counts)
+        pairs = zip(retentions, visual_counts, strict=True)
+        per_sample = [kept_counts(retention, count, self.min_tokens) for retention, count in pairs]
         return [tuple(counts[layer] for counts in per_sample) for layer in range(len(self.retention))]
 
 

@@ -85,9 +85,9 @@ def _build(cfg: Config, pre_process: bool, post_process: bool, config: Transform
 
 
 def build_reduction(cfg: Config) -> Reduction | None:
-    """The reduction of a configuration; None at a budget of 1, which is bitwise the model without it."""
+    """The reduction of a configuration; None where nothing is ever dropped, which is bitwise the model without it."""
     retention, reduction = cfg.retention_by_layer, cfg.reduction
-    if min(retention) == 1.0:
+    if min(retention) == 1.0 and cfg.tuning.budget.distribution == "fixed":
         return None
     return Reduction(get_scorer(reduction.scorer), retention, reduction.min_tokens, reduction.multiple_of)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,7 +102,11 @@ class VideoLanguageModel(MegatronModule):
     ) -> tuple[Tensor, TokenLayout]:
         layout = TokenLayout.from_samples(batch.layouts, batch.input_ids.device)
         embeddings = self._embed(batch, layout) if self.pre_process else None
-        return self.language_model(embeddings, layout, self.reduction, rows, labels, trace)
+        reduction = self.reduction
+        if batch.retention is not None:
+            assert reduction is not None, "a batch with a retention of its own, and a model without a scorer"
+            reduction = replace(reduction, by_sample=batch.retention)
+        return self.language_model(embeddings, layout, reduction, rows, labels, trace)
 
     def _embed(self, batch: PackedBatch, layout: TokenLayout) -> Tensor:
         """[L, 1, hidden]: embedded text with the projected frames at the visual positions."""

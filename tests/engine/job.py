@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.config.schema import OptimConfig, ParallelConfig, TrainerConfig
+from hybridprune_megatron.config.schema import OptimConfig, ParallelConfig, TrainerConfig, TuningConfig
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Job:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     model: _Model = field(default_factory=_Model)
     data: _Data = field(default_factory=_Data)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
     exp_manager: dict[str, Any] = field(default_factory=lambda: {"resume_if_exists": True, "seconds_to_sleep": 0})
 
 
@@ -47,15 +48,18 @@ def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, **trainer: Any) -
     return Job(str(folder), TrainerConfig(**settings), OptimConfig(lr=1e-2, warmup_steps=2), parallel)
 
 
-def run_job(job: Job, dropout: float = 0.1, kill_at: str = "", nemo: bool = False) -> list[dict[str, Any]]:
+def run_job(
+    job: Any, dropout: float = 0.1, kill_at: str = "", nemo: bool = False, video: bool = False
+) -> list[dict[str, Any]]:
     """Trains in the current world, resuming from the newest checkpoint in the folder.
 
     Args:
-        job: what to train.
+        job: what to train; a ``Config`` with ``video``.
         dropout: above 0, so that generators decide about digits.
         kill_at: "step:5" ends the process by SIGKILL before step 5; "save:6" while the checkpoint of step 6
             is written.
         nemo: through NeMo's exp_manager, as the recipe does it.
+        video: the project's own model instead of a GPT.
 
     Returns:
         The rows of the step log.
@@ -69,7 +73,8 @@ def run_job(job: Job, dropout: float = 0.1, kill_at: str = "", nemo: bool = Fals
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.train_log import read_train_log
     from hybridprune_megatron.engine.trainer import build_trainer, checkpoint_folder, start_experiment
-    from tests.engine.tiny import CountingLoader, tiny_model
+    from hybridprune_megatron.models.build import build_model
+    from tests.engine.tiny import ClipLoader, CountingLoader, tiny_model
 
     what, _, number = kill_at.partition(":")
     sync_to_disk = checkpoint._sync_to_disk
@@ -87,11 +92,14 @@ def run_job(job: Job, dropout: float = 0.1, kill_at: str = "", nemo: bool = Fals
             return super().training_step(dataloader_iter)
 
     job.trainer.devices = dist.get_world_size()
-    module = DyingModule(job, partial(tiny_model, dropout=dropout), CountingLoader)  # type: ignore[arg-type]
-    trainer = build_trainer(job, Launch(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size()))  # type: ignore[arg-type]
+    if video:
+        module = DyingModule(job, partial(build_model, job), ClipLoader)
+    else:
+        module = DyingModule(job, partial(tiny_model, dropout=dropout), CountingLoader)
+    trainer = build_trainer(job, Launch(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size()))
     if nemo:
-        start_experiment(trainer, job)  # type: ignore[arg-type]
+        start_experiment(trainer, job)
         trainer.fit(module)
     else:
-        trainer.fit(module, ckpt_path=checkpoint.latest_checkpoint(checkpoint_folder(job)))  # type: ignore[arg-type]
+        trainer.fit(module, ckpt_path=checkpoint.latest_checkpoint(checkpoint_folder(job)))
     return read_train_log(Path(job.output_dir) / "train_log.jsonl")

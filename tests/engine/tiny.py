@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample, PackedBatch, no_pixels, pack
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
+from tests.models.tiny import tiny_batch
 
 VOCAB = 64
 LENGTH = 32
@@ -93,4 +94,24 @@ class CountingLoader:
 
     def load_state(self, state: Any) -> None:
         self._generator.set_state(state["generator"])
+        self._count = state["count"]
+
+
+class ClipLoader:
+    """Endless batches of a few small clips; its state is a count."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self._count = 0
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        while True:
+            number = self._count * self._size + self._rank
+            self._count += 1
+            yield tiny_batch(3 + number % 3, 2, 5)
+
+    def save_state(self) -> Any:
+        return {"count": self._count}
+
+    def load_state(self, state: Any) -> None:
         self._count = state["count"]

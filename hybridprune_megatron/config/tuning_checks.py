@@ -1,0 +1,37 @@
+"""What the ``tuning`` group must agree on with the rest of the configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.method.budgets import budget_levels
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import Config
+
+
+def check_tuning(cfg: Config) -> None:
+    """All checks of the group; raises ``ConfigError`` at the first that fails."""
+    check_budgets(cfg)
+
+
+def check_budgets(cfg: Config) -> None:
+    """Every budget that may be drawn has a schedule."""
+    budget = cfg.tuning.budget
+    if budget.distribution == "fixed":
+        return
+    key = "tuning.budget.distribution"
+    if cfg.model.vision is None:
+        reason = f"model {cfg.model.name} has no vision tower (model.vision=null), so there is nothing to drop"
+        raise fail(key, budget.distribution, reason, f"set {key}=fixed")
+    if cfg.reduction.retention is not None:
+        reason = "reduction.retention is one fixed schedule, and every budget needs its own"
+        raise fail(key, budget.distribution, reason, f"set reduction.retention=null or {key}=fixed")
+    levels = budget_levels(budget.distribution, budget.low, budget.high, budget.choices)
+    for name, level in (("low", min(levels)), ("high", max(levels))):
+        try:
+            cfg.retention_at(level)
+        except ValueError as error:
+            source = "choices" if budget.distribution == "choice" else name
+            raise ConfigError(f"tuning.budget.{source} draws {level}: {error}") from error

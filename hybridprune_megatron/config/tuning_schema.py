@@ -1,0 +1,52 @@
+"""The typed configuration of the ``tuning`` group: how finetuning goes about weights, budgets and targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hybridprune_megatron.config.checks import fail, one_of
+from hybridprune_megatron.method.budgets import DISTRIBUTIONS
+
+
+@dataclass
+class BudgetConfig:
+    """Which budget a sample is trained at. Evaluation and export always use ``reduction.budget``.
+
+    Attributes:
+        distribution: fixed (reduction.budget), or drawn: uniform, loguniform (from low to high), choice (of choices).
+        low: smallest budget that uniform and loguniform draw.
+        high: largest budget that uniform and loguniform draw; 1 = nothing dropped.
+        choices: budgets that choice draws from, equally likely.
+        per: what gets a draw of its own; sample, or step (all samples of a step share it).
+    """
+
+    distribution: str = "fixed"
+    low: float = 0.15
+    high: float = 1.0
+    choices: list[float] = field(default_factory=list)
+    per: str = "sample"
+
+    def __post_init__(self) -> None:
+        prefix = "tuning.budget"
+        one_of(prefix, self, "distribution", DISTRIBUTIONS)
+        one_of(prefix, self, "per", ("sample", "step"))
+        if not 0 < self.high <= 1:
+            raise fail(f"{prefix}.high", self.high, "must be above 0 and at most 1", f"set e.g. {prefix}.high=1")
+        if not 0 < self.low <= self.high:
+            allowed = f"must be above 0 and at most {prefix}.high={self.high}"
+            raise fail(f"{prefix}.low", self.low, allowed, f"set e.g. {prefix}.low=0.15")
+        drawn = self.choices if self.distribution == "choice" else [1.0]
+        if not drawn or not all(0 < budget <= 1 for budget in drawn):
+            allowed = "must name at least one budget, each above 0 and at most 1"
+            raise fail(f"{prefix}.choices", self.choices, allowed, f"set e.g. '{prefix}.choices=[0.25,0.5,1.0]'")
+
+
+@dataclass
+class TuningConfig:
+    """How finetuning goes about budgets, targets and weights.
+
+    Attributes:
+        budget: which budget a sample is trained at.
+    """
+
+    budget: BudgetConfig = field(default_factory=BudgetConfig)

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"method", "config"},
     "models": {"method", "ops", "vision", "data", "config"},
     "evaluation": {"method", "vision", "data", "config", "models"},
+    "analysis": {"method", "ops", "data", "config", "models", "evaluation"},
     "engine": {"method", "data", "config", "models", "evaluation"},
     "export": {"method", "ops", "vision", "data", "config", "models", "engine"},
 }
@@ -32,6 +33,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "vision": {"megatron", "lightning", "nemo"},
     "models": {"lightning", "nemo"},
     "evaluation": {"lightning", "nemo", "transformers"},
+    "analysis": {"lightning", "nemo", "transformers"},
 }
 MOST_LINES = 400
 MOST_BYTES = 10 * 2**20

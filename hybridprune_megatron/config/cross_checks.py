@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from hybridprune_megatron.config.checks import ConfigError, closest, divides, fail
-from hybridprune_megatron.method.schedule import reducing_layers, retention_by_layer
+from hybridprune_megatron.config.checks import divides, fail
+from hybridprune_megatron.config.reduction_schema import resolved_retention
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config, ModelConfig, ParallelConfig
@@ -20,8 +20,6 @@ UNSUPPORTED_SYMBOLS = {
     "+": "latent attention",
     "/": "multi-token prediction",
 }
-# How far the mean of an explicit reduction.retention may lie from reduction.budget.
-BUDGET_TOLERANCE = 0.005
 
 
 def check_pattern(pattern: str) -> None:
@@ -42,27 +40,14 @@ def check_pattern(pattern: str) -> None:
         )
 
 
-def check_reduction_layers_type(layers: Any) -> None:
-    """``reduction.layers`` is a known word or a list of whole numbers; which layers exist is checked with the model."""
-    words = ("all", "attention", "mamba")
-    key, allowed = "reduction.layers", "allowed are all, attention, mamba or a list of 0-based layer indices"
-    if isinstance(layers, str):
-        if layers not in words:
-            nearest = closest(layers, words)
-            raise fail(key, layers, allowed, f"did you mean {nearest}?" if nearest else "set e.g. reduction.layers=all")
-    elif not isinstance(layers, list) or not layers or any(type(index) is not int for index in layers):
-        raise fail(key, layers, allowed, "set e.g. reduction.layers=[0,2]")
-    elif len(set(layers)) != len(layers):
-        raise fail(key, layers, "a layer is named twice", "name every layer once")
-
-
 def check_config(cfg: Config) -> None:
     """All checks across groups; raises ``ConfigError`` at the first that fails."""
     check_vision(cfg)
     check_stages(cfg.model, cfg.parallel)
     check_split(cfg)
     check_batch(cfg)
-    check_schedule(cfg)
+    # Solving the schedule finds layers that cannot drop and budgets that cannot be reached.
+    resolved_retention(cfg.reduction, cfg.model.hybrid_pattern)
     check_steps(cfg)
 
 
@@ -207,79 +192,4 @@ def check_steps(cfg: Config) -> None:
             cfg.optim.warmup_steps,
             f"must be below {end_key}={end}",
             f"lower optim.warmup_steps (0 = none) or raise {end_key}",
-        )
-
-
-def resolved_retention(cfg: Config) -> tuple[float, ...]:
-    """Share of a sample's visual tokens that enters each layer: ``reduction.retention``, or the solved schedule.
-
-    Raises:
-        ConfigError: a budget that the layers cannot reach, or an explicit list that is no schedule.
-    """
-    reduction, pattern = cfg.reduction, cfg.model.hybrid_pattern
-    if reduction.retention is None:
-        return retention_by_layer(
-            pattern, reduction.budget, reduction.layers, midpoint=reduction.midpoint, slope=reduction.slope
-        )
-    return tuple(reduction.retention)
-
-
-def check_schedule(cfg: Config) -> None:
-    """The layers exist and can score, the schedule never rises, and its mean is the budget."""
-    reduction, pattern = cfg.reduction, cfg.model.hybrid_pattern
-    candidates = list(reducing_layers(pattern, "all"))
-    try:
-        reducing = set(reducing_layers(pattern, reduction.layers))
-    except ValueError as error:
-        raise ConfigError(f"{error}; set reduction.layers=all, or a list out of {candidates}") from error
-    if reduction.budget < 1 and not reducing:
-        raise fail(
-            "reduction.layers",
-            reduction.layers,
-            f"model.hybrid_pattern={pattern} has no such layer, so none can drop",
-            "set reduction.layers=all" if candidates else "set reduction=none",
-        )
-    try:
-        # Solving the schedule finds budgets that these layers cannot reach.
-        resolved_retention(cfg)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if reduction.retention is not None:
-        check_explicit_retention(cfg, reduction.retention, reducing)
-
-
-def check_explicit_retention(cfg: Config, retention: list[float], reducing: set[int]) -> None:
-    """A list of shares is a schedule: one a layer, from 1.0 down, dropping only behind layers that may drop."""
-    key, layers, symbols = "reduction.retention", cfg.model.num_layers, "".join(cfg.model.stages)
-    if len(retention) != layers:
-        raise fail(
-            key, f"{len(retention)} numbers", f"model.hybrid_pattern has {layers} layers", "give one number a layer"
-        )
-    if retention[0] != 1.0:
-        raise fail(f"{key}[0]", retention[0], "every visual token enters the first layer", f"set {key}=[1.0,...]")
-    for layer in range(1, layers):
-        before, now = retention[layer - 1], retention[layer]
-        if now > before:
-            raise fail(
-                f"{key}[{layer}]",
-                now,
-                f"rises from {before} of layer {layer - 1}, and dropped tokens do not come back",
-                f"use at most {before} from layer {layer} on",
-            )
-        if not now > 0:
-            raise fail(f"{key}[{layer}]", now, "must be above 0 and at most 1", "use a small share, e.g. 0.01")
-        if now < before and layer - 1 not in reducing:
-            raise fail(
-                f"{key}[{layer}]",
-                now,
-                f"falls from {before}, but the layer in front, {layer - 1} ({symbols[layer - 1]!r}), may not drop",
-                "let it fall only behind an M or * layer that reduction.layers names",
-            )
-    mean = sum(retention) / layers
-    if abs(mean - cfg.reduction.budget) > BUDGET_TOLERANCE:
-        raise fail(
-            f"{key} (its mean)",
-            f"{mean:.3f}",
-            f"differs from reduction.budget={cfg.reduction.budget}",
-            f"set reduction.budget={mean:.3f}, the mean of the list",
         )

@@ -9,13 +9,13 @@ Nothing heavy is imported, so that a wrong value is reported before megatron or 
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of, within
-from hybridprune_megatron.config.cross_checks import check_config, check_reduction_layers_type, resolved_retention
+from hybridprune_megatron.config.cross_checks import check_config
 from hybridprune_megatron.config.model_schema import ModelConfig, TrainableConfig, VisionConfig
+from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
 from hybridprune_megatron.config.tuning_checks import check_tuning
 from hybridprune_megatron.config.tuning_schema import TuningConfig
 
@@ -90,47 +90,6 @@ class DataConfig:
     def most_frames(self) -> int:
         """Most frames that one video can become."""
         return {"uniform": self.num_frames, "fps": self.max_frames, "none": 0}[self.sampling]
-
-
-@dataclass
-class ReductionConfig:
-    """How many visual tokens are dropped, where, and by which score.
-
-    Attributes:
-        scorer: what ranks visual tokens (see conf/reduction).
-        budget: mean share of visual tokens over all layers, above 0 and at most 1; 1 = no reduction.
-        schedule: shape of the retention over depth; sigmoid (its floor follows from the budget).
-        midpoint: relative depth (0 to 1) at which the sigmoid has dropped half.
-        slope: steepness of the sigmoid, above 0.
-        layers: layers that may drop; all, attention, mamba, or a list of 0-based indices of M and * layers.
-        min_tokens: fewest visual tokens that stay per sample.
-        multiple_of: what the packed length divides by after every drop, met by keeping more tokens (16 for FP8).
-        retention: share of visual tokens that enters each layer, a number a layer, instead of the schedule; null = off.
-    """
-
-    scorer: str
-    budget: float
-    schedule: str = "sigmoid"
-    midpoint: float = 0.2
-    slope: float = 10.0
-    layers: Any = "all"
-    min_tokens: int = 1
-    multiple_of: int = 1
-    retention: list[float] | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise fail(
-                "reduction.budget",
-                self.budget,
-                "must be above 0 and at most 1 (a share of the visual tokens)",
-                "set e.g. reduction.budget=0.25, or 1 for no reduction",
-            )
-        one_of("reduction", self, "schedule", ("sigmoid",))
-        within("reduction", self, 0, 1, "midpoint")
-        above_zero("reduction", self, "slope")
-        at_least("reduction", self, 1, "min_tokens", "multiple_of")
-        check_reduction_layers_type(self.layers)
 
 
 @dataclass
@@ -310,11 +269,8 @@ class Config:
     @property
     def retention_by_layer(self) -> tuple[float, ...]:
         """Share of a sample's visual tokens that enters each layer: ``reduction.retention`` or the solved schedule."""
-        return resolved_retention(self)
+        return resolved_retention(self.reduction, self.model.hybrid_pattern)
 
     def retention_at(self, budget: float) -> tuple[float, ...]:
         """``retention_by_layer`` at another budget."""
-        # Shallow, so that only the reduction is checked again.
-        other = copy(self)
-        other.reduction = replace(self.reduction, budget=budget)
-        return resolved_retention(other)
+        return resolved_retention(replace(self.reduction, budget=budget), self.model.hybrid_pattern)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hybridprune_megatron.method.schedule import layer_symbols, retention_by_layer
+from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
+from hybridprune_megatron.method.schedule import Shape, layer_symbols
 
-_REDUCTION_DEFAULTS: dict[str, Any] = {
-    "scorer": "query",
-    "budget": 1.0,
-    "schedule": "sigmoid",
-    "midpoint": 0.2,
-    "slope": 10.0,
-    "layers": "all",
-    "min_tokens": 1,
-    "retention": None,
-}
+# Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
+TRAINING_ONLY = {"multiple_of"}
+_KEYS = [field.name for field in fields(ReductionConfig) if field.name not in TRAINING_ONLY]
+# What the solved retention per layer follows from.
+_SCHEDULE_KEYS = {"budget", "layers", "front_retention", *(field.name for field in fields(Shape))}
 
 
 def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -26,28 +23,20 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
 
     Args:
         pattern: hybrid layer pattern.
-        reduction: any of scorer, budget, schedule, midpoint, slope, layers, min_tokens, retention; None: no reduction.
+        reduction: any keys of the training configuration's reduction group but ``multiple_of``; None: no reduction.
 
     Raises:
-        ValueError: an unknown key, a budget that cannot be met, or a retention of another length.
+        ValueError: an unknown key, a value that the key does not allow, a budget that cannot be met, or a retention of
+            another length.
     """
     if reduction is None:
         return None
-    unknown = sorted(set(reduction) - set(_REDUCTION_DEFAULTS))
+    unknown = sorted(set(reduction) - set(_KEYS))
     if unknown:
-        raise ValueError(f"reduction has the key {unknown[0]!r}: allowed are {', '.join(_REDUCTION_DEFAULTS)}")
-    resolved = {**_REDUCTION_DEFAULTS, **reduction}
-    if resolved["retention"] is None:
-        resolved["retention"] = retention_by_layer(
-            pattern, resolved["budget"], resolved["layers"], resolved["midpoint"], resolved["slope"]
-        )
-    resolved["retention"] = [float(share) for share in resolved["retention"]]
-    num_layers = len(layer_symbols(pattern))
-    if len(resolved["retention"]) != num_layers:
-        raise ValueError(
-            f"reduction.retention has {len(resolved['retention'])} numbers: the model has {num_layers} layers"
-        )
-    return resolved
+        raise ValueError(f"reduction has the key {unknown[0]!r}: allowed are {', '.join(_KEYS)}")
+    settings = ReductionConfig(**{"scorer": "query", "budget": 1.0, **reduction})
+    resolved = {name: getattr(settings, name) for name in _KEYS}
+    return resolved | {"retention": list(resolved_retention(settings, pattern))}
 
 
 def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -58,7 +47,7 @@ def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | 
     if given is None:
         return None
     merged = {**(saved or {}), **given}
-    if "retention" not in given and {"budget", "schedule", "midpoint", "slope", "layers"} & set(given):
+    if "retention" not in given and _SCHEDULE_KEYS & set(given):
         merged["retention"] = None
     return merged
 

@@ -31,7 +31,6 @@ from hybridprune_megatron.method.layout import TokenKind, TokenLayout
 from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.reduction import Reduction, counts_after
 from hybridprune_megatron.method.schedule import layer_symbols
-from hybridprune_megatron.method.scorers import get_scorer
 from hybridprune_megatron.vision.encoder import build_projector, encode_frames, radio_config
 
 
@@ -87,12 +86,12 @@ class HybridBackbone(nn.Module):
         trace: list[TokenLayout] | None,
     ) -> tuple[Tensor, TokenLayout]:
         """Runs the layers over packed tokens [R, D] and drops visual tokens in between; the caller applies the norm."""
-        wanted = reduction.wanted_counts(layout.visual_counts) if reduction is not None else None
+        by_layer = reduction.counts_by_layer(layout) if reduction is not None else None
         packing = Packing.of(layout)
         for index, layer in enumerate(self.layers):
             if trace is not None:
                 trace.append(layout)
-            counts = counts_after(index, layout, wanted)
+            counts = counts_after(index, layout, by_layer)
             scorer = reduction.scorer if reduction is not None and counts != layout.visual_counts else None
             hidden, scores = layer(hidden, packing, scorer, cache)
             if scorer is not None:
@@ -343,10 +342,7 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
 
 def _build_reduction(config: HybridPruneConfig) -> Reduction | None:
     """None at a budget of 1, which is the model without reduction."""
-    if config.reduction is None or min(config.reduction["retention"]) == 1.0:
-        return None
-    settings = config.reduction
-    return Reduction(get_scorer(settings["scorer"]), tuple(settings["retention"]), settings["min_tokens"])
+    return None if config.reduction is None else Reduction.of(config.reduction, config.reduction["retention"])
 
 
 def _kept_positions(layout: TokenLayout) -> tuple[Tensor, ...]:

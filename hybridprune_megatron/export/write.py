@@ -27,7 +27,7 @@ from hybridprune_megatron.data.prompt import (
     TURN_TOKEN,
     special_token_id,
 )
-from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
+from hybridprune_megatron.export.configuration_hybridprune import TRAINING_ONLY, HybridPruneConfig
 from hybridprune_megatron.export.convert import NameMap
 from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
@@ -101,9 +101,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
     """The export's configuration of a run."""
     model, tokenizer = cfg.model, _tokenizer(cfg)
     vision = asdict(model.vision) if model.vision is not None else None
-    reduction = asdict(cfg.reduction)
-    # Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
-    reduction.pop("multiple_of", None)
+    reduction = {name: value for name, value in asdict(cfg.reduction).items() if name not in TRAINING_ONLY}
     special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
     ids = {token: special_token_id(tokenizer, token) for token in (*special, IMAGE_TOKEN)}
     if max(ids.values()) >= model.vocab_size:

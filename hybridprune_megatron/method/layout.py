@@ -113,6 +113,7 @@ class TokenLayout:
         sample_lengths: S current lengths (host).
         visual_counts: S current numbers of visual tokens (host).
         query_counts: S numbers of query tokens (host); they never change.
+        original_visual_counts: S numbers of visual tokens before any reduction (host).
         visual_index: int64 [V], rising, positions of the visual tokens in the packed sequence.
         query_index: int64 [T], rising, positions of the query tokens.
         origin: int64 [L], rising, index of every token in the packed sequence before any reduction.
@@ -123,6 +124,7 @@ class TokenLayout:
     sample_lengths: tuple[int, ...]
     visual_counts: tuple[int, ...]
     query_counts: tuple[int, ...]
+    original_visual_counts: tuple[int, ...]
     visual_index: Tensor
     query_index: Tensor
     origin: Tensor
@@ -149,10 +151,12 @@ class TokenLayout:
         visual_index = torch.nonzero(kinds == TokenKind.FRAME).flatten()
         query_index = torch.nonzero(kinds == TokenKind.QUESTION).flatten()
         position = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.empty(0).long()
+        visual_counts = tuple(int((sample == TokenKind.FRAME).sum()) for sample in per_sample)
         return TokenLayout(
             sample_lengths=tuple(lengths),
-            visual_counts=tuple(int((sample == TokenKind.FRAME).sum()) for sample in per_sample),
+            visual_counts=visual_counts,
             query_counts=tuple(int((sample == TokenKind.QUESTION).sum()) for sample in per_sample),
+            original_visual_counts=visual_counts,
             visual_index=visual_index.to(device, non_blocking=True),
             query_index=query_index.to(device, non_blocking=True),
             origin=torch.arange(sum(lengths), device=device),

@@ -76,6 +76,7 @@ def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
             sample_lengths=lengths,
             visual_counts=tuple(counts),
             query_counts=layout.query_counts,
+            original_visual_counts=layout.original_visual_counts,
             visual_index=new_index[kept_visual],
             query_index=new_index[layout.query_index],
             origin=layout.origin[kept],

@@ -3,20 +3,47 @@
 Plain python on the host, so that every shape is known before the device has computed anything and every rank, pipeline
 stage and recomputation finds the same numbers.
 
-Words (docs of the method): retention ``r_l`` is the share of a sample's original visual tokens that *enter* layer
-``l``; the budget is the mean of ``r_l`` over all layers. A layer that scores (Mamba ``M`` or attention ``*``) drops
-tokens *after* it has run, so its decision shows in the retention of the next layer, and layers that cannot score keep
-what they were given.
+Words: retention ``r_l`` is the share of a sample's original visual tokens that *enter* layer ``l``; the budget is the
+mean of ``r_l`` over all layers. A layer that scores (Mamba ``M`` or attention ``*``) drops tokens *after* it has run,
+so its decision shows in the retention of the next layer; layers that cannot score keep what they were given.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 SCORING_LAYERS = {"M": "mamba", "*": "attention"}
+LAYER_WORDS = "all, attention, mamba, every_2 (every n-th of all) or a list of 0-based layer indices"
 _BISECTION_STEPS = 80
-_NARROWEST = 1e-6
+_NARROWEST, _WIDEST = 1e-6, 1e6
+# Sums of shares times tokens are exact up to this.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How retention falls over depth; the budget decides how far.
+
+    Attributes:
+        schedule: a key of ``SCHEDULES``.
+        midpoint: sigmoid: relative depth at which half is dropped, in [0, 1].
+        slope: sigmoid: steepness, > 0.
+        step_layer: step: drops once, after the first reducing layer from this 0-based index on.
+        stages: stages: number of equally deep stages, each keeping the same share of the one before.
+        floor: sigmoid, linear, cosine: share at the end of the curve, whose width then meets the budget; None: the
+            curve spans the depth and its floor meets the budget.
+    """
+
+    schedule: str = "sigmoid"
+    midpoint: float = 0.2
+    slope: float = 10.0
+    step_layer: int = 0
+    stages: int = 4
+    floor: float | None = None
 
 
 def layer_symbols(pattern: str) -> str:
@@ -29,22 +56,20 @@ def reducing_layers(pattern: str, layers: str | Sequence[int]) -> tuple[int, ...
 
     Args:
         pattern: hybrid layer pattern, e.g. "M-M*-".
-        layers: "all", "attention", "mamba", or explicit indices.
+        layers: "all", "attention", "mamba", "every_<n>" (every n-th of all from the first on), or explicit indices.
 
     Raises:
-        ValueError: an index that is no layer, or a layer that computes nothing to score with.
+        ValueError: an unknown word, an index that is no layer, or a layer that computes nothing to score with.
     """
     symbols = layer_symbols(pattern)
     if isinstance(layers, str):
+        scoring = [index for index, symbol in enumerate(symbols) if symbol in SCORING_LAYERS]
+        every = re.fullmatch(r"every_([1-9]\d*)", layers)
+        if every:
+            return tuple(scoring[:: int(every.group(1))])
         if layers not in ("all", *SCORING_LAYERS.values()):
-            raise ValueError(
-                f"reduction.layers={layers!r}: allowed are all, attention, mamba or a list of layer indices"
-            )
-        return tuple(
-            index
-            for index, symbol in enumerate(symbols)
-            if symbol in SCORING_LAYERS and layers in ("all", SCORING_LAYERS[symbol])
-        )
+            raise ValueError(f"reduction.layers={layers!r}: allowed are {LAYER_WORDS}")
+        return tuple(index for index in scoring if layers in ("all", SCORING_LAYERS[symbols[index]]))
     for index in layers:
         if not 0 <= index < len(symbols):
             raise ValueError(f"reduction.layers names layer {index}: the pattern has layers 0 to {len(symbols) - 1}")
@@ -53,76 +78,115 @@ def reducing_layers(pattern: str, layers: str | Sequence[int]) -> tuple[int, ...
     return tuple(sorted(set(layers)))
 
 
-def sigmoid_curve(midpoint: float, slope: float) -> Callable[[float], float]:
-    """Falling sigmoid over relative depth x in [0, 1], scaled to be 1 at x = 0."""
+def _sigmoid(shape: Shape) -> Callable[[float], float]:
+    """Falling sigmoid over relative depth, scaled to be 1 at 0."""
 
     def curve(depth: float) -> float:
         # Beyond the exponent's bound the share is 0 in any precision that matters.
-        return (1 + math.exp(-slope * midpoint)) / (1 + math.exp(min(slope * (depth - midpoint), 700.0)))
+        return (1 + math.exp(-shape.slope * shape.midpoint)) / (
+            1 + math.exp(min(shape.slope * (depth - shape.midpoint), 700.0))
+        )
 
     return curve
 
 
+def _linear(shape: Shape) -> Callable[[float], float]:
+    """A straight line from 1 at depth 0 to 0 at depth 1."""
+    return lambda depth: max(0.0, 1.0 - depth)
+
+
+def _cosine(shape: Shape) -> Callable[[float], float]:
+    """Half a cosine wave from 1 at depth 0 to 0 at depth 1."""
+    return lambda depth: (1 + math.cos(math.pi * min(depth, 1.0))) / 2
+
+
+_CURVES = {"sigmoid": _sigmoid, "linear": _linear, "cosine": _cosine}
+SCHEDULES = (*_CURVES, "step", "stages")
+
+
 def retention_by_layer(
-    pattern: str,
-    budget: float,
-    layers: str | Sequence[int] = "all",
-    midpoint: float = 0.2,
-    slope: float = 10.0,
+    pattern: str, budget: float, layers: str | Sequence[int] = "all", shape: Shape | None = None, first: float = 1.0
 ) -> tuple[float, ...]:
     """Retention that enters every layer, low-to-high reduction, with its mean equal to the budget.
 
-    The sigmoid keeps its midpoint and meets the budget by its floor: ``r(x) = floor + (1 - floor) curve(x)``. A budget
-    below what a floor of 0 reaches compresses the curve towards the input instead.
+    One number of the shape is solved for, by bisection, for the mean rises with it:
+
+    - sigmoid, linear, cosine: ``r(x) = floor + (first - floor) curve(x / width)`` over relative depth x. The width is 1
+      and the floor solved; a budget below what a floor of 0 reaches narrows the curve instead. With ``shape.floor`` the
+      width is solved.
+    - step: ``first`` up to the step, then one share, which is solved.
+    - stages: ``first share^stage``, the share solved (PyramidDrop's lambda).
 
     Args:
         pattern: hybrid layer pattern.
         budget: mean retention over all layers, in (0, 1].
         layers: which layers may drop, see ``reducing_layers``.
-        midpoint: relative depth at which half is dropped, in [0, 1].
-        slope: steepness of the sigmoid, > 0.
+        shape: how retention falls; None: the default sigmoid.
+        first: retention of the first layer: what a reduction in front of the language model left.
 
     Returns:
-        One share per layer, the first 1.0, never rising.
+        One share per layer, the first ``first``, never rising.
 
     Raises:
-        ValueError: a budget outside (0, 1], or one that these layers cannot reach.
+        ValueError: a budget outside (0, 1] or above ``first``, or one that these layers and this shape cannot reach.
     """
+    shape = shape or Shape()
     if not 0.0 < budget <= 1.0:
         raise ValueError(f"reduction.budget={budget}: must be above 0 and at most 1 (1 turns reduction off)")
+    if budget > first:
+        raise ValueError(f"reduction.budget={budget}: is above reduction.front_retention={first}, and nothing grows")
     num_layers = len(layer_symbols(pattern))
     reducing = set(reducing_layers(pattern, layers))
-    if budget == 1.0:
-        return (1.0,) * num_layers
+    if budget == first:
+        return (first,) * num_layers
 
-    def realize(shape: Callable[[float], float], floor: float) -> tuple[float, ...]:
-        retention = [1.0]
+    def realize(target: Callable[[int], float]) -> tuple[float, ...]:
+        retention = [first]
         for layer in range(1, num_layers):
-            target = floor + (1 - floor) * shape(layer / max(num_layers - 1, 1))
-            retention.append(target if layer - 1 in reducing else retention[-1])
+            retention.append(target(layer) if layer - 1 in reducing else retention[-1])
         return tuple(retention)
 
-    def mean(shape: Callable[[float], float], floor: float) -> float:
-        return sum(realize(shape, floor)) / num_layers
+    def mean(target: Callable[[int], float]) -> float:
+        return sum(realize(target)) / num_layers
 
-    shape = sigmoid_curve(midpoint, slope)
-    if mean(shape, 0.0) <= budget:
-        floor = _bisect(lambda value: mean(shape, value), budget, 0.0, 1.0)
-        return realize(shape, floor)
+    for family, low, high in _families(shape, num_layers, first):
+        lowest = mean(family(low))
+        if lowest <= budget:
+            value = _bisect(lambda value, family=family: mean(family(value)), budget, low, high)
+            return realize(family(value))
+    earlier = {"step": "lower reduction.step_layer", "stages": "raise reduction.stages"}
+    raise ValueError(
+        f"reduction.budget={budget}: dropping everything as early as reduction.schedule={shape.schedule} and "
+        f"reduction.layers={layers} allow still keeps a mean of {lowest:.3f}; raise the budget or "
+        f"{earlier.get(shape.schedule, 'name earlier layers')}"
+    )
 
-    # The curve alone keeps more than the budget: compress it towards the input, in the limit to a drop of everything
-    # right after the first scoring layer.
-    def compressed(width: float) -> Callable[[float], float]:
-        return lambda depth: shape(depth / width)
 
-    reachable = mean(compressed(_NARROWEST), 0.0)
-    if reachable > budget:
-        raise ValueError(
-            f"reduction.budget={budget}: dropping everything at the first of reduction.layers={layers} still keeps a "
-            f"mean of {reachable:.3f}; raise the budget or name earlier layers"
-        )
-    width = _bisect(lambda value: mean(compressed(value), 0.0), budget, _NARROWEST, 1.0)
-    return realize(compressed(width), 0.0)
+def _families(
+    shape: Shape, num_layers: int, first: float
+) -> list[tuple[Callable[[float], Callable[[int], float]], float, float]]:
+    """What can be solved for, in the order in which it is tried: a map from a number to the share wanted by layer.
+
+    The mean rises with the number between the two bounds that stand beside the map.
+    """
+    if shape.schedule == "step":
+        return [(lambda share: lambda layer: first if layer <= shape.step_layer else share, 0.0, first)]
+    if shape.schedule == "stages":
+        return [(lambda share: lambda layer: first * share ** (layer * shape.stages // num_layers), 0.0, 1.0)]
+    curve = _CURVES[shape.schedule](shape)
+
+    def falling(floor: float, width: float) -> Callable[[int], float]:
+        return lambda layer: floor + (first - floor) * curve(layer / max(num_layers - 1, 1) / width)
+
+    if shape.floor is not None:
+        floor = shape.floor
+        return [(lambda width: falling(floor, width), _NARROWEST, _WIDEST)]
+    # The curve alone may keep more than the budget: narrow it towards the input, in the limit to a drop of everything
+    # right after the first layer that may drop.
+    return [
+        (lambda floor: falling(floor, 1.0), 0.0, first),
+        (lambda width: falling(0.0, width), _NARROWEST, 1.0),
+    ]
 
 
 def _bisect(function: Callable[[float], float], target: float, low: float, high: float) -> float:
@@ -136,67 +200,112 @@ def _bisect(function: Callable[[float], float], target: float, low: float, high:
     return (low + high) / 2
 
 
-def kept_counts(retention: Sequence[float], num_visual: int, min_tokens: int = 1) -> tuple[int, ...]:
+@lru_cache(maxsize=4096)
+def kept_counts(retention: tuple[float, ...], num_visual: int, min_tokens: int = 1) -> tuple[int, ...]:
     """Visual tokens of one sample that enter every layer.
-
-    What rounding adds or takes at one depth is given back at the next, so that the mean over layers stays on the budget
-    also for short clips. At least ``min_tokens`` (or all, if the sample has fewer) stay.
 
     Args:
         retention: share per layer, never rising, from ``retention_by_layer``.
         num_visual: visual tokens of the sample before any reduction.
-        min_tokens: smallest number kept.
+        min_tokens: smallest number kept (all, if the sample has fewer).
 
     Returns:
-        One count per layer, never rising.
+        One count per layer, never rising; see ``rounded`` for how their sum meets the budget.
     """
-    counts: list[int] = []
-    debt = 0.0
     lowest = min(min_tokens, num_visual)
-    layer = 0
-    while layer < len(retention):
-        stop = layer
-        while stop < len(retention) and retention[stop] == retention[layer]:
-            stop += 1
-        run = stop - layer
-        wanted = retention[layer] * num_visual
-        highest = counts[-1] if counts else num_visual
-        count = max(lowest, min(highest, math.floor(wanted + debt / run + 0.5)))
-        debt += run * (wanted - count)
-        counts.extend([count] * run)
-        layer = stop
+    return rounded(_wanted(retention, num_visual, lowest), num_visual, lowest)
+
+
+def packed_counts(
+    retentions: Sequence[tuple[float, ...]],
+    visual_counts: Sequence[int],
+    num_text: int,
+    min_tokens: int = 1,
+    multiple_of: int = 1,
+) -> list[tuple[int, ...]]:
+    """Visual tokens of every sample of a packed sequence that enter every layer.
+
+    With ``multiple_of`` 1 every sample has the counts it has alone. Otherwise the packed length divides at every depth:
+    the totals are rounded as in ``rounded``, and each is shared among the samples by largest remainder.
+
+    Args:
+        retentions: share per layer for every sample.
+        visual_counts: S visual tokens before any reduction.
+        num_text: all other tokens of the packed sequence; they never change.
+        min_tokens: smallest number kept per sample (all, if it has fewer).
+        multiple_of: what the packed length must divide by.
+
+    Returns:
+        Per layer S counts; those of a sample never rise.
+
+    Raises:
+        ValueError: the packed length before any reduction does not divide.
+    """
+    if multiple_of == 1:
+        alone = [kept_counts(*each, min_tokens) for each in zip(retentions, visual_counts)]
+        return list(zip(*alone))
+    highest = sum(visual_counts)
+    if (num_text + highest) % multiple_of:
+        raise ValueError(
+            f"packed sequence of {num_text + highest} tokens does not divide by {multiple_of}: pad it when packing"
+        )
+    lowest = [min(min_tokens, count) for count in visual_counts]
+    wanted = list(zip(*(_wanted(*each) for each in zip(retentions, visual_counts, lowest))))
+    totals = rounded([sum(layer) for layer in wanted], highest, sum(lowest), multiple_of, -num_text % multiple_of)
+    counts = [tuple(visual_counts)]
+    for layer, total in zip(wanted, totals):
+        counts.append(_share(total, layer, lowest, counts[-1]))
+    return counts[1:]
+
+
+def _wanted(retention: Sequence[float], num_visual: int, lowest: int) -> list[float]:
+    """Tokens that should enter every layer, before rounding."""
+    return [max(share * num_visual, lowest) for share in retention]
+
+
+def _share(total: int, wanted: Sequence[float], lowest: Sequence[int], highest: Sequence[int]) -> tuple[int, ...]:
+    """Whole numbers near the wanted ones, within bounds, that sum to the total: largest remainder, earlier on ties."""
+    counts = [max(low, min(high, math.floor(want))) for want, low, high in zip(wanted, lowest, highest)]
+    samples = range(len(counts))
+    while sum(counts) < total:
+        sample = max((s for s in samples if counts[s] < highest[s]), key=lambda s: wanted[s] - counts[s])
+        counts[sample] += 1
+    while sum(counts) > total:
+        sample = min((s for s in samples if counts[s] > lowest[s]), key=lambda s: wanted[s] - counts[s])
+        counts[sample] -= 1
     return tuple(counts)
 
 
-def aligned_counts(
-    counts: Sequence[int], previous: Sequence[int], sample_lengths: Sequence[int], multiple_of: int
+def rounded(
+    wanted: Sequence[float], highest: int, lowest: int, multiple_of: int = 1, remainder: int = 0
 ) -> tuple[int, ...]:
-    """Raises the kept counts of one reduction so that the packed length divides, by keeping more real tokens.
+    """Whole numbers near falling ones, also falling, whose sum is the largest that does not exceed theirs.
+
+    All are rounded down after the same number has been added to all, so that order stays; that number is the largest
+    with which the sum does not exceed the wanted one. The sum therefore stays below by less than ``multiple_of`` times
+    the longest stretch of layers that want the same (they are rounded together), and exceeds only by what ``lowest``
+    adds. Layers that want ``highest`` get it: nothing was dropped in front of them.
 
     Args:
-        counts: S wanted counts after the reduction.
-        previous: S counts of visual tokens before it.
-        sample_lengths: S lengths before it (all kinds of tokens).
-        multiple_of: what the packed length must divide by (tensor or context parallel size, FP8 tile).
-
-    Returns:
-        S counts, each at least the wanted one and at most the previous one.
-
-    Raises:
-        ValueError: the packed length before the reduction does not divide either.
+        wanted: one number a layer, never rising, between ``lowest`` and ``highest``.
+        highest: upper bound, of the right remainder itself.
+        lowest: lower bound.
+        multiple_of: the results leave ``remainder`` when divided by it.
+        remainder: see there.
     """
-    if sum(sample_lengths) % multiple_of:
-        raise ValueError(
-            f"packed sequence of {sum(sample_lengths)} tokens does not divide by {multiple_of}: pad it when packing"
-        )
-    result = list(counts)
-    length = sum(sample_lengths) - sum(previous) + sum(result)
-    missing = -length % multiple_of
-    while missing:
-        # One token at a time to the samples in turn, so that no sample carries the whole alignment. All tokens kept
-        # always divides, so there is room as long as something is missing.
-        for sample, count in enumerate(result):
-            if missing and count < previous[sample]:
-                result[sample] += 1
-                missing -= 1
-    return tuple(result)
+    least = lowest + (remainder - lowest) % multiple_of
+
+    def at(shift: float) -> list[int]:
+        steps = [math.floor((want + shift - remainder) / multiple_of) for want in wanted]
+        counts = [max(least, min(highest, remainder + step * multiple_of)) for step in steps]
+        return [highest if want == highest else count for want, count in zip(wanted, counts)]
+
+    target = sum(wanted) + _ROUNDING
+    low, high = -float(highest + multiple_of), float(multiple_of)
+    for _ in range(_BISECTION_STEPS):
+        middle = (low + high) / 2
+        if sum(at(middle)) <= target:
+            low = middle
+        else:
+            high = middle
+    return tuple(at(low))

@@ -24,11 +24,11 @@ class QueryScorer:
     """Attention: softmax mass from the question. Mamba: implicit attention from the question.
 
     Attributes:
-        decay: whether the Mamba score keeps the factor exp(a_i - a_j), which sinks early frames whatever they show. The
-            decay-free score is one pass over B.
+        mamba_decay: whether the Mamba score keeps the factor exp(a_i - a_j), which sinks early frames whatever they
+            show. The decay-free score is one pass over B.
     """
 
-    decay: bool = False
+    mamba_decay: bool = False
 
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
         """``s_j = mean_{i in T, h} softmax_j'(q_ih . k_j'h / sqrt(E))_j`` over the keys row i may see."""
@@ -38,7 +38,7 @@ class QueryScorer:
     def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
         """Implicit attention of Mamba-2 with or without its decay."""
         del layer
-        return implicit_attention(signals, layout) if self.decay else decay_free(signals, layout)
+        return implicit_attention(signals, layout) if self.mamba_decay else decay_free(signals, layout)
 
 
 def attention_mass(signals: AttentionSignals, layout: TokenLayout) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -25,20 +27,24 @@ class Scorer(Protocol):
     def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor: ...
 
 
-SCORERS: dict[str, Scorer] = {
-    "query": QueryScorer(),
-    "query_with_decay": QueryScorer(decay=True),
-    "random": RandomScorer(),
-    "uniform": UniformScorer(),
+SCORERS: dict[str, type[Scorer]] = {
+    "query": QueryScorer,
+    "random": RandomScorer,
+    "uniform": UniformScorer,
 }
 
 
-def get_scorer(name: str) -> Scorer:
-    """The scorer of a name.
+def build_scorer(settings: Mapping[str, Any]) -> Scorer:
+    """The scorer that settings name, its fields taken from the settings of the same name.
+
+    Args:
+        settings: the keys of the reduction group; a field that is missing has its default.
 
     Raises:
         ValueError: an unknown name.
     """
+    name = settings["scorer"]
     if name not in SCORERS:
         raise ValueError(f"reduction.scorer={name!r}: allowed are {', '.join(sorted(SCORERS))}")
-    return SCORERS[name]
+    scorer: Any = SCORERS[name]
+    return scorer(**{field.name: settings[field.name] for field in fields(scorer) if field.name in settings})

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
 
 import torch
 from megatron.core.activations import squared_relu
@@ -11,11 +14,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import RadioModel
 
 from hybridprune_megatron.config.schema import Config, VisionConfig
+from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import layer_symbols
-from hybridprune_megatron.method.scorers import get_scorer
+from hybridprune_megatron.models.distillation import DistillingModel
 from hybridprune_megatron.models.language_model import ReductionHybridModel
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
-from hybridprune_megatron.models.stack import Reduction
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 from hybridprune_megatron.vision.encoder import build_projector, radio_config
 
@@ -64,7 +67,11 @@ def _build(cfg: Config, pre_process: bool, post_process: bool, config: Transform
                 vision.hidden_size, vision.pixel_shuffle, vision.projector_hidden_size, model.hidden_size
             )
         tower, projector = tower.to(config.params_dtype), projector.to(config.params_dtype)
-    result = VideoLanguageModel(
+    distillation = cfg.tuning.distillation
+    model_class: Callable[..., VideoLanguageModel] = VideoLanguageModel
+    if distillation.weight:
+        model_class = partial(DistillingModel, weight=distillation.weight, temperature=distillation.temperature)
+    result = model_class(
         config,
         language_model,
         tower,
@@ -86,10 +93,8 @@ def _build(cfg: Config, pre_process: bool, post_process: bool, config: Transform
 
 def build_reduction(cfg: Config) -> Reduction | None:
     """The reduction of a configuration; None where nothing is ever dropped, which is bitwise the model without it."""
-    retention, reduction = cfg.retention_by_layer, cfg.reduction
-    if min(retention) == 1.0 and cfg.tuning.budget.distribution == "fixed":
-        return None
-    return Reduction(get_scorer(reduction.scorer), retention, reduction.min_tokens, reduction.multiple_of)
+    drawn = cfg.tuning.budget.distribution != "fixed"
+    return Reduction.of(asdict(cfg.reduction), cfg.retention_by_layer, by_sample=drawn)
 
 
 def tower_config(vision: VisionConfig):

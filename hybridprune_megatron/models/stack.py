@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -59,13 +58,13 @@ class ReductionStack(HybridStack):
         Returns:
             Hidden states of the tokens that are left and their layout.
         """
-        wanted = reduction.wanted_counts(layout.visual_counts) if reduction is not None else None
-        align = self._alignment(reduction)
+        ranks = self.tp_group.size() if self.config.sequence_parallel else 1
+        by_layer = reduction.counts_by_layer(layout, ranks) if reduction is not None else None
         packing = None
         for layer in self.layers:
             if trace is not None:
                 trace.append(layout)
-            counts = counts_after(layer.layer_number - 1, layout, wanted, align)
+            counts = counts_after(layer.layer_number - 1, layout, by_layer)
             scorer = reduction.scorer if reduction is not None and counts != layout.visual_counts else None
             packing = pack_for_layer(layout, scorer, packing)
             hidden_states = self._run_layer(layer, hidden_states, packing)
@@ -79,11 +78,6 @@ class ReductionStack(HybridStack):
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
         return hidden_states, layout
-
-    def _alignment(self, reduction: Reduction | None) -> int:
-        """What every packed length divides by: the setting, and the ranks that share a sequence."""
-        ranks = self.tp_group.size() if self.config.sequence_parallel else 1
-        return math.lcm(ranks, reduction.multiple_of if reduction is not None else 1)
 
     def _run_layer(self, layer: nn.Module, hidden_states: Tensor, packing: Any) -> Tensor:
         """One layer, its activations recomputed in backward if configured.

@@ -72,7 +72,10 @@ VALUE_CASES = {
         ["reduction.budget=0.01"],
         r"reduction.budget=0.01: .*raise the budget or name earlier layers",
     ),
-    "unknown schedule": (["reduction.schedule=sigmod"], r".*allowed are sigmoid; did you mean sigmoid\?"),
+    "unknown schedule": (
+        ["reduction.schedule=sigmod"],
+        r".*allowed are sigmoid, linear, cosine, step, stages; did you mean sigmoid\?",
+    ),
     "flat sigmoid": (["reduction.slope=0"], r"reduction.slope=0.0: must be a finite number above 0.*"),
     "midpoint outside": (["reduction.midpoint=1.2"], r"reduction.midpoint=1.2: must be from 0 to 1.*"),
     "no tokens": (["reduction.min_tokens=0"], r"reduction.min_tokens=0: must be at least 1.*"),

@@ -11,6 +11,7 @@ from hybridprune_megatron.data.batch import EncodedSample, pack
 from hybridprune_megatron.evaluation.questions import Question, chance
 from hybridprune_megatron.evaluation.retention import Retention, sample_retention
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
+from hybridprune_megatron.method.schedule import kept_counts
 from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
 from tests.worlds import run_world
 
@@ -63,8 +64,8 @@ def _accuracy() -> None:
         assert result.by_kind == {"a": 1.0, "b": 0.0}, max_tokens
         assert result.accuracy == pytest.approx(3 / 5)
         assert result.num_samples == 5
-        counts = [layer for frames in (3, 5, 2, 3, 5) for layer in [reduction.wanted_counts([4 * frames])]]
-        shares = [[count[0] / sample[0][0] for count in sample] for sample in counts]
+        counts = [kept_counts(reduction.retention, 4 * frames) for frames in (3, 5, 2, 3, 5)]
+        shares = [[count / sample[0] for count in sample] for sample in counts]
         assert result.retention.by_layer == pytest.approx([sum(layer) / 5 for layer in zip(*shares)])
         assert result.retention.mean == pytest.approx(0.5, abs=0.02)
     full = evaluate(model, questions, None, 60)

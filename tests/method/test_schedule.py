@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from hybridprune_megatron.method.schedule import aligned_counts, kept_counts, reducing_layers, retention_by_layer
+from hybridprune_megatron.method.schedule import Shape, kept_counts, packed_counts, reducing_layers, retention_by_layer
 
 NANO_12B = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
 PATTERNS = [NANO_12B, "M-M-M-M*-M-M-M-M*-M-M-", "M-M*-M-M*-", "M*M*"]
@@ -34,7 +34,9 @@ def test_small_budgets_drop_earlier(budget):
 def test_published_floors_of_the_sigmoid():
     """The method's notes give these floors for the 12B pattern at a budget of 0.25."""
     for midpoint, slope, floor in ((0.2, 10, 0.006), (0.1, 8, 0.044)):
-        assert retention_by_layer(NANO_12B, 0.25, "all", midpoint, slope)[-1] == pytest.approx(floor, abs=0.01)
+        assert retention_by_layer(NANO_12B, 0.25, "all", Shape(midpoint=midpoint, slope=slope))[-1] == pytest.approx(
+            floor, abs=0.01
+        )
 
 
 def test_only_layers_that_score_drop():
@@ -82,10 +84,10 @@ def test_counts_keep_a_minimum():
     assert kept_counts((1.0, 0.5), 0) == (0, 0)
 
 
-def test_alignment_keeps_more_real_tokens():
-    assert aligned_counts((3, 2), (10, 10), (20, 20), 8) == (7, 5)
-    assert aligned_counts((3, 2), (10, 10), (20, 20), 1) == (3, 2)
-    # Nothing left to keep in the first sample: the second takes over.
-    assert aligned_counts((3, 1), (3, 10), (20, 20), 8) == (3, 2)
-    with pytest.raises(ValueError, match="39 tokens does not divide by 2"):
-        aligned_counts((3, 2), (10, 10), (20, 19), 2)
+def test_alignment_is_exact_in_every_layer_and_shares_among_samples():
+    retention = retention_by_layer(NANO_12B, 0.25)
+    counts = packed_counts([retention] * 2, (100, 60), 32, multiple_of=16)
+    assert counts[0] == (100, 60)
+    assert all((32 + sum(layer)) % 16 == 0 for layer in counts)
+    with pytest.raises(ValueError, match="193 tokens does not divide by 16"):
+        packed_counts([retention] * 2, (100, 60), 33, multiple_of=16)

@@ -5,7 +5,7 @@ import torch
 
 from hybridprune_megatron.method import score_query
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
-from hybridprune_megatron.method.scorers import SCORERS, get_scorer
+from hybridprune_megatron.method.scorers import SCORERS, Scorer, build_scorer
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 
 HEADS, KV_HEADS, WIDTH, GROUPS, STATE = 6, 2, 5, 3, 7
@@ -71,21 +71,25 @@ def naive_mamba(signals: MambaSignals, layout: TokenLayout, decay: bool) -> torc
     return visual_columns(matrix, layout)
 
 
+def scorer_of(name: str, **settings: object) -> Scorer:
+    return build_scorer({"scorer": name, **settings})
+
+
 EXPECTED = {
-    "query": (naive_attention, lambda signals, layout: naive_mamba(signals, layout, decay=False)),
-    "query_with_decay": (naive_attention, lambda signals, layout: naive_mamba(signals, layout, decay=True)),
+    False: (naive_attention, lambda signals, layout: naive_mamba(signals, layout, decay=False)),
+    True: (naive_attention, lambda signals, layout: naive_mamba(signals, layout, decay=True)),
 }
 
 
 @pytest.mark.parametrize("frames", [(1,), (5, 2), (31, 1, 12)])
-@pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_scores_equal_their_formula(name, frames, monkeypatch):
+@pytest.mark.parametrize("decay", EXPECTED)
+def test_scores_equal_their_formula(decay, frames, monkeypatch):
     # Blocks that do not divide the lengths.
     monkeypatch.setattr(score_query, "_BLOCK", 8)
     layout = layout_of(*frames)
     attention, mamba = signals_of(layout)
-    expected_attention, expected_mamba = EXPECTED[name]
-    scorer = get_scorer(name)
+    expected_attention, expected_mamba = EXPECTED[decay]
+    scorer = scorer_of("query", mamba_decay=decay)
     torch.testing.assert_close(scorer.attention(attention, layout, 0), expected_attention(attention, layout))
     torch.testing.assert_close(scorer.mamba(mamba, layout, 0), expected_mamba(mamba, layout), rtol=1e-4, atol=1e-5)
 
@@ -95,7 +99,7 @@ def test_every_scorer_is_finite_deterministic_and_blind_to_packing(name):
     """A packed sequence scores as its samples do one by one."""
     layout = layout_of(9, 4)
     attention, mamba = signals_of(layout)
-    scorer = get_scorer(name)
+    scorer = scorer_of(name)
     for score, signals in ((scorer.attention, attention), (scorer.mamba, mamba)):
         packed = score(signals, layout, 3)
         assert packed.shape == (13,)
@@ -115,7 +119,7 @@ def test_every_scorer_is_finite_deterministic_and_blind_to_packing(name):
 def test_answers_never_score():
     layout = layout_of(12)
     attention, mamba = signals_of(layout)
-    scorer = get_scorer("query")
+    scorer = scorer_of("query")
     before = scorer.attention(attention, layout, 0), scorer.mamba(mamba, layout, 0)
     answer = layout.sample_lengths[0] - 1
     attention.q[answer], mamba.C[answer] = 100.0, 100.0
@@ -126,7 +130,7 @@ def test_answers_never_score():
 def test_random_differs_between_layers_and_is_even():
     layout = layout_of(3000)
     attention, _ = signals_of(layout)
-    scorer = get_scorer("random")
+    scorer = scorer_of("random")
     first, second = scorer.attention(attention, layout, 0), scorer.attention(attention, layout, 1)
     assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.1
     assert abs(first.mean() - 0.5) < 0.03
@@ -135,7 +139,7 @@ def test_random_differs_between_layers_and_is_even():
 def test_uniform_top_k_is_spread():
     layout = layout_of(64)
     attention, _ = signals_of(layout)
-    scores = get_scorer("uniform").attention(attention, layout, 0)
+    scores = scorer_of("uniform").attention(attention, layout, 0)
     kept = scores.topk(8).indices.sort().values
     assert kept.tolist() == list(range(0, 64, 8))
 
@@ -144,8 +148,8 @@ def test_a_video_without_a_question_is_refused():
     layout = TokenLayout.from_samples([SampleLayout((Span(TokenKind.FRAME, 3, 0, 0), Span(TokenKind.ANSWER, 1)))])
     attention, mamba = signals_of(layout)
     for score in (
-        lambda: get_scorer("query").attention(attention, layout, 0),
-        lambda: get_scorer("query").mamba(mamba, layout, 0),
+        lambda: scorer_of("query").attention(attention, layout, 0),
+        lambda: scorer_of("query").mamba(mamba, layout, 0),
     ):
         with pytest.raises(ValueError, match="3 visual tokens and no question"):
             score()
@@ -153,4 +157,4 @@ def test_a_video_without_a_question_is_refused():
 
 def test_unknown_scorer_is_refused():
     with pytest.raises(ValueError, match=r"reduction\.scorer='magic': allowed are query"):
-        get_scorer("magic")
+        scorer_of("magic")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hybridprune_megatron.method.layout import TokenKind, TokenLayout
+from hybridprune_megatron.method.schedule import kept_counts
 from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
 from tests.worlds import run_world
 
@@ -31,9 +32,9 @@ def _budget_of_one() -> None:
     full = _loss_and_gradients(model, batch)
     # The same weights with the machinery on and nothing to drop.
     from hybridprune_megatron.method.reduction import Reduction
-    from hybridprune_megatron.method.scorers import get_scorer
+    from hybridprune_megatron.method.scorers import build_scorer
 
-    model.reduction = Reduction(get_scorer("query"), (1.0,) * 6)
+    model.reduction = Reduction(build_scorer({"scorer": "query"}), (1.0,) * 6)
     same = _loss_and_gradients(model, batch)
     assert torch.equal(full[0], same[0])
     assert all(torch.equal(full[1][name], same[1][name]) for name in full[1])
@@ -70,7 +71,8 @@ def _trace() -> None:
     trace: list[TokenLayout] = []
     with torch.no_grad():
         logits, last = model.logits(batch, trace=trace)
-    wanted = model.reduction.wanted_counts([12, 20, 8])
+    wanted = model.reduction.counts_by_layer(trace[0])
+    assert [counts[0] for counts in wanted] == list(kept_counts(model.reduction.retention, 12))
     assert [layout.visual_counts for layout in trace] == wanted
     assert logits.shape[0] == last.num_tokens
     for layout in [*trace, last]:

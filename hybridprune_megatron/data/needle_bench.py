@@ -8,7 +8,7 @@ from shuffled decks, as in ``needles``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -176,7 +176,7 @@ class BenchPlan:
         return messages
 
     def meta(self) -> dict[str, Any]:
-        """What an evaluation and an analysis need: kind, answer, choices and evidence of the first question."""
+        """Kind, answer, choices and evidence of the first question for an evaluation, the needles for an analysis."""
         first = self.turns[0]
         return {
             "kind": first.kind,
@@ -184,6 +184,7 @@ class BenchPlan:
             "choices": list(first.choices),
             "kinds": [turn.kind for turn in self.turns],
             "evidence_frames": [list(span) for span in first.frames],
+            "needles": [asdict(needle) for needle in self.needles],
         }
 
     def render(self, held_out: bool) -> bytes:

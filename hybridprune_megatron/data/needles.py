@@ -127,6 +127,7 @@ class NeedlePlan:
         needles: attribute values by kind, one mapping a needle; the first needle is asked about.
         kinds: question kinds in the order of the turns.
         named_by: the kind whose value names the needle, or None where there is only one.
+        frames: of the clip.
     """
 
     key: str
@@ -134,6 +135,7 @@ class NeedlePlan:
     needles: tuple[dict[str, str], ...]
     kinds: tuple[str, ...]
     named_by: str | None
+    frames: int
 
     def conversation(self) -> list[dict[str, str]]:
         """Messages; the video stands at the start of the first question."""
@@ -147,10 +149,20 @@ class NeedlePlan:
         return messages
 
     def meta(self) -> dict[str, Any]:
-        """What an evaluation needs: kind, answer and choices of the first question, and all kinds."""
+        """Kind, answer, choices and evidence of the first question for an evaluation, the needles for an analysis."""
         first = self.kinds[0]
-        answer = self.needles[0][first]
-        return {"kind": first, "answer": answer, "choices": list(CHOICES[first]), "kinds": list(self.kinds)}
+        spans = [moment_frames(needle["moment"], self.frames) for needle in self.needles]
+        return {
+            "kind": first,
+            "answer": self.needles[0][first],
+            "choices": list(CHOICES[first]),
+            "kinds": list(self.kinds),
+            "evidence_frames": [list(spans[0])],
+            "needles": [
+                {**needle, "first_frame": start, "num_frames": stop - start}
+                for needle, (start, stop) in zip(self.needles, spans)
+            ],
+        }
 
 
 def plan_samples(task: NeedleTask, count: int, seed: int, split: str) -> list[NeedlePlan]:
@@ -181,7 +193,8 @@ def plan_samples(task: NeedleTask, count: int, seed: int, split: str) -> list[Ne
         }
         for other in range(task.needles - 1):
             needles.append({kind: str(order[other]) for kind, order in orders.items()})
-        plans.append(NeedlePlan(f"{split}-{index:06d}", (*split_seed, index), tuple(needles), asked, named_by))
+        key = f"{split}-{index:06d}"
+        plans.append(NeedlePlan(key, (*split_seed, index), tuple(needles), asked, named_by, task.frames))
     return plans
 
 

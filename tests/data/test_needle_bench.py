@@ -60,6 +60,20 @@ def test_needles_differ_in_whatever_can_name_them_and_stay_in_their_quarter() ->
             assert first_quarter == last_quarter == MOMENTS.index(needle.moment)
 
 
+def test_meta_says_when_every_needle_and_what_the_answer_needs_is_shown() -> None:
+    for plan in TASK.plan(60, seed=6, split="train"):
+        meta = plan.meta()
+        spans = {
+            needle["colour"]: [needle["first_frame"], needle["first_frame"] + needle["num_frames"]]
+            for needle in meta["needles"]
+        }
+        assert list(spans) == [needle.colour for needle in plan.needles]
+        if meta["kind"] in ("what", "order"):
+            assert spans[meta["answer"]] in meta["evidence_frames"]
+        if meta["kind"] == "count":
+            assert sorted(meta["evidence_frames"]) == sorted(spans.values())
+
+
 def test_first_questions_and_their_answers_are_balanced() -> None:
     plans = TASK.plan(960, seed=5, split="validation")
     kinds = Counter(plan.turns[0].kind for plan in plans)

@@ -95,6 +95,8 @@ def test_needle_is_where_and_when_the_plan_says() -> None:
         quadrants = difference.unflatten(1, (2, 64)).unflatten(3, (2, 64)).mean(dim=(2, 4))
         needle = plan.needles[0]
         first, stop = moment_frames(needle["moment"], 16)
+        assert plan.meta()["evidence_frames"] == [[first, stop]]
+        assert plan.meta()["needles"] == [{**needle, "first_frame": first, "num_frames": stop - first}]
         row, column = needle["place"].startswith("bottom"), needle["place"].endswith("right")
         inside = quadrants[first:stop, int(row), int(column)]
         assert stop - first == 4

@@ -249,6 +249,7 @@ class Demo:
 
         clip = next(read_clips(self.data_folders[1]))
         path = self.out / "clip.mp4"
+        assert isinstance(clip.video, bytes), "the demo's data sets hold videos"
         path.write_bytes(clip.video)
         options = ("--model", str(self.out / "hf"), "--video", str(path), "--question", clip.question)
         printed = self.command("scripts/ask.py", *options, capture=True)

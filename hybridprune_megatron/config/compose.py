@@ -23,6 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships 
 from hybridprune_megatron.config.checks import ConfigError, closest, fail
 from hybridprune_megatron.config.cross_checks import check_runnable
 from hybridprune_megatron.config.explain import explain_exception, explain_override
+from hybridprune_megatron.config.features import check_features
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
@@ -153,6 +154,7 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
         if need_files:
             check_runnable(cfg)
             check_files(cfg)
+            check_features(cfg)
             check_resume(cfg)
     except ConfigError as error:
         _exit_with(str(error))

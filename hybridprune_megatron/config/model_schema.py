@@ -80,6 +80,11 @@ class VisionConfig:
         """Visual tokens that one frame becomes."""
         return round(self.frame_size // self.patch_size * self.pixel_shuffle) ** 2
 
+    @property
+    def projector_input_size(self) -> int:
+        """Width of a visual token behind the pixel shuffle."""
+        return round(self.hidden_size / self.pixel_shuffle**2)
+
 
 @dataclass
 class TrainableConfig:

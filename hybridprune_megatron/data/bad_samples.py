@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 
 from megatron.energon.errors import FatalSampleError, SkipSample
@@ -15,6 +16,21 @@ logger = logging.getLogger(__name__)
 MIN_SEEN = 1000
 #: Examples of each reason that are logged; the rest is only counted.
 MAX_LOGGED = 5
+
+
+#: Around the line of an error that ends the job: Energon and torch's loader processes write more around it.
+_MARKS = ("<data error> ", " </data error>")
+
+
+def fatal(line: str) -> FatalSampleError:
+    """An error that Energon lets through, and ``fatal_line`` finds again."""
+    return FatalSampleError(line.join(_MARKS))
+
+
+def fatal_line(error: FatalSampleError) -> str:
+    """The line of ``fatal`` out of what was written around it; of another error, all of it on one line."""
+    match = re.search("(.*?)".join(_MARKS), str(error), flags=re.DOTALL)
+    return match[1] if match else " ".join(str(error).split())
 
 
 class BadSampleTally:
@@ -45,7 +61,7 @@ class BadSampleTally:
         total = self.bad.total()
         if total > self.max_share * max(self.seen, MIN_SEEN):
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.bad.items()))
-            raise FatalSampleError(
+            raise fatal(
                 f"{total} of {self.seen} samples are bad ({reasons}), above data.max_bad_share={self.max_share}; "
                 f"the last one: {error}; mend the data or raise data.max_bad_share"
             )

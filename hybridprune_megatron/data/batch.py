@@ -20,6 +20,19 @@ PADDING_KEY = ""
 
 
 @dataclass(frozen=True)
+class FrameFeatures:
+    """What a frozen vision tower made of frames, behind the pixel shuffle and in front of the projector.
+
+    Attributes:
+        values: bf16 or float32 [F, M, C], M tokens a frame of C channels.
+        tower: fingerprint of the tower (``vision.fingerprint``).
+    """
+
+    values: Tensor
+    tower: str
+
+
+@dataclass(frozen=True)
 class EncodedSample:
     """One sample, tokenized and decoded.
 
@@ -29,6 +42,7 @@ class EncodedSample:
         labels: int64 [L], already shifted: ``labels[i]`` is the target after token i, ``IGNORE_LABEL`` where no loss.
         layout: what every token is.
         pixel_values: uint8 [F, 3, H, W], RGB, frames in the order in which the layout shows them.
+        frame_features: features of the frames instead of ``pixel_values``, in the same order; None: there are none.
     """
 
     key: str
@@ -36,6 +50,7 @@ class EncodedSample:
     labels: Tensor
     layout: SampleLayout
     pixel_values: Tensor
+    frame_features: FrameFeatures | None = None
 
     def __post_init__(self) -> None:
         length = self.layout.num_tokens
@@ -54,6 +69,7 @@ class PackedBatch:
         loss_mask: float32 [L], 1 where there is a label.
         layouts: one layout a sample.
         pixel_values: uint8 [F, 3, H, W], the frames of all samples.
+        frame_features: features of the frames of all samples instead of ``pixel_values``; None: there are none.
         num_loss_tokens: number of labels, known on the host so that nobody has to ask the device.
         retention: share of its visual tokens that enters each layer, a row a sample (host); None: the model's own.
     """
@@ -65,6 +81,7 @@ class PackedBatch:
     layouts: list[SampleLayout]
     pixel_values: Tensor
     num_loss_tokens: int = -1
+    frame_features: FrameFeatures | None = None
     retention: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -73,12 +90,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on a device."""
+        features = self.frame_features
+        if features is not None:
+            features = replace(features, values=features.values.to(device, non_blocking=True))
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
             loss_mask=self.loss_mask.to(device, non_blocking=True),
             pixel_values=self.pixel_values.to(device, non_blocking=True),
+            frame_features=features,
         )
 
 
@@ -97,7 +118,8 @@ def pack(samples: Sequence[EncodedSample], pad_to_multiple_of: int = 1, pad_id: 
         pad_id: token of the padding.
 
     Raises:
-        ValueError: there are no samples, or their frames differ in size.
+        ValueError: there are no samples, their frames differ in size, or their features come from several towers or
+            stand beside frames.
     """
     if not samples:
         raise ValueError("0 samples to pack: a packed sequence holds at least one")
@@ -112,14 +134,36 @@ def pack(samples: Sequence[EncodedSample], pad_to_multiple_of: int = 1, pad_id: 
         input_ids.append(torch.full((padding,), pad_id, dtype=torch.int64))
         labels.append(torch.full((padding,), IGNORE_LABEL, dtype=torch.int64))
     all_labels = torch.cat(labels)
+    pixel_values = _join_frames([sample.pixel_values for sample in samples])
+    features = join_features([sample.frame_features for sample in samples if sample.frame_features is not None])
+    if features is not None and len(pixel_values):
+        raise ValueError(
+            f"samples {', '.join(keys)} show frames and features in one batch: give data.train and data.validation "
+            "either videos or features, not both"
+        )
     return PackedBatch(
         keys=keys,
         input_ids=torch.cat(input_ids),
         labels=all_labels,
         loss_mask=(all_labels != IGNORE_LABEL).float(),
         layouts=layouts,
-        pixel_values=_join_frames([sample.pixel_values for sample in samples]),
+        pixel_values=pixel_values,
+        frame_features=features,
     )
+
+
+def join_features(parts: Sequence[FrameFeatures]) -> FrameFeatures | None:
+    """Features one after another, not copied if there is one part only; None if there is none.
+
+    Raises:
+        ValueError: they come from several towers.
+    """
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    towers = sorted({part.tower for part in parts})
+    if len(towers) > 1:
+        raise ValueError(f"features of towers {', '.join(towers)} in one batch: precompute all with the same weights")
+    return FrameFeatures(torch.cat([part.values for part in parts]), towers[0])
 
 
 def _join_frames(frames: Sequence[Tensor]) -> Tensor:

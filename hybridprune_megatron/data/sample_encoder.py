@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.batch import EncodedSample, no_pixels
+from hybridprune_megatron.data.batch import EncodedSample, join_features, no_pixels
+from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.prompt import Conversation, EncodedPrompt, PromptEncoder, read_conversation
 from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
 
@@ -44,7 +46,7 @@ class SampleDraft:
         part: which of the samples of this conversation it is (0 but with ``split_turns``).
         prompt: its tokens, for the expected frame times.
         seconds: for every video of the conversation its expected frame times.
-        videos: the video files.
+        videos: the video files, or stored features of their frames.
     """
 
     key: str
@@ -52,7 +54,7 @@ class SampleDraft:
     part: int
     prompt: EncodedPrompt
     seconds: list[list[float]]
-    videos: tuple[bytes, ...]
+    videos: tuple[bytes | StoredFeatures, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -63,7 +65,7 @@ class SampleEncoder:
     """Encodes conversations about videos as the configuration says.
 
     Args:
-        cfg: uses ``data`` and ``model.vision``.
+        cfg: uses ``data`` and ``model``, what it says about vision.
 
     Raises:
         ValueError: the tokenizer cannot be read or lacks special tokens.
@@ -72,6 +74,7 @@ class SampleEncoder:
     def __init__(self, cfg: Config) -> None:
         data, vision = cfg.data, cfg.model.vision
         self.tokenizer = _load_tokenizer(data.tokenizer)
+        self.model = cfg.model
         self.mode = data.conversation
         self.sequence_length = data.sequence_length
         self.sampling: FrameSampling | None = None
@@ -87,10 +90,13 @@ class SampleEncoder:
         """Token of padding, which no loss and no other sample ever sees."""
         return int(self.tokenizer.pad_token_id or 0)
 
-    def draft(self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes]) -> list[SampleDraft]:
+    def draft(
+        self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes | StoredFeatures]
+    ) -> list[SampleDraft]:
         """The samples that a conversation becomes: one, or one a turn with ``split_turns``.
 
         Raises:
+            ConfigError: features are for another model, or lack frames that the sampling takes.
             BadSampleError: the conversation is malformed, a video unreadable, or a sample longer than a sequence.
         """
         seconds = self._probe(key, videos)
@@ -108,17 +114,21 @@ class SampleEncoder:
         return drafts
 
     def finish(self, draft: SampleDraft) -> EncodedSample:
-        """Decodes the videos of a draft.
+        """Decodes the videos of a draft, or takes the features stored in their place.
 
         Raises:
             BadSampleError: a video cannot be decoded, or decodes to more frames than a sequence has room for.
         """
         prompt = draft.prompt
-        frames, seconds = [], list(draft.seconds)
+        frames, features, seconds = [], [], list(draft.seconds)
         for index in range(prompt.num_videos):
             assert self.sampling is not None, "videos without a sampling are refused by draft()"
+            video = draft.videos[index]
             try:
-                decoded = decode_video(draft.videos[index], self.sampling, self.frame_size, f"video {index}")
+                if isinstance(video, StoredFeatures):
+                    features.append(video.read(self.sampling)[0])
+                    continue
+                decoded = decode_video(video, self.sampling, self.frame_size, f"video {index}")
             except ValueError as error:
                 raise BadSampleError("video", draft.key, str(error)) from error
             frames.append(decoded.frames)
@@ -133,27 +143,39 @@ class SampleEncoder:
             labels=torch.tensor(prompt.labels, dtype=torch.int64),
             layout=prompt.layout,
             pixel_values=torch.cat(frames) if frames else no_pixels(),
+            frame_features=join_features(features),
         )
         self._check_length(sample)
         return sample
 
-    def encode(self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes]) -> list[EncodedSample]:
+    def encode(
+        self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes | StoredFeatures]
+    ) -> list[EncodedSample]:
         """Both steps at once.
 
         Raises:
-            BadSampleError: as ``draft`` and ``finish`` do.
+            BadSampleError, ConfigError: as ``draft`` and ``finish`` do.
         """
         return [self.finish(draft) for draft in self.draft(key, messages, videos)]
 
-    def _probe(self, key: str, videos: Sequence[bytes]) -> list[list[float]]:
+    def _probe(self, key: str, videos: Sequence[bytes | StoredFeatures]) -> list[list[float]]:
         if videos and self.sampling is None:
             raise BadSampleError(
                 "malformed", key, f"{len(videos)} videos for a model or setting (data.sampling) without"
             )
         try:
-            return [probe_video(video, self.sampling, f"video {i}") for i, video in enumerate(videos) if self.sampling]
+            return [self._times(video, self.sampling, f"video {i}") for i, video in enumerate(videos) if self.sampling]
+        except ConfigError as error:
+            raise ConfigError(f"sample {key}: {error}") from error
         except ValueError as error:
             raise BadSampleError("video", key, str(error)) from error
+
+    def _times(self, video: bytes | StoredFeatures, sampling: FrameSampling, name: str) -> list[float]:
+        """Expected frame times of a video, or those of its features."""
+        if not isinstance(video, StoredFeatures):
+            return probe_video(video, sampling, name)
+        video.info.check(self.model, name)
+        return video.seconds(sampling)
 
     def _check_length(self, sample: SampleDraft | EncodedSample) -> None:
         length = sample.num_tokens if isinstance(sample, SampleDraft) else sample.layout.num_tokens

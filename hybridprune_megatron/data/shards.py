@@ -1,7 +1,8 @@
-"""Writing data sets: WebDataset tar shards with conversations and videos, prepared for Energon.
+"""Data sets on disk: WebDataset tar shards with conversations and videos, prepared for Energon.
 
 A sample with key K is ``K.json`` ({"conversation": messages, "meta": anything}) and its videos, ``K.mp4`` or, where
-there are several, ``K.0.mp4``, ``K.1.mp4`` in the order of their placeholders.
+there are several, ``K.0.mp4``, ``K.1.mp4`` in the order of their placeholders. A part ``safetensors`` in the place of
+``mp4`` holds features of the video's frames (``data.features``).
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import json
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 
+from hybridprune_megatron.data.features import FEATURES_EXTENSION, StoredFeatures
+
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "gif")
 CONVERSATION_PART = "json"
+_VIDEO_PART = re.compile(r"(?:(\d+)\.)?(" + "|".join((*VIDEO_EXTENSIONS, FEATURES_EXTENSION)) + ")")
 
 
 class ShardWriter:
@@ -120,10 +124,62 @@ class ShardWriter:
 
     def _write(self, name: str, data: bytes) -> None:
         assert self._tar is not None, "no shard is open"
-        # A fresh TarInfo has no time and no owner, so that equal samples give equal shards.
-        entry = tarfile.TarInfo(name)
-        entry.size = len(data)
-        self._tar.addfile(entry, io.BytesIO(data))
+        _add_member(self._tar, name, data)
+
+
+def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Writes one tar file, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+        members: names and contents, in order; the parts of a sample follow one another.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with tarfile.open(partial, "w") as tar:
+        for name, data in members:
+            _add_member(tar, name, data)
+    partial.replace(path)
+
+
+def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Keys and parts of the samples of a tar file, one sample in memory at a time."""
+    key, parts = "", {}
+    with tarfile.open(path) as tar:
+        for entry in tar:
+            stream = tar.extractfile(entry)
+            if stream is None:
+                continue
+            # A folder in front belongs to the key, and may hold dots.
+            folder, slash, file = entry.name.rpartition("/")
+            name, _, part = file.partition(".")
+            if folder + slash + name != key and parts:
+                yield key, parts
+                parts = {}
+            key = folder + slash + name
+            parts[part] = stream.read()
+    if parts:
+        yield key, parts
+
+
+def video_parts(parts: Iterable[str]) -> list[str]:
+    """The parts of a sample that are videos or their features, in the order of their placeholders."""
+    found = [(int(match[1] or 0), part) for part in parts if (match := _VIDEO_PART.fullmatch(part))]
+    return [part for _, part in sorted(found)]
+
+
+def stored_videos(parts: Mapping[str, Any]) -> tuple[bytes | StoredFeatures, ...]:
+    """The videos of a sample, or their features, in the order of their placeholders."""
+    return tuple(
+        StoredFeatures(parts[part]) if part.endswith(FEATURES_EXTENSION) else parts[part] for part in video_parts(parts)
+    )
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    # A fresh TarInfo has no time and no owner, so that equal samples give equal shards.
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
 
 
 def prepare_dataset(folder: Path, shard_names: Iterable[str], split: str) -> None:

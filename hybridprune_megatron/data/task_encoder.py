@@ -1,15 +1,14 @@
 """Reads data sets through Energon: its task encoder, packing, and loaders whose state can be saved.
 
 Stages of Energon, in order: ``cook_sample`` (raw parts of a tar sample), ``preencode_sample`` (tokens),
-``select_samples_to_pack``, ``postencode_sample`` (pixels), ``pack_selected_samples``. Energon saves where it is by
-remembering which samples its buffers hold, so every stage depends on nothing but its input.
+``select_samples_to_pack``, ``postencode_sample`` (pixels, or features), ``pack_selected_samples``. Energon saves where
+it is by remembering which samples its buffers hold, so every stage depends on nothing but its input.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,26 +30,27 @@ from megatron.energon import (
 )
 from megatron.energon.errors import FatalSampleError, reraise_exception
 
+from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.bad_samples import BadSampleTally
+from hybridprune_megatron.data.bad_samples import BadSampleTally, fatal, fatal_line
 from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
+from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleDraft, SampleEncoder
-from hybridprune_megatron.data.shards import CONVERSATION_PART, VIDEO_EXTENSIONS
+from hybridprune_megatron.data.shards import CONVERSATION_PART, stored_videos
 
 #: Samples in a row from one place of a shard before another place is read; the shuffle buffer mixes further.
 _MAX_SAMPLES_PER_SEQUENCE = 100
 #: A long video decodes for a while; Energon warns when a batch takes longer.
 _SLOW_BATCH_SECONDS = 600
-_VIDEO_PART = re.compile(r"(?:(\d+)\.)?(" + "|".join(VIDEO_EXTENSIONS) + ")")
 
 
 @edataclass
 class RawSample(Sample):
-    """Bytes of a tar sample: conversation and videos in order."""
+    """Bytes of a tar sample: conversation, and videos or their features in order."""
 
     conversation: bytes
-    videos: tuple[bytes, ...]
+    videos: tuple[bytes | StoredFeatures, ...]
 
 
 @edataclass
@@ -77,22 +77,18 @@ class PackedSample(Sample):
 
     def pin_memory(self) -> PackedSample:
         """Pins what is large; Energon's own way, by recursion, would rebuild every span."""
-        self.batch = replace(self.batch, pixel_values=self.batch.pixel_values.pin_memory())
+        features = self.batch.frame_features
+        if features is not None:
+            features = replace(features, values=features.values.pin_memory())
+        self.batch = replace(self.batch, pixel_values=self.batch.pixel_values.pin_memory(), frame_features=features)
         return self
 
 
 @stateless
 def cook_sample(sample: dict[str, Any]) -> RawSample:
     """Takes the conversation and the videos out of a tar sample; other parts are never looked at."""
-    videos = []
-    for part in sample:
-        match = _VIDEO_PART.fullmatch(part)
-        if match:
-            videos.append((int(match[1] or 0), part))
     return RawSample(
-        **basic_sample_keys(sample),
-        conversation=sample.get(CONVERSATION_PART, b""),
-        videos=tuple(sample[part] for _, part in sorted(videos)),
+        **basic_sample_keys(sample), conversation=sample.get(CONVERSATION_PART, b""), videos=stored_videos(sample)
     )
 
 
@@ -124,6 +120,8 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
             drafts = self.encoder.draft(sample.__key__, _read_messages(sample), sample.videos)
         except BadSampleError as error:
             raise self.tally.skip(error) from error
+        except ConfigError as error:
+            raise fatal(str(error)) from error
         for draft in drafts:
             yield DraftSample.derive_from(sample, draft=draft)
 
@@ -144,7 +142,7 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
 
     @stateless
     def postencode_sample(self, sample: DraftSample) -> FinishedSample:
-        """Decodes the videos of a sample that was chosen for a pack."""
+        """Decodes the videos of a sample that was chosen for a pack, or takes their features."""
         try:
             return FinishedSample.derive_from(sample, sample=self.encoder.finish(sample.draft))
         except BadSampleError as error:
@@ -165,7 +163,10 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
             room -= length
         if not chosen:
             raise SkipSample
-        batch = pack(chosen, self.pad_to_multiple_of, self.encoder.pad_id)
+        try:
+            batch = pack(chosen, self.pad_to_multiple_of, self.encoder.pad_id)
+        except ValueError as error:
+            raise fatal(str(error)) from error
         worker = WorkerConfig.active_worker_config.rank_worker_id() if WorkerConfig.active_worker_config else 0
         return PackedSample.derive_from(samples[0], batch=batch, counts=self.tally.snapshot(), worker=worker)
 
@@ -213,14 +214,15 @@ class TrainLoader:
         """Batches without end.
 
         Raises:
-            ValueError: more samples were bad than ``data.max_bad_share`` allows.
+            ValueError: more samples were bad than ``data.max_bad_share`` allows, or features do not fit the model or
+                the sampling.
         """
         try:
             for packed in self._loader:
                 self._by_worker[packed.worker] = packed.counts
                 yield packed.batch
         except FatalSampleError as error:
-            raise ValueError(_bad_share_message(error)) from error
+            raise ValueError(fatal_line(error)) from error
 
     @property
     def counts(self) -> dict[str, int]:
@@ -259,7 +261,7 @@ def build_eval_loader(cfg: Config, rank: int = 0, world_size: int = 1) -> Iterat
     """The samples of ``data.validation``, once, in the order of their shards; ranks share them.
 
     Raises:
-        ValueError: more samples were bad than ``data.max_bad_share`` allows.
+        ValueError: as iterating a ``TrainLoader`` does.
     """
     dataset = get_val_dataset(
         _dataset_path(cfg.data.validation, "data.validation"),
@@ -271,7 +273,7 @@ def build_eval_loader(cfg: Config, rank: int = 0, world_size: int = 1) -> Iterat
         for finished in _savable_loader(dataset):
             yield finished.sample
     except FatalSampleError as error:
-        raise ValueError(_bad_share_message(error)) from error
+        raise ValueError(fatal_line(error)) from error
 
 
 def length_multiple(cfg: Config) -> int:
@@ -314,9 +316,3 @@ def _read_messages(sample: RawSample) -> list[dict[str, Any]]:
         return json.loads(sample.conversation)["conversation"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadSampleError("malformed", sample.__key__, f"its .{CONVERSATION_PART} has no conversation") from error
-
-
-def _bad_share_message(error: FatalSampleError) -> str:
-    """The line of ``BadSampleTally`` out of what Energon and the worker process wrapped around it."""
-    match = re.search(r"\d+ of \d+ samples are bad .* or raise data\.max_bad_share", str(error))
-    return match[0] if match else " ".join(str(error).split())

@@ -46,6 +46,13 @@ class FrameSampling:
             if getattr(self, name) <= 0:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be above 0")
 
+    @property
+    def overrides(self) -> str:
+        """The overrides that set it."""
+        if self.mode == "uniform":
+            return f"data.sampling=uniform data.num_frames={self.num_frames}"
+        return f"data.sampling=fps data.fps={self.fps:g} data.max_frames={self.max_frames}"
+
     def choose(self, seconds: Sequence[float]) -> list[int]:
         """Indices of the frames to take, rising and without repeats.
 
@@ -74,10 +81,12 @@ class DecodedVideo:
     Attributes:
         frames: uint8 [F, 3, S, S], RGB, upright.
         seconds: F times in seconds; the first frame of the video is at 0.
+        video_seconds: times of all frames of the video.
     """
 
     frames: Tensor
     seconds: list[float]
+    video_seconds: list[float]
 
 
 def decode_video(
@@ -110,8 +119,7 @@ def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str =
         times = _listed_times(source) or _decode_chosen(source, set(), 2)[0]
         if not times:
             raise _NoFrames("no frame in the video stream")
-        chosen = sorted(_choose(times, sampling))
-        return [float(time - times[0]) for time in chosen]
+        return _from_first(times[0], sorted(_choose(times, sampling)))
 
 
 @contextmanager
@@ -141,13 +149,18 @@ def _decode(source: bytes | str | Path, sampling: FrameSampling, frame_size: int
         times, frames = _decode_chosen(source, _choose(times, sampling), frame_size)
     chosen = sorted(frames)
     stack = torch.from_numpy(np.stack([frames[time] for time in chosen])).permute(0, 3, 1, 2).contiguous()
-    return DecodedVideo(stack, [float(time - times[0]) for time in chosen])
+    return DecodedVideo(stack, _from_first(times[0], chosen), _from_first(times[0], times))
 
 
 def _choose(times: Sequence[Fraction], sampling: FrameSampling) -> set[Fraction]:
     if not times:
         return set()
-    return {times[index] for index in sampling.choose([float(time - times[0]) for time in times])}
+    return {times[index] for index in sampling.choose(_from_first(times[0], times))}
+
+
+def _from_first(first: Fraction, times: Sequence[Fraction]) -> list[float]:
+    """Seconds since the first frame of the video."""
+    return [float(time - first) for time in times]
 
 
 def _open(source: bytes | str | Path) -> av.container.InputContainer:

@@ -7,7 +7,6 @@ and none of a training loader's shuffling, packing and state.
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.prompt import VIDEO_TOKEN
 from hybridprune_megatron.data.sample_encoder import SampleEncoder
-from hybridprune_megatron.data.shards import CONVERSATION_PART, VIDEO_EXTENSIONS
+from hybridprune_megatron.data.shards import CONVERSATION_PART, read_shard, stored_videos
 from hybridprune_megatron.evaluation.questions import Question
 
 
@@ -27,7 +27,7 @@ class Clip:
 
     Attributes:
         key: its name.
-        video: bytes of the video file.
+        video: bytes of the video file, or features of its frames.
         messages: the conversation, question and answer.
         answer: the right one.
         kind: of the question.
@@ -35,7 +35,7 @@ class Clip:
     """
 
     key: str
-    video: bytes
+    video: bytes | StoredFeatures
     messages: list[dict[str, Any]]
     answer: str
     kind: str
@@ -55,14 +55,14 @@ class StoredSample:
         key: its name.
         messages: the conversation.
         meta: what the data set says about it; empty where it says nothing.
-        videos: bytes of its video files, in the order of their placeholders.
+        videos: bytes of its video files, or features of their frames, in the order of their placeholders.
         shard: the file it comes from.
     """
 
     key: str
     messages: list[dict[str, Any]]
     meta: dict[str, Any]
-    videos: tuple[bytes, ...]
+    videos: tuple[bytes | StoredFeatures, ...]
     shard: Path
 
 
@@ -76,22 +76,11 @@ def read_samples(folder: Path) -> Iterator[StoredSample]:
     if not shards:
         raise ValueError(f"data.validation={folder}: no shards there; scripts/make_demo_data.py writes them")
     for shard in shards:
-        parts: dict[str, dict[str, bytes]] = {}
-        with tarfile.open(shard) as tar:
-            for entry in tar:
-                stream = tar.extractfile(entry)
-                if stream is not None:
-                    key, _, part = entry.name.partition(".")
-                    parts.setdefault(key, {})[part] = stream.read()
-        for key, contents in parts.items():
-            if CONVERSATION_PART not in contents:
+        for key, parts in read_shard(shard):
+            if CONVERSATION_PART not in parts:
                 raise ValueError(f"{shard}: sample {key} has no '{CONVERSATION_PART}'; ShardWriter writes one a sample")
-            content = json.loads(contents.pop(CONVERSATION_PART))
-            # "mp4", or "0.mp4", "1.mp4", ... where there are several.
-            names = [part for part in contents if part.rpartition(".")[2] in VIDEO_EXTENSIONS]
-            names.sort(key=lambda part: (len(part), part))
-            videos = tuple(contents[name] for name in names)
-            yield StoredSample(key, content["conversation"], content.get("meta", {}), videos, shard)
+            content = json.loads(parts[CONVERSATION_PART])
+            yield StoredSample(key, content["conversation"], content.get("meta", {}), stored_videos(parts), shard)
 
 
 def read_clips(folder: Path) -> Iterator[Clip]:

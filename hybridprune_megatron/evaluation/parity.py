@@ -25,7 +25,8 @@ def max_logit_difference(model: VideoLanguageModel, exported: Any, samples: Sequ
         samples: at least one.
 
     Raises:
-        ValueError: the two models do not keep the same visual tokens in every layer.
+        ValueError: the two models do not keep the same visual tokens in every layer, or a sample has features instead
+            of frames, which the export does not take.
     """
     largest = 0.0
     reduction = model.reduction and replace(model.reduction, multiple_of=1)
@@ -36,6 +37,8 @@ def max_logit_difference(model: VideoLanguageModel, exported: Any, samples: Sequ
 
 
 def _difference(model: VideoLanguageModel, exported: Any, sample: EncodedSample) -> float:
+    if sample.frame_features is not None:
+        raise ValueError(f"sample {sample.key} has features: the export takes frames; set data.validation to videos")
     batch = pack([sample]).to(device_of(model))
     trace: list[TokenLayout] = []
     logits, layout = model.logits(batch, trace=trace)

@@ -14,7 +14,6 @@ from hybridprune_megatron.evaluation.forward import device_of, measuring
 from hybridprune_megatron.method.layout import TokenKind
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
-from hybridprune_megatron.vision.encoder import encode_frames
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ def time_prefill(
 ) -> Timing:
     """Prefill from frames and token ids to the logits of every sample's last token, for several reductions.
 
-    One more entry, "vision", times tower and projector alone: that part is the same in every prefill, so what the
-    language model took is the difference.
+    One more entry, "vision", times tower and projector alone (of a batch with precomputed features the projector):
+    that part is the same in every prefill, so what the language model took is the difference.
 
     Args:
         model: on one pipeline stage.
@@ -69,10 +68,8 @@ def time_prefill(
 
 
 def _encode(model: VideoLanguageModel, batch: PackedBatch) -> object:
-    assert model.vision_model is not None, "a batch with frames and a model without a tower"
-    assert model.mlp1 is not None, "a tower without a projector"
     with measuring(model, model.reduction):
-        return encode_frames(model.vision_model, model.mlp1, batch.pixel_values, model.pixel_shuffle, False)
+        return model.embed_frames(batch)
 
 
 def _in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int, batch: PackedBatch) -> Timing:

@@ -16,6 +16,13 @@ from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.models.language_model import ReductionHybridModel
 from hybridprune_megatron.models.stack import Reduction
 from hybridprune_megatron.vision.encoder import encode_frames
+from hybridprune_megatron.vision.fingerprint import tower_fingerprint
+
+
+def loss_rows(batch: PackedBatch) -> Tensor:
+    """int64 [R], rising, the tokens of the packed sequence that have a label."""
+    # Of a size the host knows, so nothing waits for the device.
+    return torch.nonzero_static(batch.loss_mask > 0, size=batch.num_loss_tokens).flatten()
 
 
 class VideoLanguageModel(MegatronModule):
@@ -48,6 +55,8 @@ class VideoLanguageModel(MegatronModule):
         self.pixel_shuffle = pixel_shuffle
         self.train_vision = train_vision
         self.reduction = reduction
+        # Of the tower, and the versions of its weights that it was taken of.
+        self._fingerprint: tuple[list[int], str] | None = None
         # What megatron's schedules and DDP look up on the outermost module.
         self.model_type = language_model.model_type
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
@@ -78,8 +87,7 @@ class VideoLanguageModel(MegatronModule):
             On the last stage float32 [R], one loss per token with a label (their number is ``batch.num_loss_tokens``,
             for text is never dropped); on other stages hidden states [L', 1, hidden].
         """
-        # Of a size the host knows, so nothing waits for the device.
-        rows = torch.nonzero_static(batch.loss_mask > 0, size=batch.num_loss_tokens).flatten()
+        rows = loss_rows(batch)
         return self._run(batch, rows, batch.labels[rows])[0]
 
     def logits(
@@ -113,10 +121,40 @@ class VideoLanguageModel(MegatronModule):
         embeddings = self.language_model.embed(batch.input_ids)
         if not sum(layout.visual_counts):
             return embeddings
+        visual = self.embed_frames(batch).flatten(0, 1).unsqueeze(1).to(embeddings.dtype)
+        return embeddings.index_copy(0, layout.visual_index, visual)
+
+    def embed_frames(self, batch: PackedBatch) -> Tensor:
+        """The projected frames of a batch: from pixels through the tower, or from the tower's precomputed features.
+
+        Args:
+            batch: shows at least one frame.
+
+        Returns:
+            [F, M, hidden].
+
+        Raises:
+            ValueError: the model has no tower, or the features are of another.
+        """
         if self.vision_model is None or self.mlp1 is None:
             raise ValueError(
                 f"samples {batch.keys} show videos: model.vision is null; choose a model with vision or text-only data"
             )
-        frames = encode_frames(self.vision_model, self.mlp1, batch.pixel_values, self.pixel_shuffle, self.train_vision)
-        visual = frames.flatten(0, 1).unsqueeze(1).to(embeddings.dtype)
-        return embeddings.index_copy(0, layout.visual_index, visual)
+        features = batch.frame_features
+        if features is None:
+            tower, pixels = self.vision_model, batch.pixel_values
+            return encode_frames(tower, self.mlp1, pixels, self.pixel_shuffle, self.train_vision)
+        own = self._tower_fingerprint(self.vision_model)
+        if features.tower != own:
+            raise ValueError(
+                f"features of tower {features.tower}, the model's is {own}: precompute them with this model's weights "
+                "(scripts/precompute_features.py), or set data.train and data.validation to the videos"
+            )
+        return self.mlp1(features.values.to(next(self.mlp1.parameters()).dtype))
+
+    def _tower_fingerprint(self, tower: RadioModel) -> str:
+        # Weights are loaded in place after the model is built, which raises their version.
+        versions = [weight._version for weight in tower.parameters()]
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            self._fingerprint = (versions, tower_fingerprint(tower))
+        return self._fingerprint[1]

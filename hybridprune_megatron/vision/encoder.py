@@ -96,12 +96,21 @@ def encode_frames(
         trainable_tower: False runs the tower without recording gradients.
 
     Returns:
-        [F, M, O] in the projector's dtype.
+        [F, M, O] in the dtype of tower and projector.
     """
-    dtype = next(projector.parameters()).dtype
+    return projector(frame_tokens(tower, pixels, shuffle, trainable_tower))
+
+
+def frame_tokens(tower: RadioModel, pixels: Tensor, shuffle: float, trainable_tower: bool) -> Tensor:
+    """What the projector gets: ``encode_frames`` without it.
+
+    Returns:
+        [F, M, D / shuffle^2] in the tower's dtype.
+    """
+    dtype = next(tower.parameters()).dtype
     with torch.set_grad_enabled(trainable_tower and torch.is_grad_enabled()):
         features = tower(pixels.to(dtype) / 255).features
     patch = tower.config.patch_size
     height, width = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     tokens = pixel_shuffle(features.unflatten(1, (height, width)), shuffle)
-    return projector(tokens.flatten(1, 2))
+    return tokens.flatten(1, 2)

@@ -1,0 +1,103 @@
+"""Data sets that hold features of a vision tower instead of videos: what they say about themselves, and what fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridprune_megatron.config.checks import ConfigError, fail
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import Config, ModelConfig
+
+#: Lies beside the shards of such a data set; every features part carries the same in its header.
+FEATURES_FILE = "features.json"
+_REMEDY = "precompute features with this configuration (scripts/precompute_features.py), or read the videos"
+
+
+@dataclass(frozen=True)
+class FeaturesInfo:
+    """Where features come from.
+
+    Attributes:
+        tower: fingerprint of the tower's weights (``vision.fingerprint``).
+        frame_size: side of the frames that the tower saw, pixels.
+        tokens_per_frame: tokens of a frame behind the pixel shuffle.
+        channels: width of a token in front of the projector.
+        sampling: overrides of ``data`` that chose the stored frames.
+        dtype: what features are stored in, bf16 or fp32.
+    """
+
+    tower: str
+    frame_size: int
+    tokens_per_frame: int
+    channels: int
+    sampling: str
+    dtype: str
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    @lru_cache(maxsize=64)
+    def from_json(text: str) -> FeaturesInfo:
+        """The reverse of ``to_json``; keys it does not know are ignored.
+
+        Raises:
+            ValueError: no JSON object, or a field is missing.
+        """
+        content = json.loads(text)
+        names = [field.name for field in fields(FeaturesInfo)]
+        if not isinstance(content, dict) or not set(names) <= set(content):
+            raise ValueError(f"expected an object with {', '.join(names)}")
+        return FeaturesInfo(**{name: content[name] for name in names})
+
+    def check(self, model: ModelConfig, where: str) -> None:
+        """Refuses a model that these features are not for. The tower's weights are compared by the model itself.
+
+        Args:
+            model: the configuration of the model that they are given to.
+            where: what to call them in an error.
+
+        Raises:
+            ConfigError: they do not fit.
+        """
+        vision = model.vision
+        if vision is None:
+            raise ConfigError(f"{where}: features for model.vision=null; choose a model with vision or text-only data")
+        if model.trainable.vision:
+            raise fail(
+                "model.trainable.vision",
+                "true",
+                f"{where} holds features of a frozen tower",
+                "set model.trainable.vision=false, or train on videos",
+            )
+        for key, stored, configured in (
+            ("model.vision.frame_size", self.frame_size, vision.frame_size),
+            ("tokens per frame", self.tokens_per_frame, vision.tokens_per_frame),
+            ("model.vision.hidden_size/pixel_shuffle^2", self.channels, vision.projector_input_size),
+        ):
+            if stored != configured:
+                raise ConfigError(f"{where}: features with {key}={stored}, configured is {configured}; {_REMEDY}")
+
+
+def check_features(cfg: Config) -> None:
+    """Data sets of features, where ``data`` names any, are for the configured model.
+
+    Raises:
+        ConfigError: the first that is not.
+    """
+    for key in ("train", "validation"):
+        path = getattr(cfg.data, key)
+        file = Path(path or "") / FEATURES_FILE
+        if path is None or not file.is_file():
+            continue
+        try:
+            info = FeaturesInfo.from_json(file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"data.{key}={path}: its {FEATURES_FILE} cannot be read ({error}); {_REMEDY}") from error
+        info.check(cfg.model, f"data.{key}={path}")

@@ -25,6 +25,7 @@ COMMON_KEYS = (
     "reduction.layers",
     "reduction.scorer",
     "tuning.budget.distribution",
+    "tuning.distillation.weight",
     "optim.lr",
     "trainer.max_steps",
     "trainer.global_batch_size",

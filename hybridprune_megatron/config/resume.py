@@ -29,9 +29,13 @@ def check_resume(cfg: Config) -> None:
     checkpoints = sorted(Path(cfg.output_dir).glob("checkpoints/step_*/run.json"))
     if not checkpoints:
         return
+    distillation = cfg.tuning.distillation
+    # The weights of a checkpoint replace the initial ones, unless those teach.
+    teaches = distillation.weight > 0 and distillation.teacher == "initial"
+    free = _FREE - {"model.init_checkpoint"} if teaches else _FREE
     saved = dict(_leaves(json.loads(checkpoints[-1].read_text(encoding="utf-8"))["config"]))
     for key, value in _leaves(json.loads(json.dumps(asdict(cfg)))):
-        if key in _FREE or key.startswith(_FREE_GROUPS) or key not in saved or saved[key] == value:
+        if key in free or key.startswith(_FREE_GROUPS) or key not in saved or saved[key] == value:
             continue
         raise ConfigError(
             f"{key}={value}: {cfg.output_dir} holds a run with {key}={saved[key]}; give the same value to continue "

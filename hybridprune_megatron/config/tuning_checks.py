@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def check_tuning(cfg: Config) -> None:
     """All checks of the group; raises ``ConfigError`` at the first that fails."""
     check_budgets(cfg)
+    check_teacher(cfg)
 
 
 def check_budgets(cfg: Config) -> None:
@@ -35,3 +36,17 @@ def check_budgets(cfg: Config) -> None:
         except ValueError as error:
             source = "choices" if budget.distribution == "choice" else name
             raise ConfigError(f"tuning.budget.{source} draws {level}: {error}") from error
+
+
+def check_teacher(cfg: Config) -> None:
+    """The teacher of a distillation knows something that the student does not."""
+    distillation = cfg.tuning.distillation
+    if not distillation.weight:
+        return
+    key = "tuning.distillation.teacher"
+    if distillation.teacher == "initial" and cfg.model.init_checkpoint is None:
+        reason = "model.init_checkpoint=null, so the initial weights are random"
+        raise fail(key, distillation.teacher, reason, f"set model.init_checkpoint or {key}=self")
+    if distillation.teacher == "self" and cfg.reduction.budget == 1 and cfg.tuning.budget.distribution == "fixed":
+        reason = "nothing is dropped (reduction.budget=1), so the student is its own teacher"
+        raise fail(key, distillation.teacher, reason, f"set {key}=initial or reduction.budget below 1")

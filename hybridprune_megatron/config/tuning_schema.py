@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hybridprune_megatron.config.checks import fail, one_of
+from hybridprune_megatron.config.checks import above_zero, fail, one_of, within
 from hybridprune_megatron.method.budgets import DISTRIBUTIONS
 
 
@@ -42,11 +42,34 @@ class BudgetConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """A second target: the answer's distribution from the same model with nothing dropped.
+
+    Attributes:
+        weight: w in the loss (1 - w) * cross entropy + w * temperature^2 * KL(teacher, student); 0 = off.
+        temperature: divides the logits of both in the KL, above 0.
+        teacher: whose weights; initial (those the run starts from, trained ones are kept twice) or self (of this step).
+    """
+
+    weight: float = 0.0
+    temperature: float = 1.0
+    teacher: str = "initial"
+
+    def __post_init__(self) -> None:
+        prefix = "tuning.distillation"
+        within(prefix, self, 0, 1, "weight")
+        above_zero(prefix, self, "temperature")
+        one_of(prefix, self, "teacher", ("initial", "self"))
+
+
+@dataclass
 class TuningConfig:
     """How finetuning goes about budgets, targets and weights.
 
     Attributes:
         budget: which budget a sample is trained at.
+        distillation: a second target beside the labels.
     """
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -19,6 +19,7 @@ from hybridprune_megatron.engine.parallel import data_rank
 from hybridprune_megatron.engine.train_log import TrainLog
 from hybridprune_megatron.engine.train_step import StepResult, train_step
 from hybridprune_megatron.engine.weights import load_initial_weights
+from hybridprune_megatron.models.distillation import DistillingModel
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -103,6 +104,11 @@ class HybridPruneModule(LightningModule):
         if self.cfg.model.init_checkpoint:
             load_initial_weights(module, self.cfg.model.init_checkpoint)
         self.state = build_train_state(module, self.cfg.optim, self.cfg.trainer, self.cfg.parallel, device)
+        distillation = self.cfg.tuning.distillation
+        if distillation.weight and distillation.teacher == "initial":
+            # Here, where weights have their place and dtype, and before a checkpoint overwrites them.
+            assert isinstance(module, DistillingModel), type(module)
+            module.keep_initial_weights()
         self._num_microbatches = micro_batches_per_step(
             self.cfg.trainer.global_batch_size, self.cfg.trainer.micro_batch_size
         )

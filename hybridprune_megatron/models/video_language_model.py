@@ -25,6 +25,12 @@ def loss_rows(batch: PackedBatch) -> Tensor:
     return torch.nonzero_static(batch.loss_mask > 0, size=batch.num_loss_tokens).flatten()
 
 
+def loss_rows(batch: PackedBatch) -> Tensor:
+    """int64 [R], rising, the tokens of the packed sequence that have a label."""
+    # Of a size the host knows, so nothing waits for the device.
+    return torch.nonzero_static(batch.loss_mask > 0, size=batch.num_loss_tokens).flatten()
+
+
 class VideoLanguageModel(MegatronModule):
     """Answers questions about videos; drops visual tokens inside its language model.
 

@@ -24,13 +24,12 @@ BUDGET_TOLERANCE = 0.005
 # What a key can be set to today; a word joins its line together with the code behind it.
 WORDS = {
     "schedule": SCHEDULES,
-    "query_rows": ("question",),
-    "attention_pooling": ("mean",),
-    "mamba_function": ("identity",),
-    "mamba_pooling": ("mean",),
-    "dropped": ("discard",),
+    "query_rows": ("question", "last"),
+    "attention_pooling": ("mean", "max"),
+    "mamba_function": ("identity", "abs", "relu", "softmax"),
+    "mamba_pooling": ("mean", "max_groups", "max_heads"),
+    "dropped": ("discard", "merge"),
     "front": ("none",),
-    "dt_filter": ("none",),
 }
 
 
@@ -64,7 +63,7 @@ class ReductionConfig:
         dropped: what becomes of a dropped token; discard, or merge (averaged into its most similar kept one).
         front: query-agnostic reduction in front of the language model; none, random, uniform, evs or tome.
         front_retention: share of visual tokens that the front hands on; the budget stays the total over all layers.
-        dt_filter: what zeroes small Mamba steps instead of dropping tokens; none or longmamba.
+        dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps (LongMamba); null = all.
     """
 
     scorer: str
@@ -92,7 +91,7 @@ class ReductionConfig:
     dropped: str = "discard"
     front: str = "none"
     front_retention: float = 1.0
-    dt_filter: str = "none"
+    dt_filter: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
@@ -105,6 +104,9 @@ class ReductionConfig:
         for name, words in WORDS.items():
             one_of("reduction", self, name, words)
         within("reduction", self, 0, 1, "midpoint", "front_retention")
+        if self.dt_filter is not None:
+            within("reduction", self, 0, 1, "dt_filter")
+            above_zero("reduction", self, "dt_filter")
         above_zero("reduction", self, "slope", "front_retention")
         at_least("reduction", self, 1, "min_tokens", "multiple_of")
         at_least("reduction", self, 2, "stages")

@@ -1,12 +1,13 @@
 """Query-conditioned scores: how much the question's tokens read from each visual token in one layer.
 
-Shape letters: L tokens, V visual tokens, T query tokens, H heads, K key-value heads, E head width, G groups, N state
-size. All scores are float32 [V] in the order of ``TokenLayout.visual_index``; higher is more important.
+Shape letters: L tokens, V visual tokens, T query tokens, J keys of a block, H heads, K key-value heads, E head width,
+G groups, R = H / G heads of a group, N state size. All scores are float32 [V] in the order of
+``TokenLayout.visual_index``; higher is more important.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,124 +24,210 @@ _BLOCK = 1024
 class QueryScorer:
     """Attention: softmax mass from the question. Mamba: implicit attention from the question.
 
+    The mean over the query rows comes first, pooling over heads second. A field is the key of the same name of the
+    reduction group.
+
     Attributes:
+        query_rows: "question": all query tokens of a sample; "last": the last one (FastV's row).
+        attention_pooling: over heads, "mean" or "max".
+        attention_causal: false: a row also sees the visual tokens behind it. A question in front of its video scores
+            nothing otherwise. Other tokens behind a row stay unseen: an answer must not change what is kept.
         mamba_decay: whether the Mamba score keeps the factor exp(a_i - a_j), which sinks early frames whatever they
-            show. The decay-free score is one pass over B.
+            show, and with it the causal mask.
+        mamba_dt: whether it keeps dt_j.
+        mamba_function: f of ``implicit_attention``: "identity", "abs", "relu" or "softmax".
+        mamba_pooling: "mean" over heads, "max_groups" (mean over the heads of a group, then the highest group) or
+            "max_heads".
     """
 
+    query_rows: str = "question"
+    attention_pooling: str = "mean"
+    attention_causal: bool = True
     mamba_decay: bool = False
+    mamba_dt: bool = True
+    mamba_function: str = "identity"
+    mamba_pooling: str = "mean"
 
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
-        """``s_j = mean_{i in T, h} softmax_j'(q_ih . k_j'h / sqrt(E))_j`` over the keys row i may see."""
+        """See ``attention_mass``."""
         del layer
-        return attention_mass(signals, layout)
+        scores = [signals.q.new_empty(0, dtype=torch.float32)]
+        for sample in self._samples(layout):
+            blocks = attention_mass(signals, sample, self.attention_causal)
+            scores += [_pooled(block, self.attention_pooling) for block in blocks]
+        return torch.cat(scores)
 
     def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
-        """Implicit attention of Mamba-2 with or without its decay."""
+        """See ``implicit_attention``."""
         del layer
-        return implicit_attention(signals, layout) if self.mamba_decay else decay_free(signals, layout)
+        scores = [signals.B.new_empty(0, dtype=torch.float32)]
+        for sample in self._samples(layout):
+            blocks = implicit_attention(signals, sample, self.mamba_decay, self.mamba_dt, self.mamba_function)
+            scores += [_pooled(block, self.mamba_pooling) for block in blocks]
+        return torch.cat(scores)
+
+    def _samples(self, layout: TokenLayout) -> Iterator[_Sample]:
+        """The samples that show something, in order.
+
+        Raises:
+            ValueError: a sample shows something and asks nothing.
+        """
+        starts, query_starts, visual_starts = layout.sample_starts(), layout.query_starts(), layout.visual_starts()
+        for sample, (visual_count, query_count) in enumerate(zip(layout.visual_counts, layout.query_counts)):
+            if not visual_count:
+                continue
+            if not query_count:
+                raise ValueError(
+                    f"sample {sample} of the packed sequence has {visual_count} visual tokens and no question to score "
+                    "them by: give its first user turn some text, or choose reduction=uniform"
+                )
+            visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
+            rows = layout.query_index[query_starts[sample] : query_starts[sample + 1]]
+            rows = rows[-1:] if self.query_rows == "last" else rows
+            yield _Sample(visual, rows, starts[sample], starts[sample + 1])
 
 
-def attention_mass(signals: AttentionSignals, layout: TokenLayout) -> Tensor:
-    """Mean softmax mass that the query rows put on every visual token: two passes over the keys, O(T + L) kept.
+@dataclass(frozen=True)
+class _Sample:
+    """One sample of a packed sequence.
 
-    Pass one finds each row's log-sum-exp over its visible keys, pass two sums the normalised columns.
+    Attributes:
+        visual: int64 [V] positions of its visual tokens in the packed sequence, rising.
+        rows: int64 [T] positions of the tokens that score.
+        first: its first position (host).
+        last: the position behind its last (host).
+    """
+
+    visual: Tensor
+    rows: Tensor
+    first: int
+    last: int
+
+    def behind(self, columns: Tensor) -> Tensor:
+        """bool [T, J]: which of some positions lie behind which row."""
+        return columns > self.rows.unsqueeze(1)
+
+    def log_decay(self, signals: MambaSignals) -> Tensor:
+        """float64 [tokens of the sample, H] running sum of dt A from its start; differences of it are what counts."""
+        return torch.cumsum(signals.dt[self.first : self.last].double() * signals.A.double(), 0)
+
+
+def _pooled(per_head: Tensor, pooling: str) -> Tensor:
+    """[J] from [J, groups, heads of a group]."""
+    if pooling == "mean":
+        return per_head.mean((1, 2))
+    if pooling == "max_groups":
+        per_head = per_head.mean(2, keepdim=True)
+    return per_head.amax((1, 2))
+
+
+def attention_mass(signals: AttentionSignals, sample: _Sample, causal: bool = True) -> Iterator[Tensor]:
+    """``mean_{i in T} softmax_j'(q_ih . k_j'h / sqrt(E))_j`` over the keys that row i sees, for every head.
+
+    Two passes over the keys, O(T + L) kept: one finds each row's log-sum-exp, the other sums the normalised columns.
 
     Args:
         signals: q [L, H, E] and k [L, K, E] of one layer, this rank's heads.
-        layout: the packed sequence.
+        sample: whose tokens; see ``QueryScorer`` for what a row sees.
+        causal: whether visual tokens behind a row are hidden from it.
 
-    Returns:
-        float32 [V], summing to at most 1 within a sample.
+    Yields:
+        float32 [J, K, H / K], the visual tokens in blocks; a head sums to at most 1 over all of them.
     """
-    scores = [signals.q.new_empty(0, dtype=torch.float32)]
-    for visual, rows, first, last in _scorable(layout):
-        num_kv_heads = signals.k.shape[1]
-        q = signals.q[rows].float() * signals.q.shape[-1] ** -0.5
-        q = q.unflatten(1, (num_kv_heads, -1))
-        log_sum = q.new_full(q.shape[:3], float("-inf"))
-        for start in range(first, last, _BLOCK):
-            stop = min(start + _BLOCK, last)
-            columns = torch.arange(start, stop, device=q.device)
-            logits = _masked_logits(q, signals.k[start:stop], rows, columns)
-            log_sum = torch.logaddexp(log_sum, torch.logsumexp(logits, -1))
-        mass = []
-        for block in visual.split(_BLOCK):
-            logits = _masked_logits(q, signals.k[block], rows, block)
-            mass.append(torch.exp(logits - log_sum.unsqueeze(-1)).mean((0, 1, 2)))
-        scores.append(torch.cat(mass))
-    return torch.cat(scores)
+    q = signals.q[sample.rows].float() * signals.q.shape[-1] ** -0.5
+    q = q.unflatten(1, (signals.k.shape[1], -1))
+    always_seen = torch.zeros(sample.last - sample.first, dtype=torch.bool, device=q.device)
+    if not causal:
+        always_seen[sample.visual - sample.first] = True
+
+    def logits(columns: Tensor) -> Tensor:
+        """[T, J, K, H / K] scaled products; -inf where a row does not see the key."""
+        hidden = sample.behind(columns) & ~always_seen[columns - sample.first]
+        products = torch.einsum("tkre,jke->tjkr", q, signals.k[columns].float())
+        return products.masked_fill(hidden[:, :, None, None], float("-inf"))
+
+    everything = torch.arange(sample.first, sample.last, device=q.device)
+    # Finite, for a row sees itself.
+    log_sum = _log_sum(logits, everything.split(_BLOCK))
+    for block in sample.visual.split(_BLOCK):
+        yield torch.exp(logits(block) - log_sum).mean(0)
 
 
-def _masked_logits(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """[T, K, H/K, J] scaled products of the query rows with a block of keys; keys after the row are -inf."""
-    logits = torch.einsum("tkre,jke->tkrj", q, k.float())
-    return logits.masked_fill((columns > rows.unsqueeze(1))[:, None, None, :], float("-inf"))
+def implicit_attention(
+    signals: MambaSignals, sample: _Sample, decay: bool = False, dt: bool = True, function: str = "identity"
+) -> Iterator[Tensor]:
+    """``mean_{i in T} f(S_ijh)``, ``S_ijh = C_ig . B_jg [dt_jh] [1[i >= j] exp(a_ih - a_jh)]``, for every head h.
 
-
-def decay_free(signals: MambaSignals, layout: TokenLayout) -> Tensor:
-    """``s_j = (1/H) sum_h dt_jh B_j^g(h) . Cbar^g(h)``, ``Cbar`` the mean of C over the query tokens.
+    ``a`` is the running sum of dt A over the sample, g the group of h. The softmax is over the visual tokens j; with
+    decay, over those that row i sees. Without decay the identity collapses to one pass over B with the mean of C; all
+    others take T x V x G products in blocks and keep their column sums.
 
     Args:
-        signals: B, C [L, G, N] after convolution and SiLU, dt [L, H] after softplus; this rank's heads.
-        layout: the packed sequence.
+        signals: B, C [L, G, N] after convolution and SiLU, dt [L, H] after softplus, A [H] < 0; this rank's heads.
+        sample: whose tokens.
+        decay: whether the second bracket is there.
+        dt: whether the first bracket is there.
+        function: f: "identity", "abs", "relu" or "softmax".
 
-    Returns:
-        float32 [V].
+    Yields:
+        float32 [J, G, R], the visual tokens in blocks.
     """
-    heads_per_group = signals.dt.shape[1] // signals.B.shape[1]
-    scores = [signals.B.new_empty(0, dtype=torch.float32)]
-    for visual, rows, _, _ in _scorable(layout):
-        mean_c = signals.C[rows].float().mean(0)
-        products = (signals.B[visual].float() * mean_c).sum(-1)
-        steps = signals.dt[visual].float().unflatten(1, (-1, heads_per_group)).mean(-1)
-        scores.append((products * steps).mean(-1))
-    return torch.cat(scores)
+    groups = (signals.B.shape[1], -1)
+    rows_c = signals.C[sample.rows].float()
+    if function == "identity" and not decay:
+        mean_c = rows_c.mean(0)
+        for block in sample.visual.split(_BLOCK):
+            products = (signals.B[block].float() * mean_c).sum(-1, keepdim=True)
+            yield products * _steps(signals, block, dt).unflatten(-1, groups)
+        return
+    log_decay = sample.log_decay(signals) if decay else None
+
+    def values(block: Tensor) -> Tensor:
+        """[T or 1, J, G, R] f(S), for the softmax S."""
+        products = torch.einsum("tgn,jgn->tjg", rows_c, signals.B[block].float()).unsqueeze(-1)
+        # The weights are not negative, so f may come before them, once a group instead of once a head.
+        products = _ELEMENTWISE[function](products)
+        if log_decay is None and function != "softmax":
+            # The weights are then the same for all rows.
+            products = products.mean(0, keepdim=True)
+        weights = _steps(signals, block, dt)
+        if log_decay is not None:
+            gap = (log_decay[sample.rows - sample.first].unsqueeze(1) - log_decay[block - sample.first]).float()
+            weights = weights * gap.masked_fill(sample.behind(block).unsqueeze(-1), float("-inf")).exp()
+        return products * weights.unflatten(-1, groups)
+
+    def logits(block: Tensor) -> Tensor:
+        """[T, J, G, R] for the softmax; -inf where a row does not see the token."""
+        hidden = sample.behind(block)[:, :, None, None] & decay
+        return values(block).masked_fill(hidden, float("-inf"))
+
+    blocks = sample.visual.split(_BLOCK // 4)
+    if function != "softmax":
+        for block in blocks:
+            yield values(block).mean(0)
+        return
+    log_sum = _log_sum(logits, blocks)
+    # A row that sees no visual token has no mass to give.
+    log_sum = log_sum.masked_fill(log_sum == float("-inf"), float("inf"))
+    for block in blocks:
+        yield torch.exp(logits(block) - log_sum).mean(0)
 
 
-def implicit_attention(signals: MambaSignals, layout: TokenLayout) -> Tensor:
-    """``s_j = mean_{i in T, h} 1[i >= j] (C_i . B_j) exp(a_ih - a_jh) dt_jh``, ``a`` the running sum of dt A.
-
-    Args:
-        signals: as for ``decay_free``, and A [H] < 0.
-        layout: the packed sequence.
-
-    Returns:
-        float32 [V].
-    """
-    heads_per_group = signals.dt.shape[1] // signals.B.shape[1]
-    scores = [signals.B.new_empty(0, dtype=torch.float32)]
-    for visual, rows, first, last in _scorable(layout):
-        # Summed from the sample's start in float64: differences of long sums are what counts.
-        log_decay = torch.cumsum(signals.dt[first:last].double() * signals.A.double(), 0)
-        rows_c = signals.C[rows].float()
-        parts = []
-        for block in visual.split(_BLOCK // 4):
-            gap = (log_decay[rows - first].unsqueeze(1) - log_decay[block - first]).float()
-            gap = gap.masked_fill((block > rows.unsqueeze(1)).unsqueeze(-1), float("-inf"))
-            weight = torch.exp(gap) * signals.dt[block].float()
-            products = torch.einsum("tgn,jgn->tjg", rows_c, signals.B[block].float())
-            per_group = weight.unflatten(-1, (-1, heads_per_group)).mean(-1)
-            parts.append((products * per_group).mean((0, 2)))
-        scores.append(torch.cat(parts))
-    return torch.cat(scores)
+_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda values: values,
+    "softmax": lambda values: values,
+    "abs": torch.abs,
+    "relu": torch.relu,
+}
 
 
-def _scorable(layout: TokenLayout) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-    """Positions of visual and of query tokens, first token and end of every sample that shows something.
+def _steps(signals: MambaSignals, block: Tensor, dt: bool) -> Tensor:
+    """float32 [J, H] step sizes, or ones."""
+    steps = signals.dt[block].float()
+    return steps if dt else torch.ones_like(steps)
 
-    Raises:
-        ValueError: a sample shows something and asks nothing.
-    """
-    starts, query_starts, visual_starts = layout.sample_starts(), layout.query_starts(), layout.visual_starts()
-    for sample, (visual_count, query_count) in enumerate(zip(layout.visual_counts, layout.query_counts)):
-        if not visual_count:
-            continue
-        if not query_count:
-            raise ValueError(
-                f"sample {sample} of the packed sequence has {visual_count} visual tokens and no question to score "
-                "them by: give its first user turn some text, or choose reduction=uniform"
-            )
-        visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
-        rows = layout.query_index[query_starts[sample] : query_starts[sample + 1]]
-        yield visual, rows, starts[sample], starts[sample + 1]
+
+def _log_sum(logits: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> Tensor:
+    """[T, 1, heads] log-sum-exp over the second dimension of the logits of all blocks."""
+    parts = [torch.logsumexp(logits(block), 1, keepdim=True) for block in blocks]
+    return torch.logsumexp(torch.cat(parts, 1), 1, keepdim=True)

@@ -1,4 +1,8 @@
-"""Every scorer against its formula, written out with full matrices, on random tensors with odd sizes."""
+"""Every scorer against its formula, written out element by element, on random tensors with odd sizes."""
+
+import math
+from collections.abc import Callable
+from statistics import fmean
 
 import pytest
 import torch
@@ -37,61 +41,138 @@ def signals_of(layout: TokenLayout) -> tuple[AttentionSignals, MambaSignals]:
     return attention, mamba
 
 
-def visual_columns(matrix_hLL: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """Mean over heads and each sample's query rows, at the visual columns."""
-    starts, queries = layout.sample_starts(), layout.query_starts()
-    columns = torch.full((layout.num_tokens,), float("nan"))
+QUESTION_FIRST = SampleLayout(
+    (
+        Span(TokenKind.QUESTION, 2),
+        Span(TokenKind.FRAME, 5, 0, 0),
+        Span(TokenKind.FRAME, 4, 0, 1),
+        Span(TokenKind.ANSWER, 3),
+    )
+)
+LAYOUTS = {
+    "one token": layout_of(1),
+    "two samples": layout_of(5, 2),
+    "packed": layout_of(17, 1, 6),
+    "question first": TokenLayout.from_samples([QUESTION_FIRST, QUESTION_FIRST]),
+}
+
+
+def dot(left: list[float], right: list[float]) -> float:
+    return sum(a * b for a, b in zip(left, right))
+
+
+def written_out(layout: TokenLayout, last: bool, masses: Callable) -> list[list[float]]:
+    """For every visual token the means over rows of all heads, element by element.
+
+    Args:
+        layout: packed samples.
+        last: whether only the last query token scores.
+        masses: of (row, head, first token and end of the sample, its visual tokens) the mass of every visual token.
+    """
+    scores = []
+    starts, queries, visuals = layout.sample_starts(), layout.query_starts(), layout.visual_starts()
     for sample in range(len(layout.sample_lengths)):
-        rows = layout.query_index[queries[sample] : queries[sample + 1]]
-        first, last = starts[sample], starts[sample + 1]
-        columns[first:last] = matrix_hLL[:, rows, first:last].mean((0, 1))
-    return columns[layout.visual_index]
+        rows = layout.query_index[queries[sample] : queries[sample + 1]].tolist()
+        visual = layout.visual_index[visuals[sample] : visuals[sample + 1]].tolist()
+        rows = rows[-1:] if last else rows
+        first, end = starts[sample], starts[sample + 1]
+        per_head = [[masses(row, head, first, end, visual) for row in rows] for head in range(HEADS)]
+        scores += [[sum(row[j] for row in head) / len(rows) for head in per_head] for j in range(len(visual))]
+    return scores
 
 
-def same_sample(layout: TokenLayout) -> torch.Tensor:
-    sample = torch.repeat_interleave(torch.arange(len(layout.sample_lengths)), torch.tensor(layout.sample_lengths))
-    causal = torch.ones(layout.num_tokens, layout.num_tokens, dtype=torch.bool).tril()
-    return causal & (sample[:, None] == sample[None, :])
+def naive_attention(signals: AttentionSignals, layout: TokenLayout, causal: bool, last: bool) -> list[list[float]]:
+    q, k = signals.q.tolist(), signals.k.tolist()
+
+    def masses(row: int, head: int, first: int, end: int, visual: list[int]) -> list[float]:
+        seen = [j for j in range(first, end) if j <= row or (j in visual and not causal)]
+        key = head * KV_HEADS // HEADS
+        weight = {j: math.exp(dot(q[row][head], k[j][key]) / math.sqrt(WIDTH)) for j in seen}
+        return [weight.get(j, 0.0) / sum(weight.values()) for j in visual]
+
+    return written_out(layout, last, masses)
 
 
-def naive_attention(signals: AttentionSignals, layout: TokenLayout) -> torch.Tensor:
-    k = signals.k.repeat_interleave(HEADS // KV_HEADS, 1)
-    logits = torch.einsum("ihe,jhe->hij", signals.q, k) / WIDTH**0.5
-    return visual_columns(logits.masked_fill(~same_sample(layout), -torch.inf).softmax(-1), layout)
+def naive_mamba(
+    signals: MambaSignals, layout: TokenLayout, decay: bool, dt: bool, function: str, last: bool
+) -> list[list[float]]:
+    B, C, steps, A = (values.tolist() for values in (signals.B, signals.C, signals.dt, signals.A))
+
+    def masses(row: int, head: int, first: int, end: int, visual: list[int]) -> list[float]:
+        group = head * GROUPS // HEADS
+        values = []
+        for j in visual:
+            value = dot(C[row][group], B[j][group]) * (steps[j][head] if dt else 1.0)
+            if decay:
+                passed = sum(steps[k][head] for k in range(j + 1, row + 1))
+                value = value * math.exp(passed * A[head]) if j <= row else 0.0
+            values.append(value)
+        if function == "softmax":
+            weight = [math.exp(value) if j <= row or not decay else 0.0 for j, value in zip(visual, values)]
+            return [each / sum(weight) if each else 0.0 for each in weight]
+        return [{"identity": value, "abs": abs(value), "relu": max(value, 0.0)}[function] for value in values]
+
+    return written_out(layout, last, masses)
 
 
-def naive_mamba(signals: MambaSignals, layout: TokenLayout, decay: bool) -> torch.Tensor:
-    per_head = HEADS // GROUPS
-    products = torch.einsum("ign,jgn->gij", signals.C, signals.B).repeat_interleave(per_head, 0)
-    matrix = products * signals.dt.T[:, None, :]
-    if decay:
-        log_decay = torch.cumsum(signals.dt.double() * signals.A, 0).T
-        gap = (log_decay[:, :, None] - log_decay[:, None, :]).float()
-        matrix = matrix * gap.masked_fill(~same_sample(layout), -torch.inf).exp()
-    return visual_columns(matrix, layout)
+def max_groups(heads: list[float]) -> float:
+    size = HEADS // GROUPS
+    return max(fmean(heads[start : start + size]) for start in range(0, HEADS, size))
+
+
+POOLED = {"mean": fmean, "max": max, "max_heads": max, "max_groups": max_groups}
 
 
 def scorer_of(name: str, **settings: object) -> Scorer:
     return build_scorer({"scorer": name, **settings})
 
 
-EXPECTED = {
-    False: (naive_attention, lambda signals, layout: naive_mamba(signals, layout, decay=False)),
-    True: (naive_attention, lambda signals, layout: naive_mamba(signals, layout, decay=True)),
-}
+def assert_scores(actual: torch.Tensor, per_head: list[list[float]], pooling: str) -> None:
+    expected = torch.tensor([POOLED[pooling](heads) for heads in per_head])
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("frames", [(1,), (5, 2), (31, 1, 12)])
-@pytest.mark.parametrize("decay", EXPECTED)
-def test_scores_equal_their_formula(decay, frames, monkeypatch):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("rows", ["question", "last"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_scores_equal_their_formula(causal, rows, layout, monkeypatch):
     # Blocks that do not divide the lengths.
-    monkeypatch.setattr(score_query, "_BLOCK", 8)
-    layout = layout_of(*frames)
+    monkeypatch.setattr(score_query, "_BLOCK", 12)
+    signals, _ = signals_of(layout)
+    per_head = naive_attention(signals, layout, causal, rows == "last")
+    for pooling in ("mean", "max"):
+        scorer = scorer_of("query", attention_pooling=pooling, attention_causal=causal, query_rows=rows)
+        assert_scores(scorer.attention(signals, layout, 0), per_head, pooling)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("function", ["identity", "abs", "relu", "softmax"])
+@pytest.mark.parametrize("dt", [True, False])
+@pytest.mark.parametrize("decay", [True, False])
+def test_mamba_scores_equal_their_formula(decay, dt, function, layout, monkeypatch):
+    monkeypatch.setattr(score_query, "_BLOCK", 12)
+    _, signals = signals_of(layout)
+    settings = {"mamba_decay": decay, "mamba_dt": dt, "mamba_function": function}
+    for rows in ("question", "last"):
+        per_head = naive_mamba(signals, layout, decay, dt, function, rows == "last")
+        for pooling in ("mean", "max_groups", "max_heads"):
+            scorer = scorer_of("query", query_rows=rows, mamba_pooling=pooling, **settings)
+            assert_scores(scorer.mamba(signals, layout, 0), per_head, pooling)
+
+
+def test_a_question_in_front_of_its_video_scores_only_where_it_may_look_ahead():
+    layout = LAYOUTS["question first"]
     attention, mamba = signals_of(layout)
-    expected_attention, expected_mamba = EXPECTED[decay]
-    scorer = scorer_of("query", mamba_decay=decay)
-    torch.testing.assert_close(scorer.attention(attention, layout, 0), expected_attention(attention, layout))
-    torch.testing.assert_close(scorer.mamba(mamba, layout, 0), expected_mamba(mamba, layout), rtol=1e-4, atol=1e-5)
+    for blind in (
+        scorer_of("query").attention(attention, layout, 0),
+        scorer_of("query", mamba_decay=True).mamba(mamba, layout, 0),
+    ):
+        assert (blind == 0).all()
+    for seeing in (
+        scorer_of("query", attention_causal=False).attention(attention, layout, 0),
+        scorer_of("query").mamba(mamba, layout, 0),
+    ):
+        assert (seeing != 0).all()
 
 
 @pytest.mark.parametrize("name", sorted(SCORERS))
@@ -116,13 +197,19 @@ def test_every_scorer_is_finite_deterministic_and_blind_to_packing(name):
         torch.testing.assert_close(packed[:9], alone)
 
 
-def test_answers_never_score():
-    layout = layout_of(12)
+@pytest.mark.parametrize(
+    "settings", [{}, {"attention_causal": False, "mamba_decay": True, "mamba_function": "softmax"}]
+)
+def test_answers_never_score(settings):
+    """Whatever an answer holds, the scores are the same to the bit, also where rows look ahead."""
+    layout = TokenLayout.from_samples([QUESTION_FIRST, *[QUESTION_FIRST] * 2])
     attention, mamba = signals_of(layout)
-    scorer = scorer_of("query")
+    scorer = scorer_of("query", **settings)
     before = scorer.attention(attention, layout, 0), scorer.mamba(mamba, layout, 0)
-    answer = layout.sample_lengths[0] - 1
-    attention.q[answer], mamba.C[answer] = 100.0, 100.0
+    for end in layout.sample_starts()[1:]:
+        answer = slice(end - 3, end)
+        attention.q[answer], attention.k[answer], mamba.C[answer], mamba.B[answer] = 100.0, 100.0, 100.0, 100.0
+        mamba.dt[answer] = 50.0
     assert torch.equal(scorer.attention(attention, layout, 0), before[0])
     assert torch.equal(scorer.mamba(mamba, layout, 0), before[1])
 

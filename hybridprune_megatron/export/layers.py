@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hybridprune_megatron.export.cache import AttentionCache, HybridCache, MambaCache
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
+from hybridprune_megatron.method.dt_filter import filtered_steps
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.scorers import Scorer
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
@@ -30,12 +31,13 @@ class Packing:
     layout: TokenLayout
     sample_index: Tensor
     sample_position: Tensor
+    dt_filter: float | None
 
     @staticmethod
-    def of(layout: TokenLayout) -> Packing:
+    def of(layout: TokenLayout, dt_filter: float | None) -> Packing:
         """Finds the indices of a layout."""
         sample_index = layout.sample_index()
-        return Packing(layout, sample_index, layout.sample_position(sample_index))
+        return Packing(layout, sample_index, layout.sample_position(sample_index), dt_filter)
 
 
 class GatedRMSNorm(nn.Module):
@@ -78,6 +80,8 @@ class MambaMixer(nn.Module):
         weight, bias = self._taps()
         x, B, C = self._heads(nn.functional.silu(causal_conv(inputs, weight, bias, packing.sample_position)))
         dt, A = self._steps(raw_dt)
+        if packing.dt_filter is not None:
+            dt = filtered_steps(dt, A, packing.layout, packing.dt_filter)
         scores = None
         if scorer is not None:
             with torch.no_grad():

@@ -28,7 +28,6 @@ from hybridprune_megatron.export.configuration_hybridprune import (
 from hybridprune_megatron.export.layers import HybridLayer, MambaMixer, Packing
 from hybridprune_megatron.export.token_kinds import derive_token_kinds
 from hybridprune_megatron.method.layout import TokenKind, TokenLayout
-from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.reduction import Reduction, counts_after
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.vision.encoder import build_projector, encode_frames, radio_config
@@ -87,18 +86,17 @@ class HybridBackbone(nn.Module):
     ) -> tuple[Tensor, TokenLayout]:
         """Runs the layers over packed tokens [R, D] and drops visual tokens in between; the caller applies the norm."""
         by_layer = reduction.counts_by_layer(layout) if reduction is not None else None
-        packing = Packing.of(layout)
+        dt_filter = reduction.dt_filter if reduction is not None else None
+        packing = Packing.of(layout, dt_filter)
         for index, layer in enumerate(self.layers):
             if trace is not None:
                 trace.append(layout)
             counts = counts_after(index, layout, by_layer)
-            scorer = reduction.scorer if reduction is not None and counts != layout.visual_counts else None
-            hidden, scores = layer(hidden, packing, scorer, cache)
-            if scorer is not None:
-                assert scores is not None, f"layer {index} was asked to score and did not"
-                plan = select(scores, layout, counts)
-                hidden, layout = plan.take(hidden), plan.layout
-                packing = Packing.of(layout)
+            dropping = reduction if counts != layout.visual_counts else None
+            hidden, scores = layer(hidden, packing, dropping.scorer if dropping is not None else None, cache)
+            if dropping is not None:
+                hidden, layout = dropping.drop(hidden, layout, counts, scores)
+                packing = Packing.of(layout, dt_filter)
         return hidden, layout
 
     def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:

@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.merge import Ranking, take_merged
+from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.schedule import packed_counts
-from hybridprune_megatron.method.scorers import Scorer, build_scorer
+from hybridprune_megatron.method.scorers import OUTPUT_SCORERS, OutputScorer, Scorer, build_scorer
 
 
 @dataclass(frozen=True)
@@ -17,20 +22,21 @@ class Reduction:
     """What to drop where; the same in every forward pass of a model.
 
     Attributes:
-        scorer: scores the visual tokens.
+        scorer: scores the visual tokens by what a mixer computes; None: ``output_scorer`` ranks them.
         retention: share of the original visual tokens that enters every layer of the whole model. The first one is
             below 1 where something drops tokens in front of the language model.
         min_tokens: smallest number of visual tokens a sample keeps.
         min_tokens_per_frame: tokens that every frame keeps while the sample's count allows.
         smoothing_frames: frames on either side whose same patch a score is averaged with.
         multiple_of: what the packed length must divide by after every drop.
-        dropped: what becomes of a dropped token: "discard".
+        dropped: what becomes of a dropped token: "discard", or "merge" into the kept token most like it.
         front: what drops tokens in front of the language model: "none".
-        dt_filter: what zeroes small Mamba steps: "none".
+        dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps; None: no filter.
+        output_scorer: ranks the visual tokens by the output of a layer; None: ``scorer`` does.
         by_sample: a retention of its own for every sample of the one pass this is for; None: ``retention`` for all.
     """
 
-    scorer: Scorer
+    scorer: Scorer | None
     retention: tuple[float, ...]
     min_tokens: int = 1
     min_tokens_per_frame: int = 0
@@ -38,7 +44,8 @@ class Reduction:
     multiple_of: int = 1
     dropped: str = "discard"
     front: str = "none"
-    dt_filter: str = "none"
+    dt_filter: float | None = None
+    output_scorer: OutputScorer | None = None
     by_sample: tuple[tuple[float, ...], ...] | None = None
 
     @staticmethod
@@ -52,16 +59,19 @@ class Reduction:
             by_sample: samples will come with retentions of their own, so there is a reduction whatever this one says.
 
         Returns:
-            None if every layer keeps everything, which is bitwise the model without reduction.
+            None if every layer keeps everything and every step, which is bitwise the model without reduction.
 
         Raises:
             ValueError: an unknown scorer.
         """
-        if min(retention) == 1.0 and not by_sample:
+        if min(retention) == 1.0 and not by_sample and settings.get("dt_filter") is None:
             return None
         own = {field.name for field in fields(Reduction)} - {"scorer", "retention"}
         chosen = {name: value for name, value in settings.items() if name in own}
-        return Reduction(build_scorer(settings), tuple(retention), **chosen)
+        scorer = build_scorer(settings)
+        if settings["scorer"] in OUTPUT_SCORERS:
+            return Reduction(None, tuple(retention), output_scorer=scorer, **chosen)
+        return Reduction(scorer, tuple(retention), **chosen)
 
     def counts_by_layer(self, layout: TokenLayout, multiple_of: int = 1) -> list[tuple[int, ...]]:
         """Per layer, the visual tokens of each sample of a packed sequence that enter it.
@@ -82,6 +92,31 @@ class Reduction:
             self.min_tokens,
             math.lcm(multiple_of, self.multiple_of),
         )
+
+    def drop(
+        self, hidden: Tensor, layout: TokenLayout, counts: Sequence[int], scores: Tensor | None
+    ) -> tuple[Tensor, TokenLayout]:
+        """The step behind a layer that drops: from scores to the tokens that are left.
+
+        Args:
+            hidden: [L, ...] behind the layer, all tokens and channels.
+            layout: the packed sequence that left the layer.
+            counts: S numbers of visual tokens that stay (host).
+            scores: float32 [V] of the layer's mixer over all heads; None where ``output_scorer`` ranks.
+
+        Returns:
+            [L', ...], and the layout of what is left.
+        """
+        with torch.no_grad():
+            if self.output_scorer is not None:
+                ranking = self.output_scorer.output(hidden.flatten(1), layout, counts)
+            else:
+                assert scores is not None, "a layer was asked to score and did not"
+                ranking = Ranking(scores)
+            plan = select(ranking.scores, layout, counts)
+        if self.dropped == "merge":
+            return take_merged(hidden, layout, plan, ranking.partner), plan.layout
+        return plan.take(hidden), plan.layout
 
 
 def counts_after(layer: int, layout: TokenLayout, counts: Sequence[tuple[int, ...]] | None) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from hybridprune_megatron.method.dt_filter import filtered_steps
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 from hybridprune_megatron.models.mamba_ops import MambaOps
 from hybridprune_megatron.models.packed import LayerPacking
@@ -206,6 +207,8 @@ class ReductionMambaMixer(MambaMixer):
         B, C = B.unflatten(-1, (-1, self.d_state)), C.unflatten(-1, (-1, self.d_state))
         dt = nn.functional.softplus(raw_dt.float() + self.dt_bias.float())
         A = -torch.exp(self.A_log.float())
+        if packing.dt_filter is not None:
+            dt = filtered_steps(dt, A, packing.layout, packing.dt_filter)
         if packing.scorer is not None:
             with torch.no_grad():
                 signals = MambaSignals(B.detach(), C.detach(), dt.detach(), A.detach())

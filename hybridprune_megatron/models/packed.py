@@ -22,7 +22,8 @@ class LayerPacking(PackedSeqParams):
         layout: the tokens that enter this layer.
         sample_index: int32 [L] sample of every token.
         sample_position: int64 [L] distance of every token from the start of its sample, counting present tokens only.
-        scorer: asks the mixer for scores; None: this layer drops nothing.
+        scorer: asks the mixer for scores; None: nobody wants them.
+        dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps; None: all.
         scores: float32 [V], written by the mixer: mean over this rank's heads.
     """
 
@@ -30,10 +31,13 @@ class LayerPacking(PackedSeqParams):
     sample_index: Tensor
     sample_position: Tensor
     scorer: Scorer | None = None
+    dt_filter: float | None = None
     scores: Tensor | None = None
 
 
-def pack_for_layer(layout: TokenLayout, scorer: Scorer | None, previous: LayerPacking | None) -> LayerPacking:
+def pack_for_layer(
+    layout: TokenLayout, scorer: Scorer | None, dt_filter: float | None, previous: LayerPacking | None
+) -> LayerPacking:
     """Packing of a layer; device indices are shared with the layer before as long as nothing was dropped."""
     if previous is not None and previous.layout is layout:
         sample_index, position = previous.sample_index, previous.sample_position
@@ -53,6 +57,7 @@ def pack_for_layer(layout: TokenLayout, scorer: Scorer | None, previous: LayerPa
         sample_index=sample_index,
         sample_position=position,
         scorer=scorer,
+        dt_filter=dt_filter,
     )
     packing.seq_idx = seq_idx
     return packing

@@ -13,7 +13,6 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.plan import Plan, select
 from hybridprune_megatron.method.reduction import Reduction, counts_after
 from hybridprune_megatron.models.packed import pack_for_layer
 
@@ -65,13 +64,14 @@ class ReductionStack(HybridStack):
             if trace is not None:
                 trace.append(layout)
             counts = counts_after(layer.layer_number - 1, layout, by_layer)
-            scorer = reduction.scorer if reduction is not None and counts != layout.visual_counts else None
-            packing = pack_for_layer(layout, scorer, packing)
+            # The reduction, where this layer is to hand on fewer tokens than it gets.
+            dropping = reduction if counts != layout.visual_counts else None
+            scorer = dropping.scorer if dropping is not None else None
+            packing = pack_for_layer(layout, scorer, reduction.dt_filter if reduction is not None else None, packing)
             hidden_states = self._run_layer(layer, hidden_states, packing)
-            if scorer is not None:
-                assert packing.scores is not None, f"layer {layer.layer_number - 1} was asked to score and did not"
-                plan = select(self._over_tensor_parallel(packing.scores), layout, counts)
-                hidden_states, layout = self._drop(hidden_states, plan), plan.layout
+            if dropping is not None:
+                scores = self._over_tensor_parallel(packing.scores)
+                hidden_states, layout = self._drop(dropping, hidden_states, layout, counts, scores)
         if self.post_process:
             hidden_states = self.final_norm(hidden_states)
         hidden_states = make_viewless_tensor(
@@ -93,19 +93,27 @@ class ReductionStack(HybridStack):
             return tensor_parallel.checkpoint(run, False, hidden_states)
         return run(hidden_states)
 
-    def _over_tensor_parallel(self, scores: Tensor) -> Tensor:
+    def _over_tensor_parallel(self, scores: Tensor | None) -> Tensor | None:
         """Mean over all heads from the means over each rank's heads: one all-reduce of one vector."""
-        if self.tp_group.size() == 1:
+        if scores is None or self.tp_group.size() == 1:
             return scores
         torch.distributed.all_reduce(scores, group=self.tp_group)
         return scores / self.tp_group.size()
 
-    def _drop(self, hidden_states: Tensor, plan: Plan) -> Tensor:
+    def _drop(
+        self,
+        reduction: Reduction,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        counts: tuple[int, ...],
+        scores: Tensor | None,
+    ) -> tuple[Tensor, TokenLayout]:
         """Rows that stay; under sequence parallelism the sequence is gathered, cut and scattered again."""
         if not self.config.sequence_parallel:
-            return plan.take(hidden_states)
+            return reduction.drop(hidden_states, layout, counts, scores)
         # Every rank cuts the same full sequence, so backward may split the gradient instead of summing it over ranks.
         full = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )
-        return scatter_to_sequence_parallel_region(plan.take(full), group=self.tp_group)
+        left, layout = reduction.drop(full, layout, counts, scores)
+        return scatter_to_sequence_parallel_region(left, group=self.tp_group), layout

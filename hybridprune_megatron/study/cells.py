@@ -1,0 +1,136 @@
+"""What the study measures, in the order in which it is worth knowing.
+
+A unit of work is one set of weights under one method: the base model, or the base model after light finetuning under
+that method with one seed. Its rows are evaluations at several budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+BUDGETS = (0.25, 0.5, 0.35, 0.15)
+#: The budget at which methods are compared first.
+HEADLINE = 0.25
+SEEDS = (0, 1, 2)
+OURS = "query"
+#: Baselines of other people's, of which the strongest get all seeds.
+NUM_STRONGEST = 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to drop visual tokens.
+
+    Attributes:
+        name: in rows and tables.
+        label: for people.
+        overrides: of the configuration; the budget comes on top.
+        ours: a variant of ours, not a baseline.
+        headline_only: measured at the headline budget alone.
+    """
+
+    name: str
+    label: str
+    overrides: tuple[str, ...]
+    ours: bool = False
+    headline_only: bool = False
+
+
+METHODS = (
+    Method(OURS, "ours: all layers, low to high, decay-free", ("reduction=query",), ours=True),
+    Method("random", "random", ("reduction=random",)),
+    Method("uniform", "uniform stride", ("reduction=uniform",)),
+    Method("fastv", "FastV", ("reduction=fastv",)),
+    Method("pyramiddrop", "PyramidDrop", ("reduction=pyramiddrop",)),
+    Method("evs", "EVS in front", ("reduction=evs",)),
+    Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
+    Method("tome", "ToMe in front", ("reduction=tome",)),
+    Method("query_with_decay", "ours with decay", ("reduction=query_with_decay",), ours=True),
+    Method("attention_only", "ours, attention layers only", ("reduction=attention_only",), ours=True),
+    Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
+    Method("constant", "ours, constant (one drop after layer 0)", ("reduction=constant",), ours=True),
+    Method("one_shot", "ours, early one-shot", ("reduction=one_shot",), ours=True),
+    Method("evs_query", "EVS in front and ours inside", ("reduction=evs_query",), ours=True),
+    Method("longmamba", "LongMamba's step filter (drops nothing)", ("reduction=longmamba",), headline_only=True),
+)
+METHOD_BY_NAME = {method.name: method for method in METHODS}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Weights and what to evaluate them under.
+
+    Attributes:
+        stage: before (the base model), after (finetuned at random budgets), or after_fixed (at the headline budget).
+        method: a name of ``METHODS``, or "none" for the base model with every token.
+        seed: of the finetuning; 0 for the base model.
+        budgets: to evaluate at.
+    """
+
+    stage: str
+    method: str
+    seed: int
+    budgets: tuple[float, ...]
+
+    @property
+    def weights(self) -> str:
+        """Name of the finetuning run; empty for the base model."""
+        return "" if self.stage == "before" else f"{self.stage}-{self.method}-{self.seed}"
+
+    def key(self, budget: float) -> str:
+        """Name of one row."""
+        return f"{self.stage}/{self.method}/{budget:g}/{self.seed}"
+
+    def missing(self, rows: dict[str, Any]) -> tuple[float, ...]:
+        """Budgets without a row."""
+        return tuple(budget for budget in self.budgets if self.key(budget) not in rows)
+
+
+def units(rows: dict[str, Any]) -> Iterator[Unit]:
+    """All units, the most telling first; which baselines are the strongest is read from the rows so far.
+
+    Args:
+        rows: finished rows by key; may grow while this is being read.
+    """
+    methods = [method.name for method in METHODS]
+    yield Unit("before", "none", 0, (1.0,))
+    for method in methods:
+        yield Unit("before", method, 0, (HEADLINE,))
+    yield Unit("after", OURS, 0, (1.0, *BUDGETS))
+    yield Unit("after_fixed", OURS, 0, (HEADLINE, 1.0))
+    for method in methods:
+        if method != OURS:
+            yield Unit("after", method, 0, (HEADLINE,))
+    for seed in SEEDS[1:]:
+        for method in (OURS, *strongest_baselines(rows)):
+            yield Unit("after", method, seed, (HEADLINE,))
+        yield Unit("after_fixed", OURS, seed, (HEADLINE,))
+    for method in METHODS:
+        if not method.headline_only:
+            yield Unit("before", method.name, 0, BUDGETS)
+    for method in METHODS:
+        if not method.headline_only:
+            yield Unit("after", method.name, 0, BUDGETS)
+
+
+def strongest_baselines(rows: dict[str, Any]) -> list[str]:
+    """The baselines that answer best at the headline budget, finetuned where measured, else as the base model."""
+
+    def accuracy(method: str) -> float:
+        for stage in ("after", "before"):
+            found = [row["accuracy"] for row in rows_of(rows.values(), stage, method, HEADLINE)]
+            if found:
+                return fmean(found)
+        return -1.0
+
+    baselines = [method.name for method in METHODS if not method.ours and not method.headline_only]
+    return sorted(baselines, key=accuracy, reverse=True)[:NUM_STRONGEST]
+
+
+def rows_of(rows: Sequence[dict[str, Any]] | Any, stage: str, method: str, budget: float) -> list[dict[str, Any]]:
+    """The rows of one table cell, one a seed, in the order of their seeds."""
+    found = [row for row in rows if row["stage"] == stage and row["method"] == method and row["budget"] == budget]
+    return sorted(found, key=lambda row: row["seed"])

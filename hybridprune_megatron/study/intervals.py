@@ -1,0 +1,64 @@
+"""Accuracies with intervals: bootstrap over held-out samples, all seeds of a sample drawn together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its bootstrap interval, all as shares.
+
+    Attributes:
+        mean: over samples and seeds.
+        low: 2.5 % quantile.
+        high: 97.5 % quantile.
+        seeds: number of seeds behind it.
+    """
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether a difference is beyond its interval."""
+        return self.low > 0 or self.high < 0
+
+
+def accuracy(rows: Sequence[dict[str, Any]]) -> Estimate:
+    """Accuracy of one cell.
+
+    Args:
+        rows: one a seed; "correct" holds a 0 or 1 for every held-out sample, in the same order in all rows.
+    """
+    return _bootstrap(_right(rows), len(rows))
+
+
+def difference(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Estimate:
+    """Accuracy of one cell minus that of another on the same samples, paired sample by sample."""
+    return _bootstrap(_right(rows) - _right(others), min(len(rows), len(others)))
+
+
+def _right(rows: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Share of seeds that answer each sample right: [samples]."""
+    return np.mean([[int(mark) for mark in row["correct"]] for row in rows], axis=0)
+
+
+def _bootstrap(values: np.ndarray, seeds: int) -> Estimate:
+    rng = np.random.default_rng(0)
+    count = len(values)
+    # Drawing how often each sample comes is the same as drawing samples, in one matrix product.
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+    means = weights @ values / count
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(float(values.mean()), float(low), float(high), seeds)

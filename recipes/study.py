@@ -1,0 +1,131 @@
+"""The study: every method at every budget on the needle benchmark, before and after light finetuning.
+
+    python recipes/study.py [--workers 2] [--only before] [key=value ...]
+
+Takes the base model and the data of ``experiment=bench`` (scripts/make_bench_base.sh makes both) and measures, the most
+telling first: accuracy of the base model under every method, light finetuning under every method and its accuracy, and
+measured prefill time. Hours of work; every result is one row of docs/study/rows.jsonl as soon as it is there, a killed
+study goes on where it was, and docs/study.md is written again after every row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.study.cells import Unit
+from hybridprune_megatron.study.run import EXPERIMENT, Runner
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "study"
+PAGE = ROOT / "docs" / "study.md"
+FIGURE = DOCS / "accuracy.png"
+BATCH_TOKENS = 6000
+
+
+def main(argv: list[str]) -> None:
+    """Measures what is missing and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="units whose stage or method is one of these")
+    parser.add_argument(
+        "--skip", nargs="+", default=[], metavar="WORD", help="units whose stage or method is not these"
+    )
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the page from the rows")
+    parser.add_argument("--no-timing", action="store_true", help="leave the prefill times for another run")
+    options, overrides = parser.parse_known_args(argv)
+    cfg = exit_on_config_error([EXPERIMENT, *overrides])
+    try:
+        failures = study(cfg, overrides, options)
+    except ValueError as error:
+        print(f"study failed: {error}", file=sys.stderr)
+        sys.exit(2)
+    if failures:
+        print("\n".join(["failed units, given up for now; the same command tries them again:", *failures]))
+        sys.exit(1)
+
+
+def study(cfg: Config, overrides: list[str], options: argparse.Namespace) -> list[str]:
+    """All of it; returns one line a failed unit."""
+    from tqdm import tqdm
+
+    from hybridprune_megatron.study.pool import run_all
+    from hybridprune_megatron.study.prefill import time_methods
+    from hybridprune_megatron.study.rows import Rows
+
+    settings = settings_of(cfg, overrides)
+    rows = Rows(DOCS / "rows.jsonl", settings)
+    timings = Rows.read(DOCS / "prefill.jsonl")
+    write = partial(write_page, cfg, rows, timings)
+    failures: list[str] = []
+    if not options.report:
+        runner = Runner(tuple(overrides), cfg.trainer.eval_samples, BATCH_TOKENS, threads=1)
+        failures = run_all(runner, rows, options.workers, partial(selected, options), write)
+        if not options.no_timing:
+            runner.threads = os.cpu_count() or 1
+            timings |= time_methods(runner, DOCS / "prefill.jsonl", settings, partial(tqdm, desc="prefill"))
+    write()
+    return failures
+
+
+def selected(options: argparse.Namespace, unit: Unit) -> bool:
+    """Whether the command line asks for a unit."""
+    words = {unit.stage, unit.method}
+    return (options.only is None or bool(words & set(options.only))) and not words & set(options.skip)
+
+
+def settings_of(cfg: Config, overrides: list[str]) -> dict[str, Any]:
+    """What the rows depend on: weights, data, and what the user changed."""
+    assert cfg.model.init_checkpoint is not None, "model.init_checkpoint"
+    assert cfg.data.validation is not None, "data.validation"
+    weights = Path(cfg.model.init_checkpoint)
+    if not weights.is_file():
+        raise ValueError(f"model.init_checkpoint={weights} is not there: scripts/make_bench_base.sh makes it")
+    return {
+        "base": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+        "samples": cfg.trainer.eval_samples,
+        "steps": cfg.trainer.max_steps,
+        "overrides": overrides,
+    }
+
+
+def write_page(cfg: Config, rows: Any, timings: dict[str, Any]) -> None:
+    """docs/study.md and its figure from the rows so far."""
+    from hybridprune_megatron.study.plots import plot_study
+    from hybridprune_megatron.study.report import write_report
+
+    found = list(rows.by_key.values())
+    needles = json.loads((Path(str(cfg.data.validation)) / "needles.json").read_text())
+    chance = fmean(needles["chance"].values())
+    plot_study(FIGURE, found, chance)
+    findings = (DOCS / "findings.md").read_text() if (DOCS / "findings.md").is_file() else ""
+    write_report(PAGE, found, timings, setting_text(cfg, needles, chance), findings, f"study/{FIGURE.name}")
+
+
+def setting_text(cfg: Config, needles: dict[str, Any], chance: float) -> str:
+    """One paragraph on what was measured, from the configuration and the data."""
+    from hybridprune_megatron.evaluation.machine import describe_machine
+
+    task, machine, vision = needles["task"], describe_machine(), cfg.model.vision
+    assert vision is not None, "model.vision"
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    return (
+        f"Model `{cfg.model.name}` ({cfg.model.hybrid_pattern}, hidden size {cfg.model.hidden_size}), "
+        f"{task['frames']} frames and {task['frames'] * vision.tokens_per_frame:,} visual tokens a clip, "
+        f"{cfg.trainer.eval_samples} held-out questions of {len(needles['chance'])} kinds on real clips that training "
+        f"never saw, chance {100 * chance:.1f} %. Light finetuning: {cfg.trainer.max_steps} steps of "
+        f"{cfg.trainer.global_batch_size} clips, learning rate {cfg.optim.lr:g}, vision tower frozen. "
+        f"Device: {machine['device']}; {versions}."
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -49,7 +49,7 @@ def language_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def test_expected_experiments_are_shipped() -> None:
-    assert {"demo", "demo_base", "demo_base_clips", *PUBLISHED} == set(EXPERIMENTS)
+    assert {"demo", "demo_base", "demo_base_clips", "twin", *PUBLISHED} == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -1,0 +1,177 @@
+"""What a layer must remember for its backward pass: the tensors, their sizes, and which of them ranks share.
+
+Two sets: ``torch`` is the plain torch implementation as autograd runs it on a CPU (tests hold it equal to what autograd
+saves, except inside the scan); ``fused`` replaces norms, convolution, scan and attention by the kernels of Transformer
+Engine, causal-conv1d and mamba_ssm, read off their code and not measured here.
+
+Letters as in ``layers``; S: the residual stream, split along the sequence under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hybridprune_megatron.cost.layers import Experts, attention_widths, mamba_channels, mamba_inner
+from hybridprune_megatron.cost.vision import projector_input, tokens_in_tower
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import ModelConfig, VisionConfig
+
+_FP32 = 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that is kept until backward.
+
+    Attributes:
+        name: what it is.
+        numbers: numbers a token (of the tokens that the owner of the list names).
+        width: bytes of a number.
+        split: "channels" over tensor-parallel ranks, "sequence" over them under sequence parallelism, "" not at all.
+    """
+
+    name: str
+    numbers: float
+    width: int
+    split: str = ""
+
+    def bytes(self, tokens: int, tensor: int = 1, sequence_parallel: bool = False) -> int:
+        """Bytes on one rank."""
+        shared = self.split == "channels" or (self.split == "sequence" and sequence_parallel)
+        return round(self.numbers * self.width * tokens / (tensor if shared else 1))
+
+
+def total_bytes(kept: Iterable[Kept], tokens: int, tensor: int = 1, sequence_parallel: bool = False) -> int:
+    """Bytes of a list of tensors on one rank."""
+    return sum(each.bytes(tokens, tensor, sequence_parallel) for each in kept)
+
+
+def layer_activations(
+    model: ModelConfig, symbol: str, width: int, fused: bool, experts: Experts | None = None
+) -> list[Kept]:
+    """What one layer keeps, its input first.
+
+    Args:
+        model: dimensions.
+        symbol: M, *, - or E.
+        width: bytes of an activation.
+        fused: kernels of a GPU, else plain torch.
+        experts: of an E layer.
+    """
+    if symbol == "M":
+        return _norm(model, width, fused) + _mamba(model, width, fused)
+    if symbol == "*":
+        return _norm(model, width, fused) + _attention(model, width, fused)
+    if symbol == "-":
+        # relu(x) and relu(x)^2, which is the second linear's input.
+        inside = [Kept(name, model.ffn_hidden_size, width, "channels") for name in ("relu", "squared")]
+        return _norm(model, width, fused) + inside
+    assert symbol == "E", symbol
+    assert experts is not None, "an E layer comes with its experts' sizes"
+    return _norm(model, width, fused) + _experts(model, experts, width)
+
+
+def layer_input(model: ModelConfig, width: int) -> Kept:
+    """The residual stream in front of a layer: all that is kept of it under full recomputation."""
+    return Kept("input", model.hidden_size, width, "sequence")
+
+
+def _norm(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
+    hidden = model.hidden_size
+    output = Kept("normed", hidden, width, "sequence")
+    scale = Kept("rsqrt", 1, _FP32, "sequence")
+    if fused:
+        return [layer_input(model, width), scale, output]
+    # On a CPU rms_norm is a chain of operations in fp32.
+    return [
+        Kept("input", hidden, _FP32, "sequence"),
+        scale,
+        Kept("input * rsqrt", hidden, _FP32, "sequence"),
+        output,
+    ]
+
+
+def _mamba(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
+    inner, channels, heads = mamba_inner(model), mamba_channels(model), model.mamba_num_heads
+    steps = [Kept("raw dt", heads, _FP32, "channels"), Kept("dt", heads, _FP32, "channels")]
+    gate = [
+        # The gated norm is plain torch in fp32 in both sets.
+        *(Kept(name, inner, _FP32, "channels") for name in ("y", "z", "silu(z)", "y * silu(z)", "normed y")),
+        Kept("group rsqrt", model.mamba_num_groups, _FP32, "channels"),
+        Kept("out_proj input", inner, width, "channels"),
+    ]
+    if fused:
+        return [
+            Kept("conv input", channels, width, "channels"),
+            Kept("x, B, C", channels, width, "channels"),
+            *steps,
+            Kept("decay sums", heads, _FP32, "channels"),
+            Kept("scan output", inner, width, "channels"),
+            *gate,
+        ]
+    raise NotImplementedError
+
+
+def _attention(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
+    queries, keys = attention_widths(model)
+    kept = [
+        # Keys and values are views of the projection; the queries of interleaved groups are copied out of it.
+        Kept("q, k, v", queries + 2 * keys, width, "channels"),
+        Kept("q", queries, width, "channels"),
+        Kept("log-sum-exp", model.num_attention_heads, _FP32, "channels"),
+        Kept("output", queries, width, "channels"),
+    ]
+    # Plain torch attends sample by sample and concatenates.
+    return kept if fused else [*kept, Kept("outputs joined", queries, width, "channels")]
+
+
+def _experts(model: ModelConfig, experts: Experts, width: int) -> list[Kept]:
+    hidden, topk = model.hidden_size, experts.topk
+    return [
+        Kept("router", experts.num_experts, _FP32),
+        Kept("permuted", topk * hidden, width),
+        *(Kept(name, topk * experts.ffn_hidden_size, width, "channels") for name in ("relu", "squared")),
+        Kept("expert outputs", topk * hidden, width),
+        *(Kept(name, experts.shared_ffn_hidden_size, width, "channels") for name in ("shared relu", "shared squared")),
+    ]
+
+
+def head_activations(model: ModelConfig, width: int) -> list[Kept]:
+    """The output layer with its loss, per row that has one: hidden state and exponentials of the logits in fp32."""
+    return [Kept("rows", model.hidden_size, width), Kept("exp(logits)", model.vocab_size, _FP32, "channels")]
+
+
+def projector_activations(vision: VisionConfig, width: int) -> list[Kept]:
+    """The projector, per visual token; every rank runs it whole."""
+    inputs, hidden = projector_input(vision), vision.projector_hidden_size
+    return [
+        Kept("input", inputs, width),
+        Kept("normed", inputs, width),
+        Kept("relu", hidden, width),
+        Kept("squared", hidden, width),
+    ]
+
+
+def block_activations(vision: VisionConfig, width: int) -> list[Kept]:
+    """One block of the tower, per token inside it; every rank runs it whole."""
+    hidden, ffn = vision.hidden_size, vision.intermediate_size
+    names = ("input", "normed", "q", "k", "v", "attended", "projected", "middle", "normed again", "fc2 output")
+    return [
+        *(Kept(name, hidden, width) for name in names),
+        # Mean and scale of two norms.
+        Kept("norm statistics", 4, width),
+        Kept("log-sum-exp", vision.num_attention_heads, _FP32),
+        Kept("fc1 output", ffn, width),
+        Kept("gelu", ffn, width),
+    ]
+
+
+def block_peak(vision: VisionConfig) -> int:
+    """Numbers a token that live at once while a frozen tower runs: the widest moment of a block.
+
+    Residual and normed input beside q, k, v, the attended values and their projection, or beside both sides of GELU.
+    """
+    return 2 * vision.hidden_size + max(5 * vision.hidden_size, 2 * vision.intermediate_size)

@@ -1,0 +1,112 @@
+"""Parameters of every part of the model, as one rank of a tensor-parallel group holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hybridprune_megatron.cost.layers import (
+    CONV_TAPS,
+    Experts,
+    attention_widths,
+    mamba_channels,
+    mamba_inner,
+    mamba_rows,
+)
+from hybridprune_megatron.cost.vision import projector_input
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import ModelConfig, VisionConfig
+
+_COLOURS = 3
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters of one part.
+
+    Attributes:
+        split: split over tensor-parallel ranks.
+        replicated: held by every rank.
+        fp32: of the split ones, those that stay fp32 whatever the precision (decay rates and skips of Mamba).
+    """
+
+    split: int = 0
+    replicated: int = 0
+    fp32: int = 0
+
+    def __add__(self, other: Parameters) -> Parameters:
+        return Parameters(self.split + other.split, self.replicated + other.replicated, self.fp32 + other.fp32)
+
+    @property
+    def total(self) -> int:
+        """Parameters of the whole part."""
+        return self.split + self.replicated
+
+    def on_rank(self, tensor: int) -> tuple[int, int]:
+        """Parameters of one rank in the run's precision, and those in fp32."""
+        fp32 = self.fp32 // tensor
+        return self.split // tensor + self.replicated - fp32, fp32
+
+
+def layer_parameters(model: ModelConfig, symbol: str, experts: Experts | None = None) -> Parameters:
+    """One layer with its norm.
+
+    Args:
+        model: dimensions.
+        symbol: M, *, - or E.
+        experts: of an E layer; every rank holds a slice of every expert (no expert parallelism).
+    """
+    hidden = model.hidden_size
+    if symbol == "M":
+        heads, inner = model.mamba_num_heads, mamba_inner(model)
+        # Taps and bias of the convolution; dt_bias, A_log and D a head; the gated norm.
+        small = (CONV_TAPS + 1) * mamba_channels(model) + 3 * heads + inner
+        return Parameters(hidden * mamba_rows(model) + small + inner * hidden, hidden, 2 * heads)
+    if symbol == "*":
+        queries, keys = attention_widths(model)
+        return Parameters(hidden * (queries + 2 * keys) + queries * hidden, hidden)
+    if symbol == "-":
+        return Parameters(2 * hidden * model.ffn_hidden_size, hidden)
+    assert symbol == "E", symbol
+    assert experts is not None, "an E layer comes with its experts' sizes"
+    ffn = experts.num_experts * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
+    return Parameters(2 * hidden * ffn, hidden + experts.num_experts * hidden)
+
+
+def embedding_parameters(model: ModelConfig) -> Parameters:
+    """The token embedding; the output layer has as many unless they are tied."""
+    return Parameters(model.vocab_size * model.hidden_size)
+
+
+def final_norm_parameters(model: ModelConfig) -> Parameters:
+    """The norm in front of the output layer."""
+    return Parameters(replicated=model.hidden_size)
+
+
+def tower_parameters(vision: VisionConfig) -> Parameters:
+    """The vision tower, which every tensor-parallel rank holds whole."""
+    hidden, ffn = vision.hidden_size, vision.intermediate_size
+    block = (
+        # q, k, v and output with biases; two linears with biases; two LayerNorms; two layer scales
+        4 * (hidden * hidden + hidden) + 2 * hidden * ffn + ffn + hidden + 4 * hidden + 2 * hidden
+    )
+    positions = (vision.position_grid_px // vision.patch_size) ** 2
+    patches = _COLOURS * vision.patch_size**2 * hidden
+    prefix = vision.num_cls_tokens + vision.num_register_tokens
+    return Parameters(replicated=vision.num_layers * block + patches + (positions + prefix) * hidden)
+
+
+def projector_parameters(vision: VisionConfig, output_size: int) -> Parameters:
+    """The projector, which every tensor-parallel rank holds whole: norm and two linears."""
+    inputs, hidden = projector_input(vision), vision.projector_hidden_size
+    return Parameters(replicated=inputs + inputs * hidden + hidden * output_size)
+
+
+def language_parameters(model: ModelConfig, experts: Experts | None = None) -> Parameters:
+    """The whole language model."""
+    layers = (layer_parameters(model, symbol, experts) for symbol in "".join(model.stages))
+    tables = embedding_parameters(model)
+    if not model.tie_embeddings:
+        tables += embedding_parameters(model)
+    return sum(layers, Parameters()) + tables + final_norm_parameters(model)

@@ -1,0 +1,112 @@
+"""The ``target.*`` keys of ``recipes/plan.py``: what is to be reached, and for which video."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of
+from hybridprune_megatron.cost.device import DEVICES
+
+PREFIX = "target."
+# Text around one frame in the published model's prompt: 2,202 tokens for 8 frames of 256, 26 of them for the rest.
+FRAME_TEXT_TOKENS = 16
+
+
+@dataclass
+class TargetConfig:
+    """What a plan is to reach, and the video that it is counted for.
+
+    Attributes:
+        speedup: prefill operations without reduction over those with it, above 1; null = no such target.
+        memory_gib: peak memory of one rank, GiB; null = no such target.
+        parts: what speedup counts; language (the language model), or all (vision tower and projector too).
+        memory_of: what memory_gib bounds; training (one step on packed sequences), or prefill (one sample).
+        frames: frames of the video; null = the most that data.* lets a video have.
+        visual_tokens: visual tokens instead of frames; leaves tower and projector out.
+        text_tokens: tokens of the prompt that are neither frames nor text between frames.
+        frame_text_tokens: text around one frame (data.frame_text with <img> and </img>); needs frames.
+        question_tokens: tokens of the question, among the text tokens; they score.
+        answer_tokens: tokens with a loss per sample in training, among the text tokens.
+        device: roofline for predicted times; a100, h100 or h200.
+    """
+
+    speedup: float | None = None
+    memory_gib: float | None = None
+    parts: str = "language"
+    memory_of: str = "training"
+    frames: int | None = None
+    visual_tokens: int | None = None
+    text_tokens: int = 200
+    frame_text_tokens: int = FRAME_TEXT_TOKENS
+    question_tokens: int = 30
+    answer_tokens: int = 30
+    device: str = "h100"
+
+    def __post_init__(self) -> None:
+        prefix = PREFIX.rstrip(".")
+        one_of(prefix, self, "parts", ("language", "all"))
+        one_of(prefix, self, "memory_of", ("training", "prefill"))
+        one_of(prefix, self, "device", DEVICES)
+        at_least(prefix, self, 1, "frames", "visual_tokens", "question_tokens", "answer_tokens")
+        at_least(prefix, self, 0, "frame_text_tokens")
+        if self.memory_gib is not None:
+            above_zero(prefix, self, "memory_gib")
+        if self.speedup is not None and not 1 < self.speedup < float("inf"):
+            raise fail("target.speedup", self.speedup, "must be above 1", "set e.g. target.speedup=4")
+        if self.frames is not None and self.visual_tokens is not None:
+            raise fail("target.visual_tokens", self.visual_tokens, "target.frames is set too", "set one of the two")
+        if self.parts == "all" and self.visual_tokens is not None:
+            raise fail("target.parts", "all", "the tower works on frames", "set target.frames, not visual_tokens")
+        for name in ("question_tokens", "answer_tokens"):
+            if getattr(self, name) > self.text_tokens:
+                key = f"target.{name}"
+                allowed = f"must not exceed target.text_tokens={self.text_tokens}, which they are a part of"
+                raise fail(key, getattr(self, name), allowed, f"lower {key} or raise target.text_tokens")
+
+
+def split_target(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Arguments that set ``target.*`` keys, and the others."""
+    mine = [argument for argument in arguments if argument.startswith(PREFIX)]
+    return mine, [argument for argument in arguments if not argument.startswith(PREFIX)]
+
+
+def read_target(overrides: Sequence[str]) -> TargetConfig:
+    """The typed target of some overrides, e.g. ["target.speedup=4"].
+
+    Raises:
+        ConfigError: one line on the first that is wrong.
+    """
+    known = [each.name for each in fields(TargetConfig)]
+    node = OmegaConf.structured(TargetConfig)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        name = key.removeprefix(PREFIX)
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            fix = f"did you mean {PREFIX}{near[0]}?" if near else "python recipes/plan.py --help shows them"
+            raise fail(key, value, f"unknown key; target has {', '.join(known)}", fix)
+        try:
+            if not equals:
+                raise ValueError
+            OmegaConf.update(node, name, _number(value))
+        except (OmegaConfBaseException, ValueError) as error:
+            raise fail(key, value, "has the wrong type", f"give e.g. {key}={_example(name)}") from error
+    target: Any = OmegaConf.to_object(node)
+    assert isinstance(target, TargetConfig), type(target)
+    return target
+
+
+def _number(value: str) -> Any:
+    """A value as OmegaConf takes it from a command line: null, or the text, which it converts."""
+    return None if value == "null" else value
+
+
+def _example(name: str) -> object:
+    default = getattr(TargetConfig, name)
+    return {"speedup": 4, "memory_gib": 80, "frames": 128, "visual_tokens": 8192}.get(name, default)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.layers import Experts, attention_widths, mamba_channels, mamba_inner
-from hybridprune_megatron.cost.vision import projector_input, tokens_in_tower
+from hybridprune_megatron.cost.vision import projector_input
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import ModelConfig, VisionConfig

@@ -300,7 +300,7 @@ class Stage:
         return 2 * max(total_bytes([each], tokens) for each in kept)
 
     def _cache(self, symbol: str, tokens: int, samples: int) -> int:
-        """Bytes that decoding needs of a layer: keys and values, or the last inputs of the convolution and the state."""
+        """Bytes that decoding needs of a layer: keys and values, or the last inputs of the convolution and a state."""
         model, tensor = self.cfg.model, self.cfg.parallel.tensor
         if symbol == "*":
             return tokens * 2 * attention_widths(model)[1] * self.width // tensor

@@ -47,7 +47,7 @@ def _exists(retention_at: Callable[[float], Retention], step: int) -> bool:
 
 
 def _first_step(holds: Callable[[int], bool], low: int, high: int) -> int:
-    """The smallest from ``low`` to ``high`` for which a condition holds that stays true once it is; it does at ``high``."""
+    """The smallest from ``low`` to ``high`` where a condition holds that stays true once it is; it does at ``high``."""
     while low < high:
         middle = (low + high) // 2
         if holds(middle):

@@ -139,7 +139,7 @@ def prefill_cost(
         tokens, left = counts[layer] + prompt.text, counts[min(layer + 1, len(counts) - 1)]
         scoring: Operations = {}
         if left < counts[layer]:
-            scoring = scoring_operations(model, reduction, symbol, counts[layer], prompt, width)
+            scoring = scoring_operations(model, reduction, symbol, tokens, counts[layer], prompt.question, width)
             scoring = {**scoring, **drop_operations(model, reduction, counts[layer], left, prompt.text, width)}
         rows.append(
             LayerRow(
@@ -160,7 +160,7 @@ def prefill_cost(
         tuple(rows),
         ends_full=_ends(model, prompt.tokens, prompt.tokens, width),
         ends_reduced=_ends(model, prompt.tokens, counts[-1] + prompt.text, width),
-        front=front_operations(model, reduction, prompt, counts[0], width),
+        front=front_operations(model, reduction, prompt.visual, counts[0], width),
         vision=vision,
     )
 

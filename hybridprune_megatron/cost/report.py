@@ -23,7 +23,7 @@ _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 def layer_table(prefill: Prefill) -> Iterator[str]:
     """A line a layer: symbol, retention, kept tokens, operations without and with reduction, share of the latter."""
     scale, unit = _unit(max(sum_costs(row.full.values()).flops for row in prefill.rows))
-    yield f"{'layer':>5}  {'':<9}  {'retention':>9}  {'kept tokens':>11}  {unit + ' full':>12}  {'reduced':>9}  {'share':>6}"
+    yield f"layer  {'':<9}  retention  kept tokens  {unit + ' full':>12}  {'reduced':>9}  {'share':>6}"
     total = prefill.reduced.flops
     for layer, row in enumerate(prefill.rows):
         full = sum_costs(row.full.values()).flops

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from hybridprune_megatron.data.needle_bench import CHOICES, BenchPlan, BenchTask
+from hybridprune_megatron.data.needle_bench import BenchPlan, BenchTask
 from hybridprune_megatron.data.needle_shards import write_split
 
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for split, count in (("train", args.train), ("validation", args.validation)):
             if count:
                 held_out = split != "train"
-                asked = replace(task, questions_per_video=1) if held_out else task
+                asked = replace(task, questions_per_video=1, recall_apart=True) if held_out else task
                 plans = asked.plan(count, args.seed, split)
                 description = describe(plans, asked, args.seed, split)
                 render = partial(BenchPlan.render, held_out=held_out)
@@ -62,14 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def describe(plans: Sequence[BenchPlan], task: BenchTask, seed: int, split: str) -> dict[str, Any]:
     """What an evaluation needs to know about a split: chance, and how often every answer of a first question comes."""
     first = [plan.turns[0] for plan in plans]
-    answers = {kind: Counter(turn.answer for turn in first if turn.kind == kind) for kind in CHOICES}
+    kinds = sorted({turn.kind for turn in first})
+    answers = {kind: Counter(turn.answer for turn in first if turn.kind == kind) for kind in kinds}
     return {
         "split": split,
         "seed": seed,
         "samples": len(plans),
         "task": asdict(task) | {"visible_frames": list(task.visible_frames)},
-        "chance": {turn.kind: 1 / len(turn.choices) for turn in first},
-        "answers": {kind: {choice: answers[kind][choice] for choice in CHOICES[kind]} for kind in CHOICES},
+        "chance": {kind: fmean([1 / len(turn.choices) for turn in first if turn.kind == kind]) for kind in kinds},
+        "answers": {kind: dict(sorted(answers[kind].items())) for kind in kinds},
     }
 
 

@@ -1,14 +1,15 @@
 """The study's benchmark: up to four short needles and a nearly invisible ghost in a long clip of real video.
 
 A question names the needle it is about, so that which tokens matter depends on the question. Kinds of questions stress
-different things: ``what`` (recall by moment or place), ``where``, ``when``, ``order`` of two needles, ``count`` of all
-of them, and ``ghost``, the place of a needle that is hardly there. Planning and rendering are separate; answers come
+different things: ``what`` (by moment or place), ``where``, ``when``, ``recall`` (one of these three where there are
+several needles), ``order`` of two needles, ``count`` of all of them, and ``ghost``, the place of a needle that is
+hardly there. Planning and rendering are separate; answers come
 from shuffled decks, as in ``needles``.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -40,8 +41,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "ghost": PLACES,
 }
 KINDS = tuple(CHOICES)
-#: Kinds that a model which sees every token should hardly miss.
+#: Kinds that a model which sees every token should hardly miss where there is one needle.
 EASY_KINDS = ("what", "where", "when")
+RECALL = "recall"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class BenchTask:
         visible_frames: fewest and most frames in which a needle is seen, all within its quarter of the clip.
         ghost_opacity: of the ghost, between 0 (nothing to see) and 1 (a needle like the others).
         questions_per_video: question turns of a sample.
+        recall_apart: ask what, where and when about clips with one needle, and about clips with several as a kind of
+            its own, ``recall``; for measuring. Otherwise any clip is asked anything.
     """
 
     frames: int = 128
@@ -63,6 +67,7 @@ class BenchTask:
     visible_frames: tuple[int, int] = (4, 8)
     ghost_opacity: float = 0.3
     questions_per_video: int = 1
+    recall_apart: bool = False
 
     def __post_init__(self) -> None:
         if self.frames < 16:
@@ -90,17 +95,24 @@ class BenchTask:
         """
         split_seed = [seed, *split.encode("ascii")]
         rng = np.random.default_rng(split_seed)
-        kinds, decks = Deck(KINDS, rng), {kind: Deck(values, rng) for kind, values in CHOICES.items()}
+        kinds = Deck((*KINDS, RECALL) if self.recall_apart else KINDS, rng)
+        decks, recalled = {kind: Deck(values, rng) for kind, values in CHOICES.items()}, Deck(EASY_KINDS, rng)
         first_named = Deck(("first", "second"), rng)
         plans = []
         for index in range(count):
-            kind = kinds.take()
+            drawn = kinds.take()
+            kind = recalled.take() if drawn == RECALL else drawn
             answer = decks[kind].take()
-            needles, ghost = _draw_needles(rng, self, kind, answer)
-            first = _first_turn(rng, kind, needles, ghost, first_named)
+            needles, ghost = _draw_needles(rng, self, kind, answer, *self._needle_range(drawn))
+            first = replace(_first_turn(rng, kind, needles, ghost, first_named), kind=drawn)
             turns = (first, *_more_turns(rng, needles, ghost, first, self.questions_per_video - 1))
             plans.append(BenchPlan(self, f"{split}-{index:06d}", (*split_seed, index), needles, ghost, turns))
         return plans
+
+    def _needle_range(self, kind: str) -> tuple[int, int]:
+        """Fewest and most needles of a clip whose first question is of a kind; ``count`` has its answer's number."""
+        several = kind in ("order", RECALL)
+        return 2 if several else 1, 1 if self.recall_apart and kind in EASY_KINDS else MAX_NEEDLES
 
 
 @dataclass(frozen=True)
@@ -203,10 +215,10 @@ class BenchPlan:
 
 
 def _draw_needles(
-    rng: np.random.Generator, task: BenchTask, kind: str, answer: str
+    rng: np.random.Generator, task: BenchTask, kind: str, answer: str, fewest: int, most: int
 ) -> tuple[tuple[Needle, ...], Needle]:
     """Needles and ghost; the first needle (for ``order`` the earlier of the first two) has the answer."""
-    number = int(answer) if kind == "count" else int(rng.integers(2 if kind == "order" else 1, MAX_NEEDLES + 1))
+    number = int(answer) if kind == "count" else int(rng.integers(fewest, most + 1))
     colours, places, moments = (_permuted(rng, values) for values in (tuple(COLOURS), PLACES, MOMENTS))
     asked = {"what": colours, "order": colours, "where": places, "when": moments}.get(kind)
     if asked is not None:

@@ -9,7 +9,16 @@ import av
 import numpy as np
 import pytest
 
-from hybridprune_megatron.data.needle_bench import CHOICES, KINDS, MOMENTS, BenchPlan, BenchTask, Needle, Turn
+from hybridprune_megatron.data.needle_bench import (
+    CHOICES,
+    EASY_KINDS,
+    KINDS,
+    MOMENTS,
+    BenchPlan,
+    BenchTask,
+    Needle,
+    Turn,
+)
 from scripts.make_bench_data import main as make_bench_data
 
 TASK = BenchTask(frames=32, seconds=16, visible_frames=(2, 5), questions_per_video=12)
@@ -28,10 +37,10 @@ def expected_answer(plan: BenchPlan, turn: Turn) -> str:
         return str(len(plan.needles))
     if turn.kind == "ghost":
         return plan.ghost.place
-    if turn.kind in ("where", "when"):
+    if words[0] in ("Where", "When"):
         needle = the_needle(plan, colour=words[3])
-        return needle.place if turn.kind == "where" else needle.moment
-    if turn.kind == "what":
+        return needle.place if words[0] == "Where" else needle.moment
+    if words[0] == "What":
         named = "moment" if words[-1] in MOMENTS else "place"
         return the_needle(plan, **{named: words[-1]}).colour
     assert turn.kind == "order"
@@ -46,6 +55,21 @@ def test_every_answer_is_true_and_no_question_comes_twice() -> None:
         for turn in plan.turns:
             assert turn.answer == expected_answer(plan, turn), (plan.key, turn)
             assert turn.answer in turn.choices
+
+
+def test_recall_apart_from_what_where_and_when() -> None:
+    task = BenchTask(frames=32, seconds=16, visible_frames=(2, 5), recall_apart=True)
+    plans = task.plan(700, seed=6, split="validation")
+    assert set(Counter(plan.turns[0].kind for plan in plans).values()) == {100}
+    for plan in plans:
+        (turn,) = plan.turns
+        assert turn.answer == expected_answer(plan, turn)
+        if turn.kind in EASY_KINDS:
+            assert len(plan.needles) == 1
+        elif turn.kind in ("recall", "order"):
+            assert len(plan.needles) >= 2
+    recalled = Counter(plan.turns[0].question.split()[0] for plan in plans if plan.turns[0].kind == "recall")
+    assert max(recalled.values()) - min(recalled.values()) <= 1
 
 
 def test_needles_differ_in_whatever_can_name_them_and_stay_in_their_quarter() -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hybridprune_megatron.ops import ssd_blocks
 from hybridprune_megatron.ops.conv import causal_conv
 from hybridprune_megatron.ops.ssd import ssd_final_states, ssd_scan, ssd_step
 
@@ -53,6 +54,15 @@ def test_scan_equals_the_recurrence(lengths, chunk_size):
     x, dt, A, B, _, _ = tensors
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     torch.testing.assert_close(ssd_final_states(x, dt, A, B, cu_seqlens, index), states, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(5,), (3, 1, 4), (7, 6), (14, 5, 1)])
+@pytest.mark.parametrize("chunks_per_block", [1, 2])
+def test_the_scan_s_own_backward_is_its_derivative(lengths, chunks_per_block, monkeypatch):
+    """To float64 precision, over several blocks and a shorter last chunk."""
+    monkeypatch.setattr(ssd_blocks, "_BLOCK_ELEMENTS", chunks_per_block * HEADS * 4 * 4)
+    tensors = [tensor.requires_grad_() for tensor in inputs(sum(lengths))]
+    assert torch.autograd.gradcheck(lambda *t: ssd_scan(*t, sample_index(lengths), 4), tensors, fast_mode=True)
 
 
 def test_a_planted_leak_between_samples_is_seen():

@@ -45,6 +45,7 @@ def _difference(model: VideoLanguageModel, exported: Any, sample: EncodedSample)
     output = exported(
         input_ids=batch.input_ids[None],
         token_kinds=torch.tensor(sample.layout.kinds())[None],
+        frames_per_video=torch.tensor(sample.layout.frames_per_video())[None],
         pixel_values=batch.pixel_values if len(batch.pixel_values) else None,
         output_reduction=True,
     )

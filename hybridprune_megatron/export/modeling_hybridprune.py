@@ -27,7 +27,7 @@ from hybridprune_megatron.export.configuration_hybridprune import (
 )
 from hybridprune_megatron.export.layers import HybridLayer, MambaMixer, Packing
 from hybridprune_megatron.export.token_kinds import derive_token_kinds
-from hybridprune_megatron.method.layout import TokenKind, TokenLayout
+from hybridprune_megatron.method.layout import SampleLayout, TokenKind, TokenLayout
 from hybridprune_megatron.method.reduction import Reduction, counts_after
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.vision.encoder import build_projector, encode_frames, radio_config
@@ -182,6 +182,7 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         token_kinds: Tensor | None = None,
+        frames_per_video: Tensor | None = None,
         past_key_values: HybridCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -197,6 +198,8 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
             pixel_values: [F, 3, height, width] from 0 to 255, the frames of all samples in order.
             token_kinds: int [B, L] ``TokenKind`` values from the processor; columns it does not cover (generated ones)
                 are ANSWER. None: derived from the ids, see ``derive_token_kinds``.
+            frames_per_video: int [B, videos] frames of every video of a row, 0 behind its last; None: the frames of a
+                row are one video.
             past_key_values: caches of an earlier call.
             labels: int64 [B, L] like ``input_ids``, shifted inside; -100: no loss.
             use_cache: whether to return caches; default: ``config.use_cache`` unless training or given labels.
@@ -214,7 +217,7 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
             return output if return_dict is not False else output.to_tuple()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        batch = self._pack(input_ids, attention_mask, token_kinds)
+        batch = self._pack(input_ids, attention_mask, token_kinds, frames_per_video)
         cache = None
         if use_cache:
             if bool((batch.packed_index[:, -1] < 0).any()):
@@ -233,7 +236,13 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _pack(self, input_ids: Tensor, attention_mask: Tensor | None, token_kinds: Tensor | None) -> _Batch:
+    def _pack(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_kinds: Tensor | None,
+        frames_per_video: Tensor | None,
+    ) -> _Batch:
         """The real tokens of all rows one after another, and what they are."""
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         lengths = mask.sum(1).tolist()
@@ -251,8 +260,11 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
                 "token_kinds and input_ids differ: exactly the image tokens are FRAME; use the processor's"
             )
         packed_index = (torch.cumsum(mask.flatten(), 0).view_as(mask) - 1).masked_fill(~mask, -1)
-        layout = TokenLayout.from_kinds(kinds[mask.cpu()], lengths, input_ids.device)
-        return _Batch(input_ids[mask], layout, packed_index)
+        per_frame = None if self.config.vision is None else self.config.tokens_per_frame
+        videos = [None] * len(kinds) if frames_per_video is None else frames_per_video.tolist()
+        rows = [row[shown].tolist() for row, shown in zip(kinds, mask.cpu())]
+        samples = [SampleLayout.from_kinds(row, per_frame, counts) for row, counts in zip(rows, videos, strict=True)]
+        return _Batch(input_ids[mask], TokenLayout.from_samples(samples, input_ids.device), packed_index)
 
     def _embed(self, batch: _Batch, pixel_values: Tensor | None) -> Tensor:
         """[R, D]: embedded text with the projected frames at the visual positions."""

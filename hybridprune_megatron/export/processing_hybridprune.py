@@ -66,7 +66,7 @@ class HybridPruneProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         """What ``__call__`` returns."""
-        return ["input_ids", "attention_mask", "token_kinds", "pixel_values"]
+        return ["input_ids", "attention_mask", "token_kinds", "frames_per_video", "pixel_values"]
 
     def apply_chat_template(
         self,
@@ -121,7 +121,8 @@ class HybridPruneProcessor(ProcessorMixin):
             kwargs: must be empty or None.
 
         Returns:
-            input_ids, attention_mask, token_kinds: int64 [B, L]; pixel_values uint8 [F, 3, S, S] if there are videos.
+            input_ids, attention_mask, token_kinds: int64 [B, L]; if there are videos, pixel_values uint8 [F, 3, S, S]
+            and frames_per_video int64 [B, most videos of a text], 0 behind a text's last.
 
         Raises:
             ValueError: inputs this model does not take, unreadable videos, or a text in another format.
@@ -147,6 +148,8 @@ class HybridPruneProcessor(ProcessorMixin):
         features = self._pad(prompts, bool(padding))
         if decoded:
             features["pixel_values"] = torch.cat([video.frames for video in decoded])
+            per_text = [torch.tensor(prompt.layout.frames_per_video(), dtype=torch.int64) for prompt in prompts]
+            features["frames_per_video"] = torch.nn.utils.rnn.pad_sequence(per_text, batch_first=True)
         return BatchFeature(features)
 
     def _decode(self, video: Any) -> DecodedVideo:

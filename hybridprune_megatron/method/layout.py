@@ -8,9 +8,11 @@ Shape letters: L tokens of the packed sequence, S samples, V visual tokens, T qu
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -57,36 +59,41 @@ class SampleLayout:
     spans: tuple[Span, ...]
 
     @staticmethod
-    def from_kinds(kinds: Sequence[int], tokens_per_frame: int | None = None) -> SampleLayout:
+    def from_kinds(
+        kinds: Sequence[int], tokens_per_frame: int | None = None, frames_per_video: Sequence[int] | None = None
+    ) -> SampleLayout:
         """Builds spans from one ``TokenKind`` value per token.
 
         Args:
             kinds: [L] token kinds.
             tokens_per_frame: cuts a run of FRAME tokens into frames of this length; None makes each run one frame.
-                The videos of the sample cannot be told apart here, so all frames belong to video 0.
+            frames_per_video: frames of every video of the sample in order, for kinds do not tell videos apart; None:
+                all frames belong to one video.
 
         Raises:
-            ValueError: a run of FRAME tokens is not a multiple of ``tokens_per_frame``.
+            ValueError: a run of FRAME tokens is not a multiple of ``tokens_per_frame``, or there are other than
+                ``frames_per_video`` says.
         """
         spans: list[Span] = []
-        frame = 0
-        start = 0
-        while start < len(kinds):
-            stop = start
-            while stop < len(kinds) and kinds[stop] == kinds[start]:
-                stop += 1
-            kind, length = TokenKind(kinds[start]), stop - start
+        lengths: list[int] = []
+        for kind, run in groupby(kinds):
+            length = len(list(run))
             if kind != TokenKind.FRAME:
-                spans.append(Span(kind, length))
-            else:
-                per_frame = tokens_per_frame or length
-                if length % per_frame:
-                    raise ValueError(f"{length} visual tokens in a row: expected a multiple of {per_frame} a frame")
-                for _ in range(length // per_frame):
-                    spans.append(Span(kind, per_frame, video=0, frame=frame))
-                    frame += 1
-            start = stop
-        return SampleLayout(tuple(spans))
+                spans.append(Span(TokenKind(kind), length))
+                continue
+            per_frame = tokens_per_frame or length
+            if length % per_frame:
+                raise ValueError(f"{length} visual tokens in a row: expected a multiple of {per_frame} a frame")
+            for _ in range(length // per_frame):
+                # Numbered over the sample; which video and frame that is, is known once all are counted.
+                spans.append(Span(TokenKind.FRAME, per_frame, 0, len(lengths)))
+                lengths.append(per_frame)
+        counts = list(frames_per_video) if frames_per_video is not None else [len(lengths)]
+        if sum(counts) != len(lengths):
+            raise ValueError(f"frames_per_video={counts}: the sample has {len(lengths)} frames")
+        names = [(video, frame) for video, count in enumerate(counts) for frame in range(count)]
+        named = [replace(s, video=names[s.frame][0], frame=names[s.frame][1]) if s.frame >= 0 else s for s in spans]
+        return SampleLayout(tuple(named))
 
     def count(self, kind: TokenKind) -> int:
         """Number of tokens of a kind."""
@@ -104,6 +111,12 @@ class SampleLayout:
         """[L] kind of every token."""
         return [int(span.kind) for span in self.spans for _ in range(span.num_tokens)]
 
+    def frames_per_video(self) -> list[int]:
+        """Frames of every video of the sample, in order."""
+        frames = {(span.video, span.frame) for span in self.spans if span.kind == TokenKind.FRAME}
+        per_video = Counter(video for video, _ in frames)
+        return [per_video[video] for video in sorted(per_video)]
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -114,7 +127,12 @@ class TokenLayout:
         visual_counts: S current numbers of visual tokens (host).
         query_counts: S numbers of query tokens (host); they never change.
         original_visual_counts: S numbers of visual tokens before any reduction (host).
+        frame_videos: F videos, counted over the packed sequence, of its frames before any reduction (host). Frames are
+            counted over samples, videos and time, so that neighbours in time are neighbours in number.
+        patches_per_frame: visual tokens of the largest frame before any reduction (host).
         visual_index: int64 [V], rising, positions of the visual tokens in the packed sequence.
+        visual_frame: int64 [V], frame of every visual token.
+        visual_patch: int64 [V], its place within the frame before any reduction.
         query_index: int64 [T], rising, positions of the query tokens.
         origin: int64 [L], rising, index of every token in the packed sequence before any reduction.
         position: int64 [L], position of every token within its sample before any reduction.
@@ -125,7 +143,11 @@ class TokenLayout:
     visual_counts: tuple[int, ...]
     query_counts: tuple[int, ...]
     original_visual_counts: tuple[int, ...]
+    frame_videos: tuple[int, ...]
+    patches_per_frame: int
     visual_index: Tensor
+    visual_frame: Tensor
+    visual_patch: Tensor
     query_index: Tensor
     origin: Tensor
     position: Tensor
@@ -133,35 +155,33 @@ class TokenLayout:
 
     @staticmethod
     def from_samples(samples: Sequence[SampleLayout], device: torch.device | str = "cpu") -> TokenLayout:
-        """The layout of samples packed one after another, before any reduction."""
-        kinds = torch.tensor([kind for sample in samples for kind in sample.kinds()], dtype=torch.uint8)
-        return TokenLayout.from_kinds(kinds, [sample.num_tokens for sample in samples], device)
+        """The layout of samples packed one after another, before any reduction.
 
-    @staticmethod
-    def from_kinds(kinds: Tensor, lengths: Sequence[int], device: torch.device | str = "cpu") -> TokenLayout:
-        """The layout of a packed sequence before any reduction, from the kind of every token.
-
-        Args:
-            kinds: int [L] ``TokenKind`` values, on the host.
-            lengths: S lengths of the samples, sum L.
-            device: where the indices go.
+        Everything is found on the host, where no size has to be waited for, and copied once.
         """
-        per_sample = kinds.split(list(lengths))
-        # Indices are found on the host, where nonzero() costs no synchronisation, and copied once.
-        visual_index = torch.nonzero(kinds == TokenKind.FRAME).flatten()
-        query_index = torch.nonzero(kinds == TokenKind.QUESTION).flatten()
-        position = torch.cat([torch.arange(length) for length in lengths]) if lengths else torch.empty(0).long()
-        visual_counts = tuple(int((sample == TokenKind.FRAME).sum()) for sample in per_sample)
+        spans = [(sample, span) for sample, layout in enumerate(samples) for span in layout.spans]
+        sizes = torch.tensor([span.num_tokens for _, span in spans], dtype=torch.int64)
+        kinds = torch.tensor([int(span.kind) for _, span in spans], dtype=torch.uint8).repeat_interleave(sizes)
+        lengths = [sample.num_tokens for sample in samples]
+        visual_counts = tuple(sample.num_visual for sample in samples)
+        frame, patch, frame_videos = _frames(spans)
+        on_device = {
+            "visual_index": torch.nonzero(kinds == TokenKind.FRAME).flatten(),
+            "visual_frame": frame,
+            "visual_patch": patch,
+            "query_index": torch.nonzero(kinds == TokenKind.QUESTION).flatten(),
+            "position": torch.cat([torch.empty(0).long(), *(torch.arange(length) for length in lengths)]),
+        }
         return TokenLayout(
             sample_lengths=tuple(lengths),
             visual_counts=visual_counts,
-            query_counts=tuple(int((sample == TokenKind.QUESTION).sum()) for sample in per_sample),
+            query_counts=tuple(sample.count(TokenKind.QUESTION) for sample in samples),
             original_visual_counts=visual_counts,
-            visual_index=visual_index.to(device, non_blocking=True),
-            query_index=query_index.to(device, non_blocking=True),
+            frame_videos=frame_videos,
+            patches_per_frame=int(patch.max()) + 1 if len(patch) else 0,
             origin=torch.arange(sum(lengths), device=device),
-            position=position.to(device, non_blocking=True),
             cu_seqlens=cumulative_lengths(lengths, device),
+            **{name: values.to(device, non_blocking=True) for name, values in on_device.items()},
         )
 
     @property
@@ -190,6 +210,27 @@ class TokenLayout:
     def query_starts(self) -> list[int]:
         """S + 1 offsets of the samples in ``query_index`` (host)."""
         return _offsets(self.query_counts)
+
+
+def _frames(spans: Sequence[tuple[int, Span]]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Frame and patch of every visual token, and the video of every frame; see ``TokenLayout``.
+
+    Args:
+        spans: all spans of the packed sequence with the number of their sample. Spans that name the same frame are
+            parts of it.
+    """
+    visual = [(sample, span) for sample, span in spans if span.kind == TokenKind.FRAME]
+    in_time = sorted({(sample, span.video, span.frame) for sample, span in visual})
+    number = {name: index for index, name in enumerate(in_time)}
+    videos = {name: index for index, name in enumerate(dict.fromkeys(name[:2] for name in in_time))}
+    filled = [0] * len(in_time)
+    frames, patches = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    for sample, span in visual:
+        frame = number[sample, span.video, span.frame]
+        frames.append(torch.full((span.num_tokens,), frame))
+        patches.append(torch.arange(filled[frame], filled[frame] + span.num_tokens))
+        filled[frame] += span.num_tokens
+    return torch.cat(frames), torch.cat(patches), tuple(videos[name[:2]] for name in in_time)
 
 
 def cumulative_lengths(lengths: Sequence[int], device: torch.device | str) -> Tensor:

@@ -28,7 +28,7 @@ class Plan:
         return values.index_select(dim, self.kept)
 
 
-def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
+def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int], min_per_frame: int = 0) -> Plan:
     """Keeps the highest-scored visual tokens of every sample and all other tokens, in their original order.
 
     Ties keep the earlier token, so that a recomputation and every rank decide alike. Nothing here waits for the device:
@@ -37,7 +37,10 @@ def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
     Args:
         scores: float [V], one per visual token in the order of ``layout.visual_index``; higher is more important.
         layout: the packed sequence the scores belong to.
-        counts: S numbers of visual tokens to keep (host).
+        counts: S numbers of visual tokens to keep (host); they are met exactly.
+        min_per_frame: the best tokens of every frame that go before all others: first the best of every frame, then the
+            second best, up to this number. A count too small for that keeps as many rounds as fit, and of the round
+            that does not fit the highest scores.
 
     Raises:
         ValueError: a count above what the sample has, or scores of another length.
@@ -49,14 +52,16 @@ def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
     for sample, (count, present) in enumerate(zip(counts, layout.visual_counts)):
         if not 0 <= count <= present:
             raise ValueError(f"sample {sample} is to keep {count} visual tokens: it has {present}")
-    starts = layout.visual_starts()
-    ranked = [
-        start + torch.sort(scores[start : start + present], descending=True, stable=True).indices[:count]
-        for start, present, count in zip(starts, layout.visual_counts, counts)
-    ]
-    # Positions of the kept visual tokens, rising again: samples are contiguous and in order.
-    empty = layout.visual_index[:0]
-    kept_visual = layout.visual_index[torch.cat([empty, *ranked]).sort().values]
+    ranked = [layout.visual_index[:0]]
+    for start, present, count in zip(layout.visual_starts(), layout.visual_counts, counts):
+        order = torch.sort(scores[start : start + present], descending=True, stable=True).indices
+        if min_per_frame:
+            rounds = _place_in_frame(layout.visual_frame[start : start + present][order]).clamp(max=min_per_frame)
+            order = order[torch.sort(rounds, stable=True).indices]
+        ranked.append(start + order[:count])
+    # Indices of the kept visual tokens, rising again: samples are contiguous and in order.
+    chosen = torch.cat(ranked).sort().values
+    kept_visual = layout.visual_index[chosen]
     keep = torch.ones(layout.num_tokens, dtype=torch.bool, device=scores.device)
     keep[layout.visual_index] = False
     keep[kept_visual] = True
@@ -77,10 +82,23 @@ def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
             visual_counts=tuple(counts),
             query_counts=layout.query_counts,
             original_visual_counts=layout.original_visual_counts,
+            frame_videos=layout.frame_videos,
+            patches_per_frame=layout.patches_per_frame,
             visual_index=new_index[kept_visual],
+            visual_frame=layout.visual_frame[chosen],
+            visual_patch=layout.visual_patch[chosen],
             query_index=new_index[layout.query_index],
             origin=layout.origin[kept],
             position=layout.position[kept],
             cu_seqlens=cumulative_lengths(lengths, scores.device),
         ),
     )
+
+
+def _place_in_frame(frames: Tensor) -> Tensor:
+    """int64 [V]: how many earlier entries name the same frame."""
+    by_frame = torch.sort(frames, stable=True)
+    places = torch.arange(len(frames), device=frames.device)
+    starts = torch.where(by_frame.values == by_frame.values.roll(1), 0, places)
+    # A single frame has no border that the roll would show; its start is 0 either way.
+    return torch.empty_like(places).scatter_(0, by_frame.indices, places - starts.cummax(0).values)

@@ -15,6 +15,7 @@ from hybridprune_megatron.method.merge import Ranking, take_merged
 from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.schedule import packed_counts
 from hybridprune_megatron.method.scorers import OUTPUT_SCORERS, OutputScorer, Scorer, build_scorer
+from hybridprune_megatron.method.smoothing import smoothed
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Reduction:
             else:
                 assert scores is not None, "a layer was asked to score and did not"
                 ranking = Ranking(scores)
-            plan = select(ranking.scores, layout, counts)
+            scores = smoothed(ranking.scores, layout, self.smoothing_frames)
+            plan = select(scores, layout, counts, self.min_tokens_per_frame)
         if self.dropped == "merge":
             return take_merged(hidden, layout, plan, ranking.partner), plan.layout
         return plan.take(hidden), plan.layout

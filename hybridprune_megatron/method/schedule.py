@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 SCORING_LAYERS = {"M": "mamba", "*": "attention"}
 LAYER_WORDS = "all, attention, mamba, every_2 (every n-th of all) or a list of 0-based layer indices"
@@ -279,33 +280,45 @@ def _share(total: int, wanted: Sequence[float], lowest: Sequence[int], highest: 
 def rounded(
     wanted: Sequence[float], highest: int, lowest: int, multiple_of: int = 1, remainder: int = 0
 ) -> tuple[int, ...]:
-    """Whole numbers near falling ones, also falling, whose sum is the largest that does not exceed theirs.
+    """Whole numbers near falling ones, also falling, whose sum comes near to theirs from below.
 
-    All are rounded down after the same number has been added to all, so that order stays; that number is the largest
-    with which the sum does not exceed the wanted one. The sum therefore stays below by less than ``multiple_of`` times
-    the longest stretch of layers that want the same (they are rounded together), and exceeds only by what ``lowest``
-    adds. Layers that want ``highest`` get it: nothing was dropped in front of them.
+    All are rounded down; then those that lost most go up again, layers that want the same together, as long as the sum
+    does not exceed the wanted one. So it stays below by less than ``multiple_of`` times the longest stretch of layers
+    that want the same, and exceeds it only by what ``lowest`` adds: where rounding up to ``lowest`` takes more than its
+    share, the other layers give it back as far as they can.
 
     Args:
-        wanted: one number a layer, never rising, between ``lowest`` and ``highest``.
+        wanted: one number a layer, never rising, from ``lowest`` to ``highest``. Layers that want ``highest`` get it:
+            nothing is dropped in front of them.
         highest: upper bound, of the right remainder itself.
         lowest: lower bound.
         multiple_of: the results leave ``remainder`` when divided by it.
         remainder: see there.
     """
+    stretches = [(value, len(list(run))) for value, run in groupby(wanted)]
+    free = [index for index, (value, _) in enumerate(stretches) if value != highest]
     least = lowest + (remainder - lowest) % multiple_of
+    counts = [
+        max(least, remainder + math.floor((value - remainder) / multiple_of) * multiple_of) for value, _ in stretches
+    ]
+    spare = _ROUNDING + sum(length * (value - count) for (value, length), count in zip(stretches, counts))
 
-    def at(shift: float) -> list[int]:
-        steps = [math.floor((want + shift - remainder) / multiple_of) for want in wanted]
-        counts = [max(least, min(highest, remainder + step * multiple_of)) for step in steps]
-        return [highest if want == highest else count for want, count in zip(wanted, counts)]
+    def lost(index: int) -> float:
+        return stretches[index][0] - counts[index]
 
-    target = sum(wanted) + _ROUNDING
-    low, high = -float(highest + multiple_of), float(multiple_of)
-    for _ in range(_BISECTION_STEPS):
-        middle = (low + high) / 2
-        if sum(at(middle)) <= target:
-            low = middle
-        else:
-            high = middle
-    return tuple(at(low))
+    def may_fall(index: int) -> bool:
+        return counts[index] - multiple_of >= (counts[index + 1] if index + 1 < len(counts) else least)
+
+    def may_rise(index: int) -> bool:
+        fits = stretches[index][1] * multiple_of <= spare
+        return fits and lost(index) > 0 and counts[index] + multiple_of <= (counts[index - 1] if index else highest)
+
+    while spare < 0 and (able := [index for index in free if may_fall(index)]):
+        index = min(able, key=lambda index: (lost(index), -index))
+        counts[index] -= multiple_of
+        spare += stretches[index][1] * multiple_of
+    while able := [index for index in free if may_rise(index)]:
+        index = max(able, key=lambda index: (lost(index), -index))
+        counts[index] += multiple_of
+        spare -= stretches[index][1] * multiple_of
+    return tuple(count for count, (_, length) in zip(counts, stretches) for _ in range(length))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,16 +23,20 @@ class RandomScorer:
     """
 
     seed: int = 0
+    # Every rank draws the same, so their mean is what each has.
+    attention_pooling: ClassVar[str] = "mean"
+    mamba_pooling: ClassVar[str] = "mean"
 
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
         del signals
-        return self._draw(layout, layer)
+        return self.draw(layout, layer)
 
     def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
         del signals
-        return self._draw(layout, layer)
+        return self.draw(layout, layer)
 
-    def _draw(self, layout: TokenLayout, layer: int) -> Tensor:
+    def draw(self, layout: TokenLayout, layer: int) -> Tensor:
+        """float32 [V] from 0 to 1, the same for the same position in a sample."""
         value = layout.position[layout.visual_index] + 0x9E3779B9 * (layer + 1) + 0x85EBCA6B * (self.seed + 1)
         # Two rounds of a 32-bit multiply-xorshift mix.
         for multiplier in (0x7FEB352D, 0x846CA68B):
@@ -45,15 +50,19 @@ class RandomScorer:
 class UniformScorer:
     """Evenly spread tokens: the r-th visual token scores by the bit-reversed fraction of r, so any top-k is spread."""
 
+    attention_pooling: ClassVar[str] = "mean"
+    mamba_pooling: ClassVar[str] = "mean"
+
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
         del signals, layer
-        return self._spread(layout)
+        return self.spread(layout)
 
     def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
         del signals, layer
-        return self._spread(layout)
+        return self.spread(layout)
 
-    def _spread(self, layout: TokenLayout) -> Tensor:
+    def spread(self, layout: TokenLayout) -> Tensor:
+        """float32 [V] from 0 to 1; the r-th token of every sample has the same."""
         device = layout.visual_index.device
         parts = [torch.empty(0, device=device)]
         for count in layout.visual_counts:

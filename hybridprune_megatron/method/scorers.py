@@ -19,10 +19,20 @@ from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 class Scorer(Protocol):
     """Scores the visual tokens of a packed sequence in one layer.
 
-    Both methods get this rank's heads and return the *mean over these heads*, float32 [V] in the order of
-    ``layout.visual_index``, higher is more important; the caller averages over tensor-parallel ranks. They must be
-    deterministic and free of state.
+    Both methods get this rank's heads and return float32 [V] in the order of ``layout.visual_index``, higher is more
+    important, pooled over these heads; the caller pools over tensor-parallel ranks, whose heads are as many. They must
+    be deterministic and free of state.
+
+    Attributes:
+        attention_pooling: "mean" where ``attention`` is the mean over heads; anything else: it is the highest.
+        mamba_pooling: the same for ``mamba``.
     """
+
+    @property
+    def attention_pooling(self) -> str: ...
+
+    @property
+    def mamba_pooling(self) -> str: ...
 
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor: ...
 

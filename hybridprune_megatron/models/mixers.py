@@ -38,6 +38,7 @@ def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
                 with torch.no_grad():
                     signals = AttentionSignals(query.detach(), key.detach())
                     packing.scores = packing.scorer.attention(signals, packing.layout, self.layer_number - 1)
+                    packing.pooling = packing.scorer.attention_pooling
             return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     ScoringAttention.__name__ = f"Scoring{core_attention.__name__}"
@@ -213,6 +214,7 @@ class ReductionMambaMixer(MambaMixer):
             with torch.no_grad():
                 signals = MambaSignals(B.detach(), C.detach(), dt.detach(), A.detach())
                 packing.scores = packing.scorer.mamba(signals, packing.layout, self.layer_number - 1)
+                packing.pooling = packing.scorer.mamba_pooling
         y = self.ops.scan(x, dt, A, B, C, self.D, packing, self.chunk_size)
         return self.out_proj(self.norm(y.flatten(1), z).unsqueeze(1))
 

@@ -24,7 +24,8 @@ class LayerPacking(PackedSeqParams):
         sample_position: int64 [L] distance of every token from the start of its sample, counting present tokens only.
         scorer: asks the mixer for scores; None: nobody wants them.
         dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps; None: all.
-        scores: float32 [V], written by the mixer: mean over this rank's heads.
+        scores: float32 [V], written by the mixer: over this rank's heads.
+        pooling: written by the mixer: "mean" where they are the mean over its heads, else they are the highest.
     """
 
     layout: TokenLayout
@@ -33,6 +34,7 @@ class LayerPacking(PackedSeqParams):
     scorer: Scorer | None = None
     dt_filter: float | None = None
     scores: Tensor | None = None
+    pooling: str = "mean"
 
 
 def pack_for_layer(

@@ -70,7 +70,7 @@ class ReductionStack(HybridStack):
             packing = pack_for_layer(layout, scorer, reduction.dt_filter if reduction is not None else None, packing)
             hidden_states = self._run_layer(layer, hidden_states, packing)
             if dropping is not None:
-                scores = self._over_tensor_parallel(packing.scores)
+                scores = self._over_tensor_parallel(packing.scores, packing.pooling)
                 hidden_states, layout = self._drop(dropping, hidden_states, layout, counts, scores)
         if self.post_process:
             hidden_states = self.final_norm(hidden_states)
@@ -93,9 +93,12 @@ class ReductionStack(HybridStack):
             return tensor_parallel.checkpoint(run, False, hidden_states)
         return run(hidden_states)
 
-    def _over_tensor_parallel(self, scores: Tensor | None) -> Tensor | None:
-        """Mean over all heads from the means over each rank's heads: one all-reduce of one vector."""
+    def _over_tensor_parallel(self, scores: Tensor | None, pooling: str) -> Tensor | None:
+        """Scores over all heads from those over each rank's heads, of which all have as many: one all-reduce."""
         if scores is None or self.tp_group.size() == 1:
+            return scores
+        if pooling != "mean":
+            torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX, group=self.tp_group)
             return scores
         torch.distributed.all_reduce(scores, group=self.tp_group)
         return scores / self.tp_group.size()

@@ -165,4 +165,5 @@ def row(inputs: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
     single = {
         name: inputs[name][index : index + 1, mask[index]] for name in ("input_ids", "attention_mask", "token_kinds")
     }
-    return {**single, "pixel_values": inputs["pixel_values"][before : before + shown]}
+    videos = inputs["frames_per_video"][index : index + 1]
+    return {**single, "frames_per_video": videos, "pixel_values": inputs["pixel_values"][before : before + shown]}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hybridprune_megatron.config.schema import ReductionConfig
 from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample, pack
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
 from hybridprune_megatron.export.write import hf_config, hf_weights
@@ -24,7 +25,7 @@ def packed(inputs: dict[str, torch.Tensor]):
     for index in range(len(inputs["input_ids"])):
         single = row(inputs, index)
         ids = single["input_ids"][0]
-        layout = SampleLayout.from_kinds(single["token_kinds"][0].tolist(), 4)
+        layout = SampleLayout.from_kinds(single["token_kinds"][0].tolist(), 4, single["frames_per_video"][0].tolist())
         labels = torch.full_like(ids, IGNORE_LABEL)
         samples.append(EncodedSample(str(index), ids, labels, layout, single["pixel_values"]))
     return pack(samples)
@@ -48,16 +49,37 @@ def assert_equal_models(model, hf, inputs: dict[str, torch.Tensor]) -> float:
     return gap
 
 
-@pytest.mark.parametrize("budget", [0.5, 0.35, 1.0])
-@pytest.mark.parametrize("scorer", ["query", "random", "uniform"])
-def test_logits_and_kept_indices_equal_the_training_models(
-    world, inputs, budget: float, scorer: str, record_property
-) -> None:
-    settings = world.cfg.reduction
-    reduction = build_reduction(replace(world.cfg, reduction=type(settings)(scorer=scorer, budget=budget)))
+OPTIONS = {
+    "all tokens": {"budget": 1.0},
+    "half": {"budget": 0.5},
+    "random": {"scorer": "random", "seed": 3},
+    "uniform": {"scorer": "uniform"},
+    "highest head, smoothed, every frame": {
+        "attention_pooling": "max",
+        "mamba_pooling": "max_groups",
+        "smoothing_frames": 1,
+        "min_tokens_per_frame": 1,
+    },
+    "decay": {"mamba_decay": True, "mamba_pooling": "max_heads", "mamba_function": "abs"},
+    "last row looks ahead": {
+        "query_rows": "last",
+        "attention_causal": False,
+        "mamba_function": "softmax",
+        "mamba_dt": False,
+    },
+    "stages": {"schedule": "stages", "stages": 4, "layers": "every_1", "budget": 0.6},
+    "linear to a floor": {"schedule": "linear", "floor": 0.2, "min_tokens": 3, "budget": 0.5},
+    "list": {"retention": [1.0, 0.75, 0.75, 0.75, 0.25], "layers": "mamba", "budget": 0.7},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_logits_and_kept_indices_equal_the_training_models(world, inputs, options: dict, record_property) -> None:
+    settings = ReductionConfig(**{"scorer": "query", "budget": 0.35, **options})
+    reduction = build_reduction(replace(world.cfg, reduction=settings))
     saved = world.hf.config.reduction
     trained, world.model.reduction = world.model.reduction, reduction
-    world.hf.set_reduction({"budget": budget, "scorer": scorer})
+    world.hf.set_reduction({"scorer": "query", "budget": 0.35, **options})
     try:
         record_property("max_abs_logit_diff", assert_equal_models(world.model, world.hf, inputs))
     finally:

@@ -73,6 +73,7 @@ def test_several_videos_between_text(world, clips) -> None:
     both = world.processor(text=[text], videos=[[str(clips[0]), str(clips[2])]])
     assert len(both["pixel_values"]) == 5 + NUM_FRAMES
     assert int((both["token_kinds"] == 1).sum()) == 4 * (5 + NUM_FRAMES)
+    assert both["frames_per_video"].tolist() == [[5, NUM_FRAMES]]
     with torch.no_grad():
         assert world.hf(**both, logits_to_keep=1).logits.isfinite().all()
 

@@ -5,6 +5,7 @@ import torch
 
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.plan import select
+from hybridprune_megatron.method.smoothing import smoothed
 
 TEXT, FRAME, QUESTION, ANSWER = TokenKind.TEXT, TokenKind.FRAME, TokenKind.QUESTION, TokenKind.ANSWER
 
@@ -34,13 +35,42 @@ def test_layout_says_where_everything_is():
     assert layout.position.tolist() == [*range(11), *range(7)]
 
 
+def test_frames_are_counted_in_time_and_patches_within_them():
+    """Videos out of order, a frame in two parts, and frames of different sizes."""
+    sample = SampleLayout(
+        (
+            Span(FRAME, 2, video=1, frame=0),
+            Span(FRAME, 1, video=0, frame=1),
+            Span(QUESTION, 1),
+            Span(FRAME, 3, video=0, frame=0),
+            Span(FRAME, 2, video=0, frame=1),
+        )
+    )
+    layout = TokenLayout.from_samples([sample, two_samples()[1]])
+    assert layout.visual_frame.tolist() == [2, 2, 1, 0, 0, 0, 1, 1, 3, 3, 3, 3]
+    assert layout.visual_patch.tolist() == [0, 1, 0, 0, 1, 2, 1, 2, 0, 1, 2, 3]
+    assert layout.frame_videos == (0, 0, 1, 2)
+    assert layout.patches_per_frame == 4
+    assert sample.frames_per_video() == [2, 1]
+    # A reduction keeps this knowledge, whatever it drops.
+    after = select(torch.arange(12.0), layout, (3, 1)).layout
+    assert after.visual_frame.tolist() == [0, 1, 1, 3]
+    assert after.visual_patch.tolist() == [2, 1, 2, 3]
+    assert (after.frame_videos, after.patches_per_frame) == (layout.frame_videos, 4)
+    assert after.original_visual_counts == (8, 4)
+
+
 def test_spans_from_kinds_round_trip():
     for sample in two_samples():
-        assert SampleLayout.from_kinds(sample.kinds()).kinds() == sample.kinds()
+        assert SampleLayout.from_kinds(sample.kinds(), None, sample.frames_per_video()) == sample
     frames = SampleLayout.from_kinds([1] * 6, tokens_per_frame=2)
     assert [span.frame for span in frames.spans] == [0, 1, 2]
     with pytest.raises(ValueError, match="5 visual tokens in a row: expected a multiple of 2"):
         SampleLayout.from_kinds([1] * 5, tokens_per_frame=2)
+    two_videos = SampleLayout.from_kinds([1] * 6, tokens_per_frame=2, frames_per_video=[1, 2, 0])
+    assert [(span.video, span.frame) for span in two_videos.spans] == [(0, 0), (1, 0), (1, 1)]
+    with pytest.raises(ValueError, match=r"frames_per_video=\[1, 1\]: the sample has 3 frames"):
+        SampleLayout.from_kinds([1] * 6, tokens_per_frame=2, frames_per_video=[1, 1])
 
 
 @pytest.mark.parametrize(
@@ -107,3 +137,66 @@ def test_impossible_counts_are_refused():
         select(torch.zeros(9), layout, (1, 5))
     with pytest.raises(ValueError, match="9 visual tokens"):
         select(torch.zeros(8), layout, (1, 1))
+
+
+def videos(*frames_per_video: int, patches: int) -> SampleLayout:
+    """Videos with text between them, then a question."""
+    spans = []
+    for video, frames in enumerate(frames_per_video):
+        spans += [Span(FRAME, patches, video, frame) for frame in range(frames)] + [Span(TEXT, 1)]
+    return SampleLayout((*spans, Span(QUESTION, 2)))
+
+
+def naive_keep(scores: list[float], frames: list[int], count: int, floor: int) -> list[int]:
+    """Rounds over the frames first, the best of every frame in each, then the best of all."""
+    left, kept = list(range(len(scores))), []
+    for _ in range(floor):
+        best = [
+            max((i for i in left if frames[i] == frame), key=lambda i: (scores[i], -i), default=None)
+            for frame in sorted(set(frames))
+        ]
+        taken = sorted((i for i in best if i is not None), key=lambda i: (-scores[i], i))
+        kept += taken
+        left = [i for i in left if i not in taken]
+    kept += sorted(left, key=lambda i: (-scores[i], i))
+    return sorted(kept[:count])
+
+
+@pytest.mark.parametrize("floor", [0, 1, 2, 9])
+def test_every_frame_keeps_its_best_while_the_count_allows(floor):
+    generator = torch.Generator().manual_seed(floor)
+    layout = TokenLayout.from_samples([videos(3, 2, patches=5), videos(1, patches=5), videos(4, patches=5)])
+    # Ties included; and twice, so that frames have lost tokens before.
+    for counts in [(19, 5, 13), (12, 5, 6), (7, 2, 6), (3, 1, 0)]:
+        scores = torch.randint(0, 6, (sum(layout.visual_counts),), generator=generator).float()
+        plan = select(scores, layout, counts, floor)
+        expected = []
+        for start, present, count in zip(layout.visual_starts(), layout.visual_counts, counts):
+            cut = slice(start, start + present)
+            kept = naive_keep(scores[cut].tolist(), layout.visual_frame[cut].tolist(), count, floor)
+            expected += [start + index for index in kept]
+        assert plan.layout.visual_counts == counts
+        assert torch.equal(layout.origin[layout.visual_index[expected]], plan.layout.origin[plan.layout.visual_index])
+        layout = plan.layout
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 2, 50])
+def test_smoothing_is_the_mean_over_the_frames_around(num_frames):
+    samples = [videos(4, 2, patches=3), videos(1, patches=2)]
+    full = TokenLayout.from_samples(samples)
+    generator = torch.Generator().manual_seed(0)
+    reduced = select(torch.rand(20, generator=generator), full, (11, 1)).layout
+    for layout in (full, reduced):
+        scores = torch.rand(sum(layout.visual_counts), generator=generator)
+        where = list(zip(layout.visual_frame.tolist(), layout.visual_patch.tolist()))
+        expected = []
+        for frame, patch in where:
+            near = [
+                scores[index]
+                for index, (f, p) in enumerate(where)
+                if p == patch and abs(f - frame) <= num_frames and layout.frame_videos[f] == layout.frame_videos[frame]
+            ]
+            expected.append(sum(near) / len(near))
+        torch.testing.assert_close(smoothed(scores, layout, num_frames), torch.stack(expected))
+    text = TokenLayout.from_samples([SampleLayout((Span(TEXT, 2),))])
+    assert smoothed(torch.empty(0), text, num_frames).shape == (0,)

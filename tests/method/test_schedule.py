@@ -1,28 +1,87 @@
 """Retention meets the budget, counts meet the retention, alignment keeps more real tokens."""
 
-from itertools import pairwise
+import itertools
+import math
+import random
+import re
+from itertools import groupby, pairwise
+from statistics import fmean
 
 import pytest
 
-from hybridprune_megatron.method.schedule import Shape, kept_counts, packed_counts, reducing_layers, retention_by_layer
+from hybridprune_megatron.method.schedule import (
+    SCHEDULES,
+    Shape,
+    kept_counts,
+    packed_counts,
+    reducing_layers,
+    retention_by_layer,
+)
 
 NANO_12B = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
-PATTERNS = [NANO_12B, "M-M-M-M*-M-M-M-M*-M-M-", "M-M*-M-M*-", "M*M*"]
+PATTERNS = [NANO_12B, "M-M*-M-M*-", "M*M*-M"]
+
+
+SHAPES = [Shape(), *(Shape(name) for name in SCHEDULES[1:]), Shape("linear", floor=0.1), Shape("cosine", floor=0.02)]
+SHAPE_NAMES = [f"{shape.schedule}-{shape.floor}" for shape in SHAPES]
+LAYERS = ["all", "attention", "mamba", "every_2", "every_3"]
+
+
+def solved(pattern: str, budget: float, layers: str, shape: Shape, first: float = 1.0) -> tuple[float, ...] | None:
+    """The retention, or None where the shape cannot drop enough."""
+    try:
+        return retention_by_layer(pattern, budget, layers, shape, first)
+    except ValueError as error:
+        # So it says, with a mean that is above the budget.
+        lowest = re.search(r"still keeps a mean of ([\d.]+); raise the budget or", str(error))
+        if lowest is None or float(lowest.group(1)) < budget - 1e-3:
+            raise
+        return None
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("budget", [0.35, 0.5, 0.75, 0.99])
-@pytest.mark.parametrize("layers", ["all", "attention", "mamba"])
-def test_mean_retention_is_the_budget(pattern, budget, layers):
-    first = reducing_layers(pattern, layers)[0] + 1
-    if budget < first / len(pattern):
-        with pytest.raises(ValueError, match="name earlier layers"):
-            retention_by_layer(pattern, budget, layers)
-        return
-    retention = retention_by_layer(pattern, budget, layers)
-    assert sum(retention) / len(pattern) == pytest.approx(budget, abs=1e-9)
-    assert retention[0] == 1.0
-    assert all(later <= earlier for earlier, later in pairwise(retention))
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_mean_retention_is_the_budget(pattern, shape):
+    reached = 0
+    for layers in LAYERS:
+        reducing = reducing_layers(pattern, layers)
+        for budget, first in ((0.12, 1.0), (0.25, 1.0), (0.25, 0.4), (0.5, 1.0), (0.5, 0.7), (0.99, 1.0)):
+            retention = solved(pattern, budget, layers, shape, first)
+            if retention is None:
+                continue
+            reached += 1
+            assert sum(retention) / len(pattern) == pytest.approx(budget, abs=1e-9)
+            assert retention[0] == first
+            falls = [layer for layer in range(1, len(pattern)) if retention[layer] != retention[layer - 1]]
+            assert all(retention[layer] < retention[layer - 1] and layer - 1 in reducing for layer in falls)
+    assert reached >= 5
+
+
+def test_shapes_are_their_formulas():
+    """Each at a budget whose solved number is known."""
+    pattern = "M" * 11
+    depths = [layer / 10 for layer in range(11)]
+    for name, curve in (
+        ("linear", lambda x: 1 - x),
+        ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
+        ("sigmoid", lambda x: (1 + math.exp(-2)) / (1 + math.exp(10 * (x - 0.2)))),
+    ):
+        wide = [0.3 + 0.7 * curve(x) for x in depths]
+        assert retention_by_layer(pattern, fmean(wide), "all", Shape(name)) == pytest.approx(wide)
+        # With a floor of its own a curve reaches it at the depth that meets the budget, here half.
+        narrow = [0.1 + 0.9 * (curve(min(2 * x, 1)) if name != "sigmoid" else curve(2 * x)) for x in depths]
+        assert retention_by_layer(pattern, fmean(narrow), "all", Shape(name, floor=0.1)) == pytest.approx(narrow)
+    one_shot = retention_by_layer("M-M*-M-M*-", 0.46, "all", Shape("step", step_layer=3))
+    assert one_shot == pytest.approx((1, 1, 1, 1, *[0.1] * 6))
+    # The first layer from there on that may drop: layer 5 is a Mamba layer, layer 4 an MLP.
+    later = retention_by_layer("M-M*-M-M*-", 0.64, "all", Shape("step", step_layer=4))
+    assert later == pytest.approx((*[1] * 6, *[0.1] * 4))
+    constant = retention_by_layer(NANO_12B, 0.25, "all", Shape("step"))
+    assert len(set(constant)) == 2
+    assert constant[1] == pytest.approx((0.25 * 62 - 1) / 61)
+    # PyramidDrop: four stages of half the tokens of the one before.
+    halves = retention_by_layer("*" * 8, (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4, "all", Shape("stages"))
+    assert halves == pytest.approx([1, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8])
 
 
 @pytest.mark.parametrize("budget", [0.15, 0.25])
@@ -67,15 +126,36 @@ def test_budget_of_one_keeps_all():
     assert set(retention_by_layer(NANO_12B, 1.0)) == {1.0}
 
 
-@pytest.mark.parametrize("num_visual", [1, 2, 16, 255, 256, 8191])
-@pytest.mark.parametrize("budget", [0.25, 0.5])
-def test_counts_stay_on_the_budget(num_visual, budget):
-    counts = kept_counts(retention_by_layer(NANO_12B, budget), num_visual)
-    assert counts[0] == num_visual
-    assert all(later <= earlier for earlier, later in pairwise(counts))
-    assert counts[-1] >= 1
-    if num_visual >= 256:
-        assert sum(counts) / len(counts) / num_visual == pytest.approx(budget, abs=0.005)
+def longest_stretch(retention: tuple[float, ...]) -> int:
+    return max(len(list(run)) for share, run in groupby(retention) if share < 1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_counts_meet_the_budget(pattern, shape):
+    """The sum over layers is below the budget's by less than the longest stretch, and above by the minimum only."""
+    for layers, budget in itertools.product(LAYERS, (0.15, 0.25, 0.6)):
+        retention = solved(pattern, budget, layers, shape)
+        if retention is None:
+            continue
+        for num_visual in (0, 1, 2, 7, 255, 256, 8191):
+            counts = kept_counts(retention, num_visual)
+            wanted = [max(share * num_visual, min(1, num_visual)) for share in retention]
+            assert counts[0] == num_visual
+            assert all(later <= earlier for earlier, later in pairwise(counts))
+            assert min(counts) >= min(1, num_visual)
+            missing = sum(wanted) - sum(counts)
+            assert -1e-6 <= missing < longest_stretch(retention)
+            if retention[-1] * num_visual >= 1:
+                assert sum(counts) == pytest.approx(budget * num_visual * len(pattern), abs=longest_stretch(retention))
+            # A layer that cannot drop hands on what it got.
+            reducing = reducing_layers(pattern, layers)
+            assert all(counts[i] == counts[i - 1] for i in range(1, len(pattern)) if i - 1 not in reducing)
+
+
+def test_the_demo_has_the_plan_it_was_measured_with():
+    counts = kept_counts(retention_by_layer("M-M*-M-M*-", 0.25), 256)
+    assert counts == (256, 178, 178, 19, 4, 4, 1, 1, 1, 1)
 
 
 def test_counts_keep_a_minimum():
@@ -84,10 +164,43 @@ def test_counts_keep_a_minimum():
     assert kept_counts((1.0, 0.5), 0) == (0, 0)
 
 
-def test_alignment_is_exact_in_every_layer_and_shares_among_samples():
+@pytest.mark.parametrize("multiple_of", [2, 8, 16, 128])
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_aligned_counts_meet_the_budget(shape, multiple_of):
+    numbers = random.Random(multiple_of)
+    for layers, budget in itertools.product(("all", "attention"), (0.25, 0.5)):
+        retention = solved(NANO_12B, budget, layers, shape)
+        if retention is None:
+            continue
+        for samples in (1, 2, 5):
+            visual = tuple(numbers.randint(0, 4000) for _ in range(samples))
+            num_text = 50 * samples + -(50 * samples + sum(visual)) % multiple_of
+            by_layer = packed_counts([retention] * samples, visual, num_text, 1, multiple_of)
+            assert by_layer[0] == visual
+            totals = [sum(counts) for counts in by_layer]
+            assert all((num_text + total) % multiple_of == 0 for total in totals)
+            for counts in zip(*by_layer):
+                assert all(later <= earlier for earlier, later in pairwise(counts))
+                assert min(counts) >= min(1, counts[0])
+            wanted = [[max(share * count, min(1, count)) for count in visual] for share in retention]
+            missing = sum(map(sum, wanted)) - sum(totals)
+            # What the minimum and its alignment force on the last layers may not fit into the others.
+            forced = sum(max(0, samples + multiple_of - sum(layer)) for layer in wanted)
+            assert -forced - 1e-6 <= missing < multiple_of * longest_stretch(retention)
+            if sum(wanted[-1]) > samples + multiple_of:
+                assert missing >= -1e-6
+            # A sample is off by no more than its share of what the totals are off.
+            off = max(abs(sum(layer) - total) for layer, total in zip(wanted, totals))
+            for layer, counts in zip(wanted, by_layer):
+                assert all(abs(want - count) <= off + 1 for want, count in zip(layer, counts))
+
+
+def test_alignment_is_of_the_packed_length():
     retention = retention_by_layer(NANO_12B, 0.25)
-    counts = packed_counts([retention] * 2, (100, 60), 32, multiple_of=16)
-    assert counts[0] == (100, 60)
-    assert all((32 + sum(layer)) % 16 == 0 for layer in counts)
+    assert packed_counts([retention] * 2, (100, 60), 32) == list(
+        zip(kept_counts(retention, 100), kept_counts(retention, 60))
+    )
     with pytest.raises(ValueError, match="193 tokens does not divide by 16"):
         packed_counts([retention] * 2, (100, 60), 33, multiple_of=16)
+    # Nothing fits between all and none: all stay.
+    assert packed_counts([(1.0, 0.5)], (7,), 1, multiple_of=8) == [(7,), (7,)]

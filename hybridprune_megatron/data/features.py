@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -66,7 +67,7 @@ class StoredFeatures:
         Raises:
             ValueError: this is no features part.
         """
-        return FeaturesInfo.from_json(str(self._header.get("__metadata__", {}).get("info", "null")))
+        return FeaturesInfo.from_json(str(self._header["__metadata__"]["info"]))
 
     def seconds(self, sampling: FrameSampling) -> list[float]:
         """Times of the frames that a sampling takes.
@@ -87,7 +88,7 @@ class StoredFeatures:
         rows, seconds = self._chosen(sampling)
         values = self._tensor("features")
         if len(rows) < len(values):
-            values = values[rows]
+            values = values.index_select(0, torch.tensor(rows))
         return FrameFeatures(values, self.info.tower), seconds
 
     def _chosen(self, sampling: FrameSampling) -> tuple[list[int], list[float]]:
@@ -105,11 +106,14 @@ class StoredFeatures:
         return [row_of[frame] for frame in wanted], [times[frame] for frame in wanted]
 
     @cached_property
-    def _header(self) -> dict:
+    def _header(self) -> dict[str, Any]:
         length = int.from_bytes(self.data[:8], "little")
-        header = json.loads(self.data[8 : 8 + length])
-        if not isinstance(header, dict):
-            raise ValueError("the header of a features part is a JSON object")
+        try:
+            header = json.loads(self.data[8 : 8 + length])
+        except ValueError as error:
+            raise ValueError(f"a features part without a header ({error})") from error
+        if not isinstance(header, dict) or "info" not in header.get("__metadata__", {}):
+            raise ValueError('a features part whose header has no "info"')
         return header
 
     def _tensor(self, name: str) -> Tensor:
@@ -123,5 +127,5 @@ class StoredFeatures:
                 warnings.filterwarnings("ignore", message="The given buffer is not writable")
                 flat = torch.frombuffer(self.data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=offset)
             return flat.view(shape)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{name} cannot be read from a features part ({error!r})") from error
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"a features part without {name} ({error!r})") from error

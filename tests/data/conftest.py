@@ -63,7 +63,7 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def demo_config(demo_data: Path) -> Callable[..., Config]:
     """Builds the demo's configuration over the tiny data sets."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -67,15 +66,16 @@ def clip() -> bytes:
     return encode_clip(grey_frames(len(TIMES_MS)), TIMES_MS)
 
 
-@pytest.fixture
-def features_config(demo_config: MakeConfig, demo_data: Path, tmp_path: Path) -> MakeConfig:
+@pytest.fixture(scope="module")
+def features_config(demo_config: MakeConfig, demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
     """The demo's configuration over features of all 8 frames of the tiny data sets."""
+    folder = tmp_path_factory.mktemp("features")
     whole = demo_config("data.num_frames=8")
     for split in ("train", "validation"):
-        assert write(demo_data / split, tmp_path / split, whole) == 0
+        assert write(demo_data / split, folder / split, whole) == 0
 
     def build(*overrides: str) -> Config:
-        paths = [f"data.{split}={tmp_path / split}" for split in ("train", "validation")]
+        paths = [f"data.{split}={folder / split}" for split in ("train", "validation")]
         return demo_config(*paths, "model.trainable.vision=false", *overrides)
 
     return build
@@ -108,7 +108,7 @@ def test_a_part_is_a_safetensors_file_and_is_read_without_a_copy(dtype: torch.dt
 def test_a_damaged_part_is_a_value_error(damage: Callable[[bytes], bytes]) -> None:
     data = damage(features_part(torch.zeros(2, 4, 8), [0.0, 1.0], [0, 1], INFO))
     # A ConfigError would end the job; a bad part is one bad sample.
-    with pytest.raises(ValueError, match=r"cannot be read|Expecting value|Extra data|expected an object") as caught:
+    with pytest.raises(ValueError, match="a features part w") as caught:
         StoredFeatures(data).read(FrameSampling())
     assert not isinstance(caught.value, ConfigError)
 
@@ -280,14 +280,12 @@ def test_a_restored_loader_over_features_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_sampling_that_features_lack_ends_the_job_in_one_line(features_config: MakeConfig, workers: int) -> None:
+def test_a_sampling_that_features_lack_ends_the_job_in_one_line(
+    features_config: MakeConfig, tmp_path: Path, workers: int
+) -> None:
     # Stored are all 8 frames of every clip; a set that stores 3 of them lacks what 4 frames take.
-    cfg = features_config("data.num_frames=3")
-    source = Path(cfg.data.train)
-    few = source.with_name("few")
-    videos = json.loads((source / FEATURES_FILE).read_text())
-    assert videos["sampling"] == "data.sampling=uniform data.num_frames=8"
-    shutil.copytree(source, few)
+    few = tmp_path / "few"
+    shutil.copytree(features_config().data.train, few)
     for shard in few.glob("*.tar"):
         _keep_rows(shard, [0, 4, 7])
     cfg = features_config(f"data.train={few}", "data.num_frames=4", f"data.num_workers={workers}")
@@ -311,15 +309,16 @@ def _keep_rows(shard: Path, rows: list[int]) -> None:
     write_shard(shard, members)
 
 
-def test_features_of_another_model_are_refused(features_config: MakeConfig) -> None:
-    cfg = features_config()
+def test_features_of_another_model_are_refused(features_config: MakeConfig, tmp_path: Path) -> None:
+    shutil.copytree(features_config().data.train, tmp_path / "train")
+    cfg = features_config(f"data.train={tmp_path / 'train'}")
     check_features(cfg)
     cfg.model.trainable.vision = True
     with pytest.raises(ConfigError, match=r"model\.trainable\.vision=true: data\.train=.* features of a frozen tower"):
         check_features(cfg)
     with pytest.raises(ValueError, match=r"^sample train-\d+: model\.trainable\.vision=true: .* train on videos$"):
         next(iter(build_train_loader(cfg, 0, 1)))
-    cfg = features_config()
+    cfg.model.trainable.vision = False
     cfg.model.vision.frame_size = 64
     with pytest.raises(ConfigError, match=r"features with model\.vision\.frame_size=128, configured is 64; precompute"):
         check_features(cfg)
@@ -338,5 +337,5 @@ def test_a_batch_holds_frames_or_features_of_one_tower(features_config: MakeConf
     assert len(pack([stored, text, stored]).frame_features.values) == 8
     with pytest.raises(ValueError, match="show frames and features in one batch"):
         pack([stored, video])
-    with pytest.raises(ValueError, match=r"features of towers [0-9a-f]{16}, another in one batch"):
+    with pytest.raises(ValueError, match=r"features of towers another, [0-9a-f]{16} in one batch"):
         pack([stored, other])

@@ -101,3 +101,10 @@ def check_features(cfg: Config) -> None:
         except ValueError as error:
             raise ConfigError(f"data.{key}={path}: its {FEATURES_FILE} cannot be read ({error}); {_REMEDY}") from error
         info.check(cfg.model, f"data.{key}={path}")
+        if cfg.reduction.front == "evs_pixels":
+            raise fail(
+                "reduction.front",
+                "evs_pixels",
+                f"compares frames, and data.{key}={path} holds features of them",
+                "set reduction.front=evs, or read the videos",
+            )

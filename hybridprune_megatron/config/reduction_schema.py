@@ -29,7 +29,7 @@ WORDS = {
     "mamba_function": ("identity", "abs", "relu", "softmax"),
     "mamba_pooling": ("mean", "max_groups", "max_heads"),
     "dropped": ("discard", "merge"),
-    "front": ("none",),
+    "front": ("none", "random", "uniform", "evs", "evs_pixels", "tome"),
 }
 
 
@@ -61,7 +61,7 @@ class ReductionConfig:
         smoothing_frames: frames on either side whose same patch a score is averaged with; 0 = off.
         seed: changes the draw of the random scorer.
         dropped: what becomes of a dropped token; discard, or merge (averaged into its most similar kept one).
-        front: query-agnostic reduction in front of the language model; none, random, uniform, evs or tome.
+        front: query-agnostic reduction in front of the model; none, random, uniform, evs, evs_pixels or tome.
         front_retention: share of visual tokens that the front hands on; the budget stays the total over all layers.
         dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps (LongMamba); null = all.
     """
@@ -113,6 +113,7 @@ class ReductionConfig:
         at_least("reduction", self, 0, "step_layer", "min_tokens_per_frame", "smoothing_frames", "seed")
         self._check_floor()
         self._check_front()
+        self._check_pairs()
         _check_layers_type(self.layers)
 
     def _check_floor(self) -> None:
@@ -150,6 +151,16 @@ class ReductionConfig:
                 f"must be at least reduction.budget={self.budget}, the mean over all layers",
                 f"raise {key} or lower reduction.budget",
             )
+
+    def _check_pairs(self) -> None:
+        for name in ("smoothing_frames", "min_tokens_per_frame"):
+            if self.scorer == "utrc" and getattr(self, name):
+                raise fail(
+                    f"reduction.{name}",
+                    getattr(self, name),
+                    "reduction.scorer=utrc pairs the tokens that go with tokens that stay, which this would undo",
+                    f"set reduction.{name}=0",
+                )
 
 
 def _check_layers_type(layers: Any) -> None:

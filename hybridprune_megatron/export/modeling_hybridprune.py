@@ -225,8 +225,10 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
             cache = past_key_values if past_key_values is not None else HybridCache()
             cache.num_columns = input_ids.shape[1]
         trace: list[TokenLayout] | None = [] if output_reduction else None
-        hidden = self._embed(batch, pixel_values)
-        hidden, layout = self.language_model.backbone.prefill(hidden, batch.layout, self._reduction, cache, trace)
+        hidden, layout = self._embed(batch, pixel_values), batch.layout
+        if self._reduction is not None:
+            hidden, layout = self._reduction.in_front(hidden, layout, pixel_values)
+        hidden, layout = self.language_model.backbone.prefill(hidden, layout, self._reduction, cache, trace)
         logits, shown = self._column_logits(hidden, layout, batch.packed_index, logits_to_keep)
         output = HybridPruneOutput(
             loss=None if labels is None else _loss(logits, shown, labels),

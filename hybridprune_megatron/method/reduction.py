@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridprune_megatron.method.front import Front, build_front
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.merge import Ranking, take_merged
 from hybridprune_megatron.method.plan import select
@@ -31,7 +32,7 @@ class Reduction:
         smoothing_frames: frames on either side whose same patch a score is averaged with.
         multiple_of: what the packed length must divide by after every drop.
         dropped: what becomes of a dropped token: "discard", or "merge" into the kept token most like it.
-        front: what drops tokens in front of the language model: "none".
+        front: drops or merges tokens in front of the language model; None: all enter it.
         dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps; None: no filter.
         output_scorer: ranks the visual tokens by the output of a layer; None: ``scorer`` does.
         by_sample: a retention of its own for every sample of the one pass this is for; None: ``retention`` for all.
@@ -44,7 +45,7 @@ class Reduction:
     smoothing_frames: int = 0
     multiple_of: int = 1
     dropped: str = "discard"
-    front: str = "none"
+    front: Front | None = None
     dt_filter: float | None = None
     output_scorer: OutputScorer | None = None
     by_sample: tuple[tuple[float, ...], ...] | None = None
@@ -63,12 +64,12 @@ class Reduction:
             None if every layer keeps everything and every step, which is bitwise the model without reduction.
 
         Raises:
-            ValueError: an unknown scorer.
+            ValueError: an unknown scorer or front.
         """
         if min(retention) == 1.0 and not by_sample and settings.get("dt_filter") is None:
             return None
-        own = {field.name for field in fields(Reduction)} - {"scorer", "retention"}
-        chosen = {name: value for name, value in settings.items() if name in own}
+        own = {field.name for field in fields(Reduction)} - {"scorer", "retention", "front"}
+        chosen = {name: value for name, value in settings.items() if name in own} | {"front": build_front(settings)}
         scorer = build_scorer(settings)
         if settings["scorer"] in OUTPUT_SCORERS:
             return Reduction(None, tuple(retention), output_scorer=scorer, **chosen)
@@ -86,6 +87,9 @@ class Reduction:
         """
         visual_counts = layout.original_visual_counts
         retentions = self.by_sample if self.by_sample is not None else (self.retention,) * len(visual_counts)
+        if self.front is not None:
+            fewest = self.front.fewest(layout)
+            retentions = tuple(_at_least(*each) for each in zip(retentions, fewest, visual_counts, strict=True))
         return packed_counts(
             retentions,
             visual_counts,
@@ -93,6 +97,31 @@ class Reduction:
             self.min_tokens,
             math.lcm(multiple_of, self.multiple_of),
         )
+
+    def in_front(
+        self, hidden: Tensor, layout: TokenLayout, pixels: Tensor | None, multiple_of: int = 1
+    ) -> tuple[Tensor, TokenLayout]:
+        """What enters layer 0: everything, or what the front hands on.
+
+        Args:
+            hidden: [L, ...] embeddings before any reduction, all tokens and channels.
+            layout: the packed sequence before any reduction.
+            pixels: [F, 3, height, width] the frames in the order of the layout; None: there are only features of them.
+            multiple_of: as for ``counts_by_layer``.
+
+        Returns:
+            [L', ...], and the layout of what is left.
+        """
+        if self.front is None or not sum(layout.visual_counts):
+            return hidden, layout
+        counts = self.counts_by_layer(layout, multiple_of)[0]
+        with torch.no_grad():
+            features = hidden.index_select(0, layout.visual_index).flatten(1)
+            ranking = self.front.rank(features, pixels, layout, counts)
+            plan = select(ranking.scores, layout, counts)
+        if ranking.partner is not None:
+            return take_merged(hidden, layout, plan, ranking.partner), plan.layout
+        return plan.take(hidden), plan.layout
 
     def drop(
         self, hidden: Tensor, layout: TokenLayout, counts: Sequence[int], scores: Tensor | None
@@ -119,6 +148,12 @@ class Reduction:
         if self.dropped == "merge":
             return take_merged(hidden, layout, plan, ranking.partner), plan.layout
         return plan.take(hidden), plan.layout
+
+
+def _at_least(retention: tuple[float, ...], fewest: int, num_visual: int) -> tuple[float, ...]:
+    """A retention under which a front hands on so many tokens; what is dropped inside stays."""
+    least = fewest / max(num_visual, 1)
+    return tuple(max(share, least) if share == retention[0] else share for share in retention)
 
 
 def counts_after(layer: int, layout: TokenLayout, counts: Sequence[tuple[int, ...]] | None) -> tuple[int, ...]:

@@ -25,12 +25,6 @@ def loss_rows(batch: PackedBatch) -> Tensor:
     return torch.nonzero_static(batch.loss_mask > 0, size=batch.num_loss_tokens).flatten()
 
 
-def loss_rows(batch: PackedBatch) -> Tensor:
-    """int64 [R], rising, the tokens of the packed sequence that have a label."""
-    # Of a size the host knows, so nothing waits for the device.
-    return torch.nonzero_static(batch.loss_mask > 0, size=batch.num_loss_tokens).flatten()
-
-
 class VideoLanguageModel(MegatronModule):
     """Answers questions about videos; drops visual tokens inside its language model.
 
@@ -120,6 +114,10 @@ class VideoLanguageModel(MegatronModule):
         if batch.retention is not None:
             assert reduction is not None, "a batch with a retention of its own, and a model without a scorer"
             reduction = replace(reduction, by_sample=batch.retention)
+        if reduction is not None and embeddings is not None:
+            pixels = batch.pixel_values if batch.frame_features is None else None
+            ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+            embeddings, layout = reduction.in_front(embeddings, layout, pixels, ranks)
         return self.language_model(embeddings, layout, reduction, rows, labels, trace)
 
     def _embed(self, batch: PackedBatch, layout: TokenLayout) -> Tensor:

@@ -78,7 +78,7 @@ class MambaMixer(nn.Module):
         """[L, D] to [L, D], with the scores [V] of the visual tokens if a scorer is given."""
         z, inputs, raw_dt = self.in_proj(hidden).split(self.projection_sizes, dim=-1)
         weight, bias = self._taps()
-        x, B, C = self._heads(nn.functional.silu(causal_conv(inputs, weight, bias, packing.sample_position)))
+        x, B, C = self._heads(nn.functional.silu(causal_conv(inputs, weight, bias, packing.layout.sample_lengths)))
         dt, A = self._steps(raw_dt)
         if packing.dt_filter is not None:
             dt = filtered_steps(dt, A, packing.layout, packing.dt_filter)

@@ -29,7 +29,7 @@ class TorchMambaOps:
     """The specification: plain torch on any device."""
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, packing: LayerPacking) -> Tensor:
-        return nn.functional.silu(causal_conv(x, weight, bias, packing.sample_position))
+        return nn.functional.silu(causal_conv(x, weight, bias, packing.layout.sample_lengths))
 
     def scan(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, packing: LayerPacking, chunk_size: int

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hybridprune_megatron.models.packed import LayerPacking
 from hybridprune_megatron.ops.attention import packed_attention
+from hybridprune_megatron.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -30,7 +31,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class NormColumnParallelLinear(ColumnParallelLinear):
@@ -44,7 +45,7 @@ class NormColumnParallelLinear(ColumnParallelLinear):
         self.norm_epsilon = config.layernorm_epsilon
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        normed = nn.functional.rms_norm(input_, input_.shape[-1:], self.layer_norm_weight, self.norm_epsilon)
+        normed = rms_norm(input_, self.layer_norm_weight, self.norm_epsilon)
         return super().forward(normed, *args, **kwargs)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:

@@ -1,7 +1,7 @@
 """The chunked SSD scan with its own backward, worked off in blocks of chunks.
 
-A block is as many chunks as keep the decays, one Q x Q matrix a chunk and head, in a core's cache: on a CPU it is passes
-over them that cost, not the matrix products. Backward computes them again, so nothing of size L x Q is stored.
+A block is as many chunks as keep the decays, one Q x Q matrix a chunk and head, in a core's cache: on a CPU it is
+passes over them that cost, not the matrix products. Backward computes them again, so nothing L x Q is stored.
 
 Shape letters: L tokens, n chunks of a block, Q tokens a chunk, G groups, R heads a group, P head width, N state size.
 """

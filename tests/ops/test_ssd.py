@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybridprune_megatron.ops import ssd_blocks
+from hybridprune_megatron.ops import conv, ssd_blocks
 from hybridprune_megatron.ops.conv import causal_conv
 from hybridprune_megatron.ops.ssd import ssd_final_states, ssd_scan, ssd_step
 
@@ -97,8 +97,7 @@ def test_convolution_equals_its_sum(lengths):
     x = torch.randn(length, channels, generator=generator, requires_grad=True)
     weight = torch.randn(channels, width, generator=generator, requires_grad=True)
     bias = torch.randn(channels, generator=generator, requires_grad=True)
-    position = torch.cat([torch.arange(n) for n in lengths])
-    y = causal_conv(x, weight, bias, position)
+    y = causal_conv(x, weight, bias, lengths)
     parts = []
     for sample in x.split(list(lengths)):
         padded = torch.nn.functional.pad(sample.T, (width - 1, 0))
@@ -110,3 +109,12 @@ def test_convolution_equals_its_sum(lengths):
         torch.autograd.grad(expected.square().sum(), (x, weight, bias)),
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_convolution_s_own_backward_is_its_derivative(monkeypatch):
+    """To float64 precision, with sums over several blocks of rows."""
+    monkeypatch.setattr(conv, "_BLOCK_ELEMENTS", 2 * 4)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(9, 4), (4, 3), (4,)]
+    tensors = [torch.randn(*s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    assert torch.autograd.gradcheck(lambda *t: causal_conv(*t, (3, 1, 5)), tensors)

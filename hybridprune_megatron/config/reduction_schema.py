@@ -44,7 +44,7 @@ class ReductionConfig:
         midpoint: relative depth (0 to 1) at which the sigmoid has dropped half.
         slope: steepness of the sigmoid, above 0.
         step_layer: the step drops once, after the first layer from this 0-based index on that may drop.
-        stages: number of equally deep stages; each keeps the same share of the one before.
+        stages: equally deep stages that keep the same share of the one before; null = one behind every dropping layer.
         floor: share that sigmoid, linear or cosine falls to, their width then follows; null = solved for the budget.
         retention: share of visual tokens that enters each layer, a number a layer, instead of the schedule; null = off.
         layers: layers that may drop; all, attention, mamba, every_2 (every n-th of all), or a list of 0-based indices.
@@ -72,7 +72,7 @@ class ReductionConfig:
     midpoint: float = 0.2
     slope: float = 10.0
     step_layer: int = 0
-    stages: int = 4
+    stages: int | None = None
     floor: float | None = None
     retention: list[float] | None = None
     layers: Any = "all"

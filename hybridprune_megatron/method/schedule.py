@@ -34,7 +34,8 @@ class Shape:
         midpoint: sigmoid: relative depth at which half is dropped, in [0, 1].
         slope: sigmoid: steepness, > 0.
         step_layer: step: drops once, after the first reducing layer from this 0-based index on.
-        stages: stages: number of equally deep stages, each keeping the same share of the one before.
+        stages: stages: number of equally deep stages, each keeping the same share of the one before; None: a stage ends
+            behind every reducing layer.
         floor: sigmoid, linear, cosine: share at the end of the curve, whose width then meets the budget; None: the
             curve spans the depth and its floor meets the budget.
     """
@@ -43,7 +44,7 @@ class Shape:
     midpoint: float = 0.2
     slope: float = 10.0
     step_layer: int = 0
-    stages: int = 4
+    stages: int | None = None
     floor: float | None = None
 
 
@@ -150,12 +151,12 @@ def retention_by_layer(
     def mean(target: Callable[[int], float]) -> float:
         return sum(realize(target)) / num_layers
 
-    for family, low, high in _families(shape, num_layers, first):
+    for family, low, high in _families(shape, num_layers, reducing, first):
         lowest = mean(family(low))
         if lowest <= budget:
             value = _bisect(lambda value, family=family: mean(family(value)), budget, low, high)
             return realize(family(value))
-    earlier = {"step": "lower reduction.step_layer", "stages": "raise reduction.stages"}
+    earlier = {"step": "lower reduction.step_layer", "stages": "raise reduction.stages, or name earlier layers"}
     raise ValueError(
         f"reduction.budget={budget}: dropping everything as early as reduction.schedule={shape.schedule} and "
         f"reduction.layers={layers} allow still keeps a mean of {lowest:.3f}; raise the budget or "
@@ -164,7 +165,7 @@ def retention_by_layer(
 
 
 def _families(
-    shape: Shape, num_layers: int, first: float
+    shape: Shape, num_layers: int, reducing: set[int], first: float
 ) -> list[tuple[Callable[[float], Callable[[int], float]], float, float]]:
     """What can be solved for, in the order in which it is tried: a map from a number to the share wanted by layer.
 
@@ -173,7 +174,11 @@ def _families(
     if shape.schedule == "step":
         return [(lambda share: lambda layer: first if layer <= shape.step_layer else share, 0.0, first)]
     if shape.schedule == "stages":
-        return [(lambda share: lambda layer: first * share ** (layer * shape.stages // num_layers), 0.0, 1.0)]
+        if shape.stages is None:
+            stage = [sum(index < layer for index in reducing) for layer in range(num_layers)]
+        else:
+            stage = [layer * shape.stages // num_layers for layer in range(num_layers)]
+        return [(lambda share: lambda layer: first * share ** stage[layer], 0.0, 1.0)]
     curve = _CURVES[shape.schedule](shape)
 
     def falling(floor: float, width: float) -> Callable[[int], float]:
@@ -268,10 +273,11 @@ def _share(total: int, wanted: Sequence[float], lowest: Sequence[int], highest: 
     """Whole numbers near the wanted ones, within bounds, that sum to the total: largest remainder, earlier on ties."""
     counts = [max(low, min(high, math.floor(want))) for want, low, high in zip(wanted, lowest, highest)]
     samples = range(len(counts))
-    while sum(counts) < total:
+    missing = total - sum(counts)
+    for _ in range(missing):
         sample = max((s for s in samples if counts[s] < highest[s]), key=lambda s: wanted[s] - counts[s])
         counts[sample] += 1
-    while sum(counts) > total:
+    for _ in range(-missing):
         sample = min((s for s in samples if counts[s] > lowest[s]), key=lambda s: wanted[s] - counts[s])
         counts[sample] -= 1
     return tuple(counts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
+from itertools import combinations
+from statistics import fmean
 
 import pytest
 
@@ -107,11 +109,23 @@ def test_every_model_and_data_option_is_part_of_an_experiment() -> None:
             assert any(f"override /{group}: {option}\n" in text for text in texts), (group, option)
 
 
+@cache
+def with_reduction(option: str) -> Config:
+    # Of the demo's ten layers some options reach too few at a budget of 0.25.
+    return load_config(["experiment=nemotron_nano_12b_v2_vl", f"reduction={option}"])
+
+
 @pytest.mark.parametrize("option", group_options(CONF_DIR, "reduction"))
 def test_reduction_option_composes(option: str) -> None:
-    reduction = load_config([f"reduction={option}"]).reduction
-    assert reduction.budget == (1.0 if option == "none" else 0.25)
-    assert reduction.scorer in known_scorers()
+    cfg = with_reduction(option)
+    assert cfg.reduction.budget == (1.0 if option in ("none", "longmamba") else 0.25)
+    assert cfg.reduction.scorer in known_scorers()
+    assert fmean(cfg.retention_by_layer) == pytest.approx(cfg.reduction.budget, abs=1e-9)
+
+
+def test_no_two_reduction_options_say_the_same() -> None:
+    said = {option: asdict(with_reduction(option).reduction) for option in group_options(CONF_DIR, "reduction")}
+    assert [pair for pair in combinations(said, 2) if said[pair[0]] == said[pair[1]]] == []
 
 
 @pytest.mark.parametrize("option", group_options(CONF_DIR, "parallel"))

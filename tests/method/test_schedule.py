@@ -22,8 +22,9 @@ NANO_12B = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
 PATTERNS = [NANO_12B, "M-M*-M-M*-", "M*M*-M"]
 
 
-SHAPES = [Shape(), *(Shape(name) for name in SCHEDULES[1:]), Shape("linear", floor=0.1), Shape("cosine", floor=0.02)]
-SHAPE_NAMES = [f"{shape.schedule}-{shape.floor}" for shape in SHAPES]
+SHAPES = [Shape(name) for name in SCHEDULES]
+SHAPES += [Shape("stages", stages=4), Shape("linear", floor=0.1), Shape("cosine", floor=0.02)]
+SHAPE_NAMES = [f"{shape.schedule}-{shape.floor}-{shape.stages}" for shape in SHAPES]
 LAYERS = ["all", "attention", "mamba", "every_2", "every_3"]
 
 
@@ -80,8 +81,11 @@ def test_shapes_are_their_formulas():
     assert len(set(constant)) == 2
     assert constant[1] == pytest.approx((0.25 * 62 - 1) / 61)
     # PyramidDrop: four stages of half the tokens of the one before.
-    halves = retention_by_layer("*" * 8, (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4, "all", Shape("stages"))
+    halves = retention_by_layer("*" * 8, (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4, "all", Shape("stages", stages=4))
     assert halves == pytest.approx([1, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8])
+    # Or with an end behind layers of one's choice.
+    chosen = retention_by_layer("M" * 8, (1 + 2 / 2 + 4 / 4 + 1 / 8) / 8, [0, 2, 6], Shape("stages"))
+    assert chosen == pytest.approx([1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 8])
 
 
 @pytest.mark.parametrize("budget", [0.15, 0.25])
@@ -138,7 +142,7 @@ def test_counts_meet_the_budget(pattern, shape):
         retention = solved(pattern, budget, layers, shape)
         if retention is None:
             continue
-        for num_visual in (0, 1, 2, 7, 255, 256, 8191):
+        for num_visual in (0, 1, 7, 256, 8191):
             counts = kept_counts(retention, num_visual)
             wanted = [max(share * num_visual, min(1, num_visual)) for share in retention]
             assert counts[0] == num_visual
@@ -164,7 +168,7 @@ def test_counts_keep_a_minimum():
     assert kept_counts((1.0, 0.5), 0) == (0, 0)
 
 
-@pytest.mark.parametrize("multiple_of", [2, 8, 16, 128])
+@pytest.mark.parametrize("multiple_of", [2, 16, 128])
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
 def test_aligned_counts_meet_the_budget(shape, multiple_of):
     numbers = random.Random(multiple_of)
@@ -172,7 +176,7 @@ def test_aligned_counts_meet_the_budget(shape, multiple_of):
         retention = solved(NANO_12B, budget, layers, shape)
         if retention is None:
             continue
-        for samples in (1, 2, 5):
+        for samples in (1, 3):
             visual = tuple(numbers.randint(0, 4000) for _ in range(samples))
             num_text = 50 * samples + -(50 * samples + sum(visual)) % multiple_of
             by_layer = packed_counts([retention] * samples, visual, num_text, 1, multiple_of)

@@ -36,7 +36,9 @@ def sample_retention(trace: Sequence[TokenLayout]) -> list[tuple[float, ...]]:
     """Per sample with visual tokens, the share of them that entered every layer.
 
     Args:
-        trace: the layout that entered every layer, the first one unreduced (``VideoLanguageModel.logits``).
+        trace: the layout that entered every layer (``VideoLanguageModel.logits``); of the first one too, a reduction in
+            front of the model may have dropped tokens.
     """
+    originals = trace[0].original_visual_counts
     counts = zip(*(layout.visual_counts for layout in trace))
-    return [tuple(count / sample[0] for count in sample) for sample in counts if sample[0]]
+    return [tuple(count / whole for count in sample) for sample, whole in zip(counts, originals) if whole]

@@ -20,6 +20,12 @@ OURS = "query"
 NUM_STRONGEST = 2
 
 
+#: What finetuning draws its budgets from: one checkpoint for every budget.
+RANDOM_BUDGETS = ("tuning=random_budget", "tuning.budget.distribution=loguniform")
+#: A front hands on a fixed share, so a checkpoint behind it is finetuned at the headline budget.
+FIXED_BUDGET = ()
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to drop visual tokens.
@@ -30,6 +36,7 @@ class Method:
         overrides: of the configuration; the budget comes on top.
         ours: a variant of ours, not a baseline.
         headline_only: measured at the headline budget alone.
+        tuning: overrides of its light finetuning.
     """
 
     name: str
@@ -37,6 +44,7 @@ class Method:
     overrides: tuple[str, ...]
     ours: bool = False
     headline_only: bool = False
+    tuning: tuple[str, ...] = RANDOM_BUDGETS
 
 
 METHODS = (
@@ -45,15 +53,23 @@ METHODS = (
     Method("uniform", "uniform stride", ("reduction=uniform",)),
     Method("fastv", "FastV", ("reduction=fastv",)),
     Method("pyramiddrop", "PyramidDrop", ("reduction=pyramiddrop",)),
-    Method("evs", "EVS in front", ("reduction=evs",)),
+    Method("evs", "EVS in front", ("reduction=evs",), tuning=FIXED_BUDGET),
     Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
-    Method("tome", "ToMe in front", ("reduction=tome",)),
+    Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
     Method("query_with_decay", "ours with decay", ("reduction=query_with_decay",), ours=True),
     Method("attention_only", "ours, attention layers only", ("reduction=attention_only",), ours=True),
     Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
-    Method("constant", "ours, constant (one drop after layer 0)", ("reduction=constant",), ours=True),
-    Method("one_shot", "ours, early one-shot", ("reduction=one_shot",), ours=True),
-    Method("evs_query", "EVS in front and ours inside", ("reduction=evs_query",), ours=True),
+    Method("constant", "ours, constant from layer 1 on", ("reduction=constant",), ours=True),
+    Method(
+        "one_shot", "ours, early one-shot after layer 1", ("reduction=constant", "reduction.step_layer=1"), ours=True
+    ),
+    Method(
+        "evs_query",
+        "EVS in front and ours inside",
+        ("reduction=evs_query",),
+        ours=True,
+        tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),
+    ),
     Method("longmamba", "LongMamba's step filter (drops nothing)", ("reduction=longmamba",), headline_only=True),
 )
 METHOD_BY_NAME = {method.name: method for method in METHODS}
@@ -64,7 +80,8 @@ class Unit:
     """Weights and what to evaluate them under.
 
     Attributes:
-        stage: before (the base model), after (finetuned at random budgets), or after_fixed (at the headline budget).
+        stage: before (the base model), after (finetuned as the method says, at random budgets), or after_fixed (at the
+            headline budget).
         method: a name of ``METHODS``, or "none" for the base model with every token.
         seed: of the finetuning; 0 for the base model.
         budgets: to evaluate at.

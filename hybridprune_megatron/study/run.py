@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = "experiment=bench"
-#: What finetuning draws its budgets from; "after_fixed" trains at the headline budget instead.
-RANDOM_BUDGETS = "tuning=random_budget"
 
 
 @dataclass
@@ -108,7 +106,7 @@ class Runner:
     def _finetune(self, unit: Unit, folder: Path) -> None:
         """The same recipe that a user runs, in a process of its own; a killed one goes on from its checkpoint."""
         folder.mkdir(parents=True, exist_ok=True)
-        budgets = [RANDOM_BUDGETS] if unit.stage == "after" else []
+        budgets = METHOD_BY_NAME[unit.method].tuning if unit.stage == "after" else ()
         command = [
             *(sys.executable, str(ROOT / "recipes" / "finetune.py")),
             *self._overrides(unit, HEADLINE),

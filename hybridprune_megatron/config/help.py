@@ -26,6 +26,7 @@ COMMON_KEYS = (
     "reduction.scorer",
     "tuning.budget.distribution",
     "tuning.distillation.weight",
+    "tuning.lora.rank",
     "optim.lr",
     "trainer.max_steps",
     "trainer.global_batch_size",
@@ -43,6 +44,7 @@ EXAMPLES = (
     "python recipes/finetune.py experiment=demo reduction.budget=0.35 trainer.max_steps=50",
     "python recipes/finetune.py experiment=demo reduction=random name=demo_random",
     "python recipes/finetune.py experiment=demo 'reduction.layers=[0,2,5,7]'",
+    "python recipes/finetune.py experiment=demo tuning=lora tuning.budget.distribution=uniform name=demo_lora",
     "python recipes/finetune.py experiment=nemotron_nano_12b_v2_vl --cfg job",
 )
 _WIDTH = 120

@@ -22,6 +22,7 @@ from hybridprune_megatron.config.tuning_schema import TuningConfig
 __all__ = [
     "Config",
     "DataConfig",
+    "LrScaleConfig",
     "ModelConfig",
     "OptimConfig",
     "ParallelConfig",
@@ -93,6 +94,28 @@ class DataConfig:
 
 
 @dataclass
+class LrScaleConfig:
+    """What the learning rate is multiplied by in a part of the model, at every step of its schedule.
+
+    Attributes:
+        vision: factor for the vision tower.
+        projector: factor for the projector.
+        language: factor for the language model.
+    """
+
+    vision: float = 1.0
+    projector: float = 1.0
+    language: float = 1.0
+
+    def __post_init__(self) -> None:
+        for part, factor in vars(self).items():
+            if not 0 < factor < float("inf"):
+                key = f"optim.lr_scale.{part}"
+                fix = f"freeze the part with model.trainable.{part}=false, or set e.g. {key}=0.1"
+                raise fail(key, factor, "must be a finite number above 0", fix)
+
+
+@dataclass
 class OptimConfig:
     """Adam and its learning-rate schedule.
 
@@ -107,6 +130,7 @@ class OptimConfig:
         beta2: decay of Adam's second moment.
         eps: epsilon of Adam.
         clip_grad: largest gradient norm; 0 = no clipping.
+        lr_scale: factors on the learning rate by part of the model.
     """
 
     lr: float
@@ -119,6 +143,7 @@ class OptimConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     clip_grad: float = 1.0
+    lr_scale: LrScaleConfig = field(default_factory=LrScaleConfig)
 
     def __post_init__(self) -> None:
         above_zero("optim", self, "lr", "eps")

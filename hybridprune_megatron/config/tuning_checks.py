@@ -1,10 +1,11 @@
-"""What the ``tuning`` group must agree on with the rest of the configuration."""
+"""What finetuning (the ``tuning`` group, trained parts) must agree on with the rest of the configuration."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, PROJECTOR_TARGET
 from hybridprune_megatron.method.budgets import budget_levels
 
 if TYPE_CHECKING:
@@ -12,9 +13,11 @@ if TYPE_CHECKING:
 
 
 def check_tuning(cfg: Config) -> None:
-    """All checks of the group; raises ``ConfigError`` at the first that fails."""
+    """All checks of this file; raises ``ConfigError`` at the first that fails."""
     check_budgets(cfg)
     check_teacher(cfg)
+    check_lr_scale(cfg)
+    check_lora(cfg)
 
 
 def check_budgets(cfg: Config) -> None:
@@ -50,3 +53,24 @@ def check_teacher(cfg: Config) -> None:
     if distillation.teacher == "self" and cfg.reduction.budget == 1 and cfg.tuning.budget.distribution == "fixed":
         reason = "nothing is dropped (reduction.budget=1), so the student is its own teacher"
         raise fail(key, distillation.teacher, reason, f"set {key}=initial or reduction.budget below 1")
+
+
+def check_lr_scale(cfg: Config) -> None:
+    """A part with a learning rate of its own learns."""
+    for part, factor in vars(cfg.optim.lr_scale).items():
+        if factor != 1 and not getattr(cfg.model.trainable, part):
+            key, switch = f"optim.lr_scale.{part}", f"model.trainable.{part}"
+            raise fail(key, factor, f"{switch}=false, so this part does not learn", f"set {switch}=true or {key}=1")
+
+
+def check_lora(cfg: Config) -> None:
+    """Adapters stand on parts that are to learn."""
+    lora, trainable = cfg.tuning.lora, cfg.model.trainable
+    if not lora.rank:
+        return
+    for part, targets in (("language", LANGUAGE_TARGETS), ("projector", (PROJECTOR_TARGET,))):
+        named = [target for target in lora.targets if target in targets]
+        if named and not getattr(trainable, part):
+            switch = f"model.trainable.{part}"
+            fix = f"set {switch}=true (its adapters learn, its weights stay)"
+            raise fail("tuning.lora.targets", lora.targets, f"names {named[0]}, and {switch}=false", fix)

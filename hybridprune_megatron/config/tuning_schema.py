@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hybridprune_megatron.config.checks import above_zero, fail, one_of, within
+from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of, within
 from hybridprune_megatron.method.budgets import DISTRIBUTIONS
+
+#: Linears of the language model: attention, MLP, Mamba.
+LANGUAGE_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj", "out_proj")
+PROJECTOR_TARGET = "projector"
 
 
 @dataclass
@@ -63,13 +67,44 @@ class DistillationConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters: what they stand on is frozen, they learn, and an export has them merged into the weights.
+
+    Attributes:
+        rank: rank of every adapter; 0 = no adapters.
+        alpha: adapters are scaled by alpha / rank.
+        dropout: share of an adapter's input that is dropped in training, from 0 to below 1.
+        targets: linears with an adapter; linear_qkv, linear_proj, linear_fc1, linear_fc2, in_proj, out_proj, projector.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: list(LANGUAGE_TARGETS))
+
+    def __post_init__(self) -> None:
+        prefix = "tuning.lora"
+        at_least(prefix, self, 0, "rank")
+        above_zero(prefix, self, "alpha")
+        if not 0 <= self.dropout < 1:
+            fix = f"set e.g. {prefix}.dropout=0.05"
+            raise fail(f"{prefix}.dropout", self.dropout, "must be from 0 to below 1", fix)
+        allowed = (*LANGUAGE_TARGETS, PROJECTOR_TARGET)
+        if not self.targets or not set(self.targets) <= set(allowed):
+            words = f"allowed is a list of {', '.join(allowed)}"
+            raise fail(f"{prefix}.targets", self.targets, words, f"set e.g. '{prefix}.targets=[in_proj,out_proj]'")
+
+
+@dataclass
 class TuningConfig:
     """How finetuning goes about budgets, targets and weights.
 
     Attributes:
         budget: which budget a sample is trained at.
         distillation: a second target beside the labels.
+        lora: adapters that learn instead of the language model's weights.
     """
 
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)

@@ -13,12 +13,34 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module, MegatronModule
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import OptimConfig, ParallelConfig, TrainerConfig
+
+
+#: Parts of the model as ``optim.lr_scale`` and ``model.trainable`` name them, and the module that each is.
+MODULE_OF_PART = {"vision": "vision_model", "projector": "mlp1", "language": "language_model"}
+
+
+class PartParamScheduler(OptimizerParamScheduler):
+    """Megatron's schedule times the factor of a parameter group (``lr_mult``), in warmup too.
+
+    Megatron's own way, a ``max_lr`` a group, warms every group up from one common rate, which may lie above the peak of
+    a slow group.
+    """
+
+    def get_lr(self, param_group: dict) -> float:
+        """Learning rate of a group at this step."""
+        return param_group["lr_mult"] * super().get_lr(param_group)
 
 
 @dataclass
@@ -88,7 +110,10 @@ def wrap_model(
 def build_optimizer(
     ddp: DistributedDataParallel, optim: OptimConfig, trainer: TrainerConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:
-    """Adam with decoupled weight decay; ``parallel.distributed_optimizer`` splits its state over replicas."""
+    """Adam with decoupled weight decay; ``parallel.distributed_optimizer`` splits its state over replicas.
+
+    Every part of the model with an ``optim.lr_scale`` of its own gets parameter groups of its own.
+    """
     config = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -103,7 +128,14 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather and parallel.distributed_optimizer,
     )
-    return get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)
+    overrides = get_standard_config_overrides(config)
+    for part, module in MODULE_OF_PART.items():
+        factor = getattr(optim.lr_scale, part)
+        if factor != 1.0:
+            # Inside the wrapper for DDP, and in bf16 one more.
+            names = (f"module.{module}.*", f"module.module.{module}.*")
+            overrides[ParamKey(name=names)] = {"lr_mult": factor}
+    return get_megatron_optimizer(config, [ddp], config_overrides=overrides, use_gloo_process_groups=False)
 
 
 def build_scheduler(
@@ -113,7 +145,7 @@ def build_scheduler(
     decay_steps = optim.decay_steps or trainer.max_steps
     # Megatron asserts warmup < decay; a short trial run of a long recipe must not die of it.
     warmup_steps = min(optim.warmup_steps, decay_steps - 1)
-    return OptimizerParamScheduler(
+    return PartParamScheduler(
         optimizer,
         # Not zero: the first step of the run would be wasted.
         init_lr=optim.lr / warmup_steps if warmup_steps else optim.lr,

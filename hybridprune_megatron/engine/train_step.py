@@ -32,7 +32,7 @@ class StepResult:
         loss_tokens: tokens that carry a loss, in the whole job.
         tokens: tokens that entered the model, in the whole job.
         grad_norm: L2 norm of the mean gradient, before clipping.
-        lr: learning rate of the update.
+        lr: learning rate of the update, before ``optim.lr_scale``.
         samples: 16 hex digits that identify the samples of this step and their order, on all replicas.
     """
 
@@ -154,7 +154,7 @@ def train_step(
             f"samples of this rank: {', '.join(recorder.keys[:4])}; "
             "lower optim.lr, check those samples, or resume from an earlier checkpoint"
         )
-    lr = max(group["lr"] for group in state.optimizer.param_groups)
+    lr = max(group["lr"] / group["lr_mult"] for group in state.optimizer.param_groups)
     _, grad_norm, _ = state.optimizer.step()
     # Without clipping megatron computes no norm.
     grad_norm = float(grad_norm) if grad_norm is not None else 0.0

@@ -9,6 +9,7 @@ checked before it is.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
+from hybridprune_megatron.models.lora import is_adapter
 
 # All that a genuine index of torch.distributed.checkpoint is made of. Names in full: a pickle may also ask for
 # "os.system" of a harmless module that happens to import os.
@@ -62,7 +64,7 @@ def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
 
     Args:
         module: any tensor/pipeline split; every weight must be in the file, and every weight of the file in
-            some rank's model.
+            some rank's model. Adapters may be missing all together: then they stay as they were built.
         path: a ``.safetensors`` file or a distributed checkpoint folder (ours or stock megatron's).
 
     Raises:
@@ -115,10 +117,32 @@ def _sharded_tensors(module: MegatronModule) -> dict[str, ShardedTensor | Sharde
     return {name: entry for name, entry in sharded.items() if not isinstance(entry, ShardedObject)}
 
 
+def _tensors_to_load(module: MegatronModule, names: Iterable[str], path: Path) -> dict[str, Any]:
+    """``_sharded_tensors``, without the adapters if the file has none: new ones change nothing as they are built.
+
+    Args:
+        module: the model.
+        names: all keys of the file.
+        path: for the message.
+
+    Raises:
+        ValueError: the file has adapters and the model has not.
+    """
+    sharded = _sharded_tensors(module)
+    if not any(is_adapter(name) for name in names):
+        return {name: entry for name, entry in sharded.items() if not is_adapter(name)}
+    if not any(is_adapter(name) for name in sharded):
+        raise ValueError(
+            f"model.init_checkpoint={path} holds adapters that the model has not: set the tuning.lora of its run, or "
+            "merge them into the weights (scripts/save_weights.py)"
+        )
+    return sharded
+
+
 def _assign(module: MegatronModule, loaded: dict[str, Any]) -> None:
     missing, unexpected = module.load_state_dict(loaded, strict=False)
-    # Extra states are the only entries of a state dict that are not tensors.
-    missing = [name for name in missing if not name.endswith("_extra_state")]
+    # Extra states are the only entries of a state dict that are not tensors; adapters may be left as they were built.
+    missing = [name for name in missing if not name.endswith("_extra_state") and not is_adapter(name)]
     assert not missing, f"weights without a value: {missing[:5]}"
     assert not unexpected, f"values without a weight: {unexpected[:5]}"
 
@@ -128,7 +152,7 @@ def _load_safetensors(module: MegatronModule, path: Path) -> None:
         names = set(file.keys())
         loaded: dict[str, Any] = {}
         used: set[str] = set()
-        for name, entry in _sharded_tensors(module).items():
+        for name, entry in _tensors_to_load(module, names, path).items():
             if entry.key not in names:
                 raise ValueError(
                     f"model.init_checkpoint={path} has no weight {entry.key!r}; it is of another model, check model=..."
@@ -194,16 +218,16 @@ def _load_distributed(module: MegatronModule, path: Path) -> None:
         )
     check_index(path / ".metadata")
     with torch.no_grad():
-        sharded: dict[str, Any] = dict(_sharded_tensors(module))
+        wanted = _tensors_to_load(module, dist_checkpointing.load_tensors_metadata(str(path)), path)
         try:
-            loaded = dist_checkpointing.load(sharded, str(path))
+            loaded = dist_checkpointing.load(dict(wanted), str(path))
         except CheckpointException as error:
             # torch wraps what a rank's plan raised, a missing or misshapen weight; it is no Exception itself.
             reasons = [reason for reason, _ in error.failures.values()]
             raise ValueError(
                 f"model.init_checkpoint={path} is of another model: {reasons[0]}; check model=..."
             ) from None
-        _assign(module, {name: loaded[name] for name in _sharded_tensors(module)})
+        _assign(module, {name: loaded[name] for name in wanted})
 
 
 class _IndexReader(pickle.Unpickler):

@@ -17,6 +17,7 @@ from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel
 from hybridprune_megatron.engine.weights import load_initial_weights
 from hybridprune_megatron.models.build import build_model
+from hybridprune_megatron.models.lora import merge_adapters
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 # How a run was spread over machines says nothing about its weights; one process holds them all.
@@ -84,7 +85,7 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
 
 
 def load_model(checkpoint: Path, cfg: Config) -> VideoLanguageModel:
-    """Builds the model and loads the weights of a checkpoint of any parallel layout.
+    """Builds the model and loads the weights of a checkpoint of any parallel layout, adapters merged.
 
     Args:
         checkpoint: from ``find_checkpoint``.
@@ -97,4 +98,5 @@ def load_model(checkpoint: Path, cfg: Config) -> VideoLanguageModel:
     init_model_parallel(seed=cfg.trainer.seed)
     model = build_model(cfg)
     load_initial_weights(model, checkpoint)
+    merge_adapters(model)
     return model.eval()

@@ -14,10 +14,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import RadioModel
 
 from hybridprune_megatron.config.schema import Config, VisionConfig
+from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.models.distillation import DistillingModel
 from hybridprune_megatron.models.language_model import ReductionHybridModel
+from hybridprune_megatron.models.lora import adapt_projector, is_adapter, train_adapters_only
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 from hybridprune_megatron.vision.encoder import build_projector, radio_config
@@ -44,10 +46,10 @@ def build_model(
 def _build(cfg: Config, pre_process: bool, post_process: bool, config: TransformerConfig) -> VideoLanguageModel:
     model = cfg.model
     meta = config.init_model_with_meta_device
-    spec = resolve_spec(model.spec)
+    spec, lora = resolve_spec(model.spec), cfg.tuning.lora
     language_model = ReductionHybridModel(
         config,
-        hybrid_stack_spec=stack_spec(spec, model.mamba_chunk_size),
+        hybrid_stack_spec=stack_spec(spec, model.mamba_chunk_size, lora if lora.rank else None),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_sequence_length,
         hybrid_layer_pattern=model.hybrid_pattern,
@@ -67,6 +69,8 @@ def _build(cfg: Config, pre_process: bool, post_process: bool, config: Transform
                 vision.hidden_size, vision.pixel_shuffle, vision.projector_hidden_size, model.hidden_size
             )
         tower, projector = tower.to(config.params_dtype), projector.to(config.params_dtype)
+        if lora.rank and PROJECTOR_TARGET in lora.targets:
+            adapt_projector(projector, lora)
     distillation = cfg.tuning.distillation
     model_class: Callable[..., VideoLanguageModel] = VideoLanguageModel
     if distillation.weight:
@@ -80,15 +84,23 @@ def _build(cfg: Config, pre_process: bool, post_process: bool, config: Transform
         model.trainable.vision,
         build_reduction(cfg),
     )
-    trainable = model.trainable
-    for part, learns in (
-        (result.vision_model, trainable.vision),
-        (result.mlp1, trainable.projector),
-        (result.language_model, trainable.language),
-    ):
-        if part is not None:
-            part.requires_grad_(learns)
+    _choose_trained(result, cfg)
     return result
+
+
+def _choose_trained(model: VideoLanguageModel, cfg: Config) -> None:
+    """Leaves gradients to the parts that learn: whole, or by their adapters alone where they have some."""
+    trainable = cfg.model.trainable
+    for part, learns in (
+        (model.vision_model, trainable.vision),
+        (model.mlp1, trainable.projector),
+        (model.language_model, trainable.language),
+    ):
+        if part is None:
+            continue
+        part.requires_grad_(learns)
+        if learns and any(is_adapter(name) for name, _ in part.named_parameters()):
+            train_adapters_only(part)
 
 
 def build_reduction(cfg: Config) -> Reduction | None:

@@ -57,6 +57,9 @@ class ReductionHybridModel(HybridModel):
             On the last stage float32 [R] losses, or [R, vocabulary of this rank] logits; else hidden states. And the
             last layout.
         """
+        if embeddings is not None and self.training and self.config.recompute_granularity is not None:
+            # Recomputation records nothing of a layer whose input asks for no gradient, as frozen embeddings do not.
+            embeddings = embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
         if self.config.sequence_parallel and embeddings is not None:
             embeddings = scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
         hidden, layout = self.decoder(embeddings, layout, reduction, trace)

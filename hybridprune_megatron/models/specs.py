@@ -24,6 +24,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from hybridprune_megatron.config.tuning_schema import LoraConfig
+from hybridprune_megatron.models.lora import adapted
 from hybridprune_megatron.models.mamba_ops import KernelMambaOps, MambaOps, TorchMambaOps
 from hybridprune_megatron.models.mixers import ReductionMambaMixer, scoring_attention
 from hybridprune_megatron.models.stack import ReductionStack
@@ -47,12 +49,13 @@ def resolve_spec(name: str) -> str:
     return name
 
 
-def stack_spec(name: str, chunk_size: int) -> ModuleSpec:
+def stack_spec(name: str, chunk_size: int, lora: LoraConfig | None = None) -> ModuleSpec:
     """The spec of the decoder.
 
     Args:
         name: "torch" or "te", from ``resolve_spec``.
         chunk_size: tokens a chunk of the Mamba scan.
+        lora: adapters on the linears that it names; None: none.
     """
     if name == "te":
         from megatron.core.extensions.transformer_engine import (
@@ -69,8 +72,11 @@ def stack_spec(name: str, chunk_size: int) -> ModuleSpec:
             TENorm,
             KernelMambaOps(),
             chunk_size,
+            lora,
         )
-    return _spec(NormColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm, TorchMambaOps(), chunk_size)
+    return _spec(
+        NormColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm, TorchMambaOps(), chunk_size, lora
+    )
 
 
 def _spec(
@@ -80,14 +86,21 @@ def _spec(
     norm: type[nn.Module],
     mamba_ops: MambaOps,
     chunk_size: int,
+    lora: LoraConfig | None,
 ) -> ModuleSpec:
+    def column(target: str) -> type[nn.Module]:
+        return adapted(norm_linear, lora, 0) if lora is not None and target in lora.targets else norm_linear
+
+    def row(target: str) -> type[nn.Module]:
+        return adapted(row_linear, lora, 1) if lora is not None and target in lora.targets else row_linear
+
     mamba = ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
             mixer=ModuleSpec(
                 module=ReductionMambaMixer,
                 params={"ops": mamba_ops, "chunk_size": chunk_size},
-                submodules=MambaMixerSubmodules(in_proj=norm_linear, out_proj=row_linear),
+                submodules=MambaMixerSubmodules(in_proj=column("in_proj"), out_proj=row("out_proj")),
             ),
             mamba_bda=get_bias_dropout_add,
         ),
@@ -99,17 +112,19 @@ def _spec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=norm_linear, core_attention=scoring_attention(core_attention), linear_proj=row_linear
+                    linear_qkv=column("linear_qkv"),
+                    core_attention=scoring_attention(core_attention),
+                    linear_proj=row("linear_proj"),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
         ),
     )
+    mlp_linears = MLPSubmodules(linear_fc1=column("linear_fc1"), linear_fc2=row("linear_fc2"))
     mlp = ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
-            mlp=partial(MLP.as_mlp_submodule, submodules=MLPSubmodules(linear_fc1=norm_linear, linear_fc2=row_linear)),
-            mlp_bda=get_bias_dropout_add,
+            mlp=partial(MLP.as_mlp_submodule, submodules=mlp_linears), mlp_bda=get_bias_dropout_add
         ),
     )
     return ModuleSpec(

@@ -10,7 +10,7 @@ which ridge regression has in closed form: ``e_i = (y_i - f_i) / (1 - h_ii)`` wi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,11 +32,13 @@ class Probe:
         score: on samples that were held out, each exactly once.
         shuffled: mean score when the targets are dealt to the samples at random: what no information at all looks like.
         shuffled_high: 95th percentile of these scores; a score below it says nothing.
+        predictions: float64 [n, K] behind ``score``.
     """
 
     score: float
     shuffled: float
     shuffled_high: float
+    predictions: Tensor = field(repr=False)
 
 
 def probe(features: Tensor, targets: Tensor, score: Score, seed: int = 0) -> Probe:
@@ -52,8 +54,10 @@ def probe(features: Tensor, targets: Tensor, score: Score, seed: int = 0) -> Pro
     count = len(features)
     orders = [torch.arange(count)] + [torch.randperm(count, generator=generator) for _ in range(SHUFFLES)]
     sets = torch.stack([targets.double().cpu()[order] for order in orders])
-    scores = score(held_out_predictions(features.double().cpu(), sets, seed), sets)
-    return Probe(scores[0].item(), scores[1:].mean().item(), scores[1:].quantile(0.95).item())
+    predictions = held_out_predictions(features.double().cpu(), sets, seed)
+    scores = score(predictions, sets)
+    shuffled = scores[1:]
+    return Probe(scores[0].item(), shuffled.mean().item(), shuffled.quantile(0.95).item(), predictions[0])
 
 
 def held_out_predictions(features: Tensor, targets: Tensor, seed: int = 0) -> Tensor:

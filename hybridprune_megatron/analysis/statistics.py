@@ -103,6 +103,13 @@ def top_overlap(scores: Tensor, count: int) -> Tensor:
     return member @ member.T / count
 
 
+def evenly_spread(values: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of the values, the first and the last among them, in their order."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(index * (len(values) - 1) / (most - 1))] for index in range(most)]
+
+
 def _check_mass(mass: Tensor) -> None:
     assert mass.dim() == 1, mass.shape
     assert len(mass) > 0, "mass of no token"

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from hybridprune_megatron.analysis.statistics import average_ranks, gini, spearman, tokens_that_hold, top_overlap
+from hybridprune_megatron.analysis.statistics import (
+    average_ranks,
+    evenly_spread,
+    gini,
+    spearman,
+    tokens_that_hold,
+    top_overlap,
+)
 
 
 def _ranks(values: list[float]) -> list[float]:
@@ -84,3 +91,15 @@ def test_overlap_counts_the_tokens_in_both_tops():
     expected = torch.tensor([[3, 2, 3], [2, 3, 2], [3, 2, 3]], dtype=torch.float64) / 3
     torch.testing.assert_close(top_overlap(scores, 3), expected)
     assert top_overlap(scores, 5).tolist() == [[1.0] * 3] * 3
+
+
+def test_noise_around_zero_looks_as_the_documentation_says():
+    mass = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).abs()
+    assert tokens_that_hold(mass, [0.5, 0.8, 0.95]) == pytest.approx([0.24, 0.50, 0.75], abs=0.005)
+    assert gini(mass) == pytest.approx(0.41, abs=0.005)
+
+
+def test_evenly_spread_keeps_both_ends():
+    assert evenly_spread(range(10, 20), 4) == [10, 13, 16, 19]
+    assert evenly_spread([3, 5, 8], 3) == [3, 5, 8]
+    assert evenly_spread([3, 5, 8], 7) == [3, 5, 8]

@@ -1,0 +1,237 @@
+"""The figures of an analysis, from the values that are in its JSON. Colours are safe for the colour-blind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hybridprune_megatron.analysis.probe import IN_FRONT
+from hybridprune_megatron.evaluation.plots import LAYER_COLOURS
+from hybridprune_megatron.method.schedule import SCORING_LAYERS
+
+TYPE_COLOURS = {name: LAYER_COLOURS[symbol] for symbol, name in SCORING_LAYERS.items()}
+#: Okabe and Ito, for pairs of layers: within Mamba, within attention, across.
+_PAIR_COLOURS = {"mamba-mamba": "#0072B2", "attention-attention": "#D55E00", "attention-mamba": "#009E73"}
+_MASS_MARKERS = ("o", "s", "^")
+# More layers than this get no numbers in the cells of a heat map.
+_MOST_NUMBERED = 12
+# More ticks than this on an axis cannot be read.
+_MOST_TICKS = 24
+CONTENT_NAMES = {
+    "feature": ("mean feature of the dropped tokens", "R\N{SUPERSCRIPT TWO} on unseen clips"),
+    "label": ("label of the needle", "accuracy on unseen clips"),
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    # Not pyplot: it keeps figures in a global list and picks a backend for the whole process.
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_sparsity(path: Path, rows: Sequence[dict[str, Any]], symbols: str) -> None:
+    """Share of tokens that hold the score mass, Gini and negative scores, a column a scoring layer."""
+    figure = new_figure(12, 4.2)
+    left, right = figure.subplots(1, 2)
+    layers = range(len(rows))
+    shares = list(rows[0]["tokens_that_hold"])
+    for share, marker in zip(shares, _MASS_MARKERS):
+        for kind, colour in TYPE_COLOURS.items():
+            mine = [x for x in layers if rows[x]["type"] == kind]
+            values = _floats([rows[x]["tokens_that_hold"][share] for x in mine])
+            left.plot(mine, values, marker, color=colour, label=f"{float(share):.0%} of the mass, {kind}")
+    lowest, highest = (_floats([row["tokens_that_hold"][share] for row in rows]) for share in (shares[0], shares[-1]))
+    left.vlines(layers, lowest, highest, color="#BBBBBB", linewidth=1, zorder=0)
+    left.set(title="Visual tokens that hold the score mass", ylabel="share of the visual tokens", ylim=(0, 1.02))
+    for kind, colour in TYPE_COLOURS.items():
+        mine = [x for x in layers if rows[x]["type"] == kind]
+        right.bar(mine, _floats([rows[x]["gini"] for x in mine]), color=colour, label=f"Gini, {kind}")
+    negative = _floats([row["negative"] for row in rows])
+    right.plot(layers, negative, "D", color="black", markerfacecolor="white", label="share of negative scores")
+    right.set(title="Concentration of the scores", ylabel="Gini coefficient; share of tokens", ylim=(0, 1.02))
+    for axes in (left, right):
+        _layer_ticks(axes, [row["layer"] for row in rows], symbols)
+        axes.set_xlabel("layer that scores, nothing dropped")
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        _tidy(axes)
+    _save(figure, path)
+
+
+def plot_stability(path: Path, stability: dict[str, Any], symbols: str) -> None:
+    """Rank correlation and overlap of the top between layers, and both against their distance."""
+    layers = stability["layers"]
+    # By type, so that the blocks of the heat map are: within one type, across types.
+    order = sorted(range(len(layers)), key=lambda index: (symbols[layers[index]] != "M", layers[index]))
+    boundary = sum(symbols[layers[index]] == "M" for index in order)
+    figure = new_figure(16, 5)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
+    top = stability["top"]
+    panels = {
+        "spearman": (left, "Spearman's rank correlation", "PuOr", -1, 1),
+        "overlap": (middle, f"Tokens in both tops of {top:.0%} (by chance {top:.2f})", "cividis", 0, 1),
+    }
+    for name, (axes, title, colours, low, high) in panels.items():
+        values = _floats(stability[name])[np.ix_(order, order)]
+        image = axes.imshow(values, cmap=colours, vmin=low, vmax=high)
+        figure.colorbar(image, ax=axes, shrink=0.85)
+        _numbers(axes, values, image)
+        for place in (axes.axhline, axes.axvline):
+            place(boundary - 0.5, color="white", linewidth=2)
+        _layer_ticks(axes, [layers[index] for index in order], symbols)
+        _layer_ticks(axes, [layers[index] for index in order], symbols, vertical=True)
+        axes.set(title=title, xlabel="layer (Mamba, then attention)", ylabel="layer (Mamba, then attention)")
+    for name, rows in stability["by_distance"].items():
+        distance = [row["distance"] for row in rows]
+        colour = _PAIR_COLOURS[name]
+        right.plot(distance, _floats([row["spearman"] for row in rows]), "-o", color=colour, label=f"Spearman, {name}")
+        overlap = _floats([row["overlap"] for row in rows])
+        right.plot(distance, overlap, "--s", color=colour, markerfacecolor="white", label=f"overlap, {name}")
+    right.axhline(top, color="black", linestyle=":", linewidth=1)
+    right.annotate("overlap by chance", (0.98, top), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                   textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    right.set(title="Against distance in depth", xlabel="layers between the two", ylabel="mean over pairs of layers")
+    right.legend(frameon=False, fontsize=8)
+    _tidy(right)
+    _save(figure, path)
+
+
+def plot_kept(path: Path, kept: dict[str, Any], symbols: str, retention: Sequence[float]) -> None:
+    """Share of each frame's tokens that enter each layer; frames that the answer needs against all others."""
+    needed = kept["needed_frames"]
+    figure = new_figure(12, 4.6)
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    image = left.imshow(_floats(kept["by_layer_and_frame"]), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    figure.colorbar(image, ax=left, label="share of the frame's tokens")
+    _layer_ticks(left, range(len(symbols)), symbols, vertical=True)
+    left.set(title="Tokens that enter each layer, over time", xlabel="frame of the clip", ylabel="layer")
+    layers = range(len(symbols))
+    right.plot(layers, retention, "_", color="black", markersize=12, label="schedule")
+    if needed is not None:
+        inside, outside = _floats(needed["inside"]), _floats(needed["outside"])
+        right.plot(layers, inside, "-o", color="#D55E00", markersize=4, label="frames that the answer needs")
+        right.plot(layers, outside, "-s", color="#0072B2", markersize=4, label="all other frames")
+    else:
+        share = _floats(kept["by_layer_and_frame"]).mean(1)
+        right.plot(layers, share, "-s", color="#0072B2", markersize=4, label="all frames")
+    _layer_ticks(right, layers, symbols)
+    right.set(title="Share that enters each layer", xlabel="layer", ylabel="share of the tokens", ylim=(0, 1.04))
+    right.legend(frameon=False)
+    _tidy(right)
+    _save(figure, path)
+
+
+def plot_probe(path: Path, probe: dict[str, Any], symbols: str) -> None:
+    """What is recovered of dropped tokens: by layers since the drop, for every pair of layers, by time since shown."""
+    contents = probe["contents"]
+    figure = new_figure(16, 4.8 * len(contents))
+    for row, (name, found) in zip(figure.subplots(len(contents), 3, squeeze=False, width_ratios=(1, 1.3, 0.9)),
+                                  contents.items()):  # fmt: skip
+        title, unit = CONTENT_NAMES[name]
+        high = max(each["shuffled_high"] for each in found["rows"])
+        _plot_since(row[0], found, title, unit, high)
+        _plot_pairs(row[1], found["rows"], symbols, unit)
+        _plot_times(row[2], found["rows"], probe["time_bins"], unit, high)
+    _save(figure, path)
+
+
+def _plot_since(axes: Axes, found: dict[str, Any], title: str, unit: str, high: float) -> None:
+    lines = {
+        "held": ("--", "nothing dropped"),
+        "score": ("-o", "dropped"),
+        "absent": (":", "never entered"),
+    }
+    for kind, rows in found["by_layers_since"].items():
+        distance = [row["layers"] for row in rows]
+        for key, (style, name) in lines.items():
+            values = _floats([row[key] for row in rows])
+            axes.plot(distance, values, style, color=TYPE_COLOURS[kind], label=f"{kind}: {name}")
+    _shuffled(axes, high)
+    axes.set(title=f"Probe for the {title}", xlabel="layers since the drop (1 = right behind it)", ylabel=unit)
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+
+
+def _plot_pairs(axes: Axes, rows: Sequence[dict[str, Any]], symbols: str, unit: str) -> None:
+    known = {(row["dropped_after"], row["layer"]): row["score"] for row in rows}
+    columns = sorted({row["layer"] for row in rows})
+    drops = sorted({row["dropped_after"] for row in rows if row["dropped_after"] is not None})
+    table = [[known.get((after, layer), np.nan) for layer in columns] for after in drops]
+    table.append([known[None, layer] for layer in columns])
+    values = _floats(table)
+    image = axes.imshow(values, cmap="cividis", aspect="auto", vmin=min(0.0, np.nanmin(values)))
+    axes.figure.colorbar(image, ax=axes, label=unit)
+    _numbers(axes, values, image)
+    _layer_ticks(axes, columns, symbols)
+    names = ["in front" if after == IN_FRONT else f"after {symbols[after]}{after}" for after in drops]
+    axes.set_yticks(range(len(names) + 1), [*names, "never"])
+    axes.set(title="Every drop and every layer behind it", xlabel="layer that is read", ylabel="tokens dropped")
+
+
+def _plot_times(
+    axes: Axes, rows: Sequence[dict[str, Any]], bins: Sequence[dict[str, Any]], unit: str, high: float
+) -> None:
+    names = ["{} to {}\n({} clips)".format(*group["frames"], group["samples"]) for group in bins]
+    for kind in sorted({row["type"] for row in rows}):
+        mine = [row for row in rows if row["type"] == kind]
+        groups = {
+            ("--^", "nothing dropped"): [row for row in mine if row["dropped_after"] is None],
+            ("-o", "dropped"): [row for row in mine if row["dropped_after"] not in (None, IN_FRONT)],
+            (":s", "never entered"): [row for row in mine if row["dropped_after"] == IN_FRONT],
+        }
+        for (style, name), chosen in groups.items():
+            values = _floats([row["by_time"] for row in chosen]).mean(0)
+            axes.plot(range(len(bins)), values, style, color=TYPE_COLOURS[kind], label=f"{kind}: {name}")
+    _shuffled(axes, high)
+    axes.set_xticks(range(len(bins)), names)
+    axes.set_xlim(-0.5, len(bins) - 0.5)
+    axes.set(title="By time since they were shown", ylabel=f"{unit}, mean over layers",
+             xlabel="frames from the last dropped one to the end")  # fmt: skip
+    axes.legend(frameon=False, fontsize=8)
+    _tidy(axes)
+
+
+def _shuffled(axes: Axes, high: float) -> None:
+    axes.axhspan(min(0.0, axes.get_ylim()[0]), high, color="#DDDDDD", zorder=0, label="95 % of shuffled targets")
+
+
+def _layer_ticks(axes: Axes, layers: Sequence[int], symbols: str, vertical: bool = False) -> None:
+    step = -(-len(layers) // _MOST_TICKS)
+    places = list(range(0, len(layers), step))
+    names = [f"{symbols[layers[place]]}{layers[place]}" for place in places]
+    (axes.set_yticks if vertical else axes.set_xticks)(places, names)
+    for label, place in zip((axes.get_yticklabels if vertical else axes.get_xticklabels)(), places):
+        label.set_color(LAYER_COLOURS.get(symbols[layers[place]], "black"))
+
+
+def _numbers(axes: Axes, values: np.ndarray, image: Any) -> None:
+    """The value in every cell, in black or white, whichever can be read on its colour."""
+    if max(values.shape) > _MOST_NUMBERED:
+        return
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value))
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7,
+                      color="white" if dark else "black")  # fmt: skip
+
+
+def _floats(values: Any) -> np.ndarray:
+    """None, which JSON has for what is not defined, becomes nan."""
+    return np.array(values, dtype=float)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,152 @@
+"""What scores and kept tokens say, per sample, and the mean over samples: sparsity, stability, kept over time.
+
+Shape letters: V visual tokens, F frames, K layers, R layers that score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridprune_megatron.analysis.observe import Observation
+from hybridprune_megatron.analysis.samples import AnalysisSample
+from hybridprune_megatron.analysis.statistics import gini, spearman, tokens_that_hold, top_overlap
+from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.schedule import SCORING_LAYERS
+
+#: Shares of the score mass that are looked for.
+MASS_SHARES = (0.5, 0.8, 0.95)
+
+
+@dataclass(frozen=True)
+class SampleMeasures:
+    """Of one sample.
+
+    Attributes:
+        sparsity: float64 [R, 5]: share of tokens that hold each of ``MASS_SHARES``, Gini, share of negative scores.
+        stability: float64 [2, R, R]: Spearman's correlation and overlap of the top, each layer with each.
+        kept: float64 [K, F] share of each frame's tokens that enter each layer.
+        hit: float64 [K, 2] the same over the frames that the answer needs, and over all others; None if they are not
+            known or are all frames.
+    """
+
+    sparsity: Tensor
+    stability: Tensor
+    kept: Tensor
+    hit: Tensor | None
+
+
+def measure(sample: AnalysisSample, full: Observation, reduced: Observation, top: float) -> SampleMeasures:
+    """Measures of one sample.
+
+    Args:
+        sample: the prompt.
+        full: its pass without reduction, with scores.
+        reduced: its pass under reduction.
+        top: share of tokens that counts as the top.
+    """
+    scores = torch.stack([full.scores[layer] for layer in sorted(full.scores)]).cpu()
+    kept = kept_tokens(sample, reduced.entered).double()
+    frames = sample.frame_numbers()
+    return SampleMeasures(
+        sparsity=torch.tensor([_sparsity(row) for row in scores], dtype=torch.float64),
+        stability=torch.stack([spearman(scores), top_overlap(scores, max(1, round(top * scores.shape[1])))]),
+        kept=torch.stack([kept[:, frames == frame].mean(1) for frame in range(int(frames.max()) + 1)], 1),
+        hit=_hit(kept, frames, sample.evidence),
+    )
+
+
+def kept_tokens(sample: AnalysisSample, entered: Sequence[TokenLayout]) -> Tensor:
+    """bool [K, V]: which of the sample's visual tokens entered each layer."""
+    number = sample.visual_numbers()
+    kept = torch.zeros(len(entered), sample.prompt.layout.num_visual, dtype=torch.bool)
+    for layer, layout in enumerate(entered):
+        kept[layer, number[layout.position[layout.visual_index].cpu()]] = True
+    return kept
+
+
+def _sparsity(scores: Tensor) -> list[float]:
+    mass = scores.abs()
+    return [*tokens_that_hold(mass, MASS_SHARES), gini(mass), (scores < 0).double().mean().item()]
+
+
+def _hit(kept: Tensor, frames: Tensor, evidence: tuple[int, ...] | None) -> Tensor | None:
+    if not evidence:
+        return None
+    inside = torch.isin(frames, torch.tensor(evidence))
+    return None if inside.all() else torch.stack([kept[:, inside].mean(1), kept[:, ~inside].mean(1)], 1)
+
+
+def summarize(found: Sequence[SampleMeasures], symbols: str, top: float) -> dict[str, Any]:
+    """Means over samples as plain values, for JSON.
+
+    Args:
+        found: at least one.
+        symbols: a letter a layer.
+        top: as in ``measure``.
+    """
+    layers = [layer for layer, symbol in enumerate(symbols) if symbol in SCORING_LAYERS]
+    return {
+        "sparsity": _summarize_sparsity(found, layers, symbols),
+        "stability": _summarize_stability(found, layers, symbols, top),
+        "kept": _summarize_kept(found),
+    }
+
+
+def _summarize_sparsity(found: Sequence[SampleMeasures], layers: list[int], symbols: str) -> list[dict[str, Any]]:
+    means = torch.stack([each.sparsity for each in found]).nanmean(0).tolist()
+    return [
+        {
+            "layer": layer,
+            "type": SCORING_LAYERS[symbols[layer]],
+            "tokens_that_hold": {f"{share:g}": value for share, value in zip(MASS_SHARES, row)},
+            "gini": row[-2],
+            "negative": row[-1],
+        }
+        for layer, row in zip(layers, means)
+    ]
+
+
+def _summarize_stability(
+    found: Sequence[SampleMeasures], layers: list[int], symbols: str, top: float
+) -> dict[str, Any]:
+    correlation, overlap = torch.stack([each.stability for each in found]).nanmean(0)
+    pairs: dict[str, list[tuple[int, float, float]]] = {}
+    for i, j in combinations(range(len(layers)), 2):
+        name = "-".join(sorted(SCORING_LAYERS[symbols[layers[k]]] for k in (i, j)))
+        pairs.setdefault(name, []).append((layers[j] - layers[i], correlation[i, j].item(), overlap[i, j].item()))
+    return {
+        "layers": layers,
+        "top": top,
+        "spearman": correlation.tolist(),
+        "overlap": overlap.tolist(),
+        "by_type": {name: _mean_pair(values) for name, values in sorted(pairs.items())},
+        "by_distance": {
+            name: [
+                {"distance": distance, **_mean_pair([value for value in values if value[0] == distance])}
+                for distance in sorted({value[0] for value in values})
+            ]
+            for name, values in sorted(pairs.items())
+        },
+    }
+
+
+def _mean_pair(values: Sequence[tuple[int, float, float]]) -> dict[str, float]:
+    _, correlation, overlap = torch.tensor(values, dtype=torch.float64).nanmean(0).tolist()
+    return {"spearman": correlation, "overlap": overlap, "pairs": len(values)}
+
+
+def _summarize_kept(found: Sequence[SampleMeasures]) -> dict[str, Any]:
+    most = max(each.kept.shape[1] for each in found)
+    padded = [torch.nn.functional.pad(each.kept, (0, most - each.kept.shape[1]), value=torch.nan) for each in found]
+    hits = [each.hit for each in found if each.hit is not None]
+    needed = None
+    if hits:
+        inside, outside = torch.stack(hits).mean(0).T.tolist()
+        needed = {"samples": len(hits), "inside": inside, "outside": outside}
+    return {"by_layer_and_frame": torch.stack(padded).nanmean(0).tolist(), "needed_frames": needed}

@@ -138,7 +138,7 @@ def decode(video: bytes) -> np.ndarray:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--frames 8", "--frames 8: at least 16"),
+        ("--frames 3", "--frames 3: at least 4"),
         ("--visible-frames 4 80", "--visible-frames 4 80: rising, from 1 to 32"),
         ("--ghost-opacity 0", "--ghost-opacity 0.0: above 0"),
         ("--questions-per-video 99", "--questions-per-video 99: 1 to 24"),

@@ -10,7 +10,10 @@ import torch
 from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
+from hybridprune_megatron.method.merge import take_merged
+from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.reduction import Reduction, counts_after
+from hybridprune_megatron.method.score_output import OutputNormScorer
 
 NANO_12B = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
 TOKENS, WIDTH = 6, 3
@@ -68,6 +71,25 @@ def test_evs_alone_hands_on_what_its_formula_says(share):
     layout = layout_of(13, 1, 2)
     for each in through(layout, scorer="query", budget=share, front="evs", front_retention=share):
         assert list(each.visual_counts) == [max(TOKENS, floor(count * share)) for count in layout.visual_counts]
+
+
+@pytest.mark.parametrize("scorer", ["query", "utrc"])
+def test_dropped_tokens_are_discarded_or_merged_as_asked(scorer):
+    layout, counts = layout_of(3, 2), (7, 5)
+    hidden = torch.randn(layout.num_tokens, 1, WIDTH, generator=torch.Generator().manual_seed(1))
+    scores = torch.rand(30, generator=torch.Generator().manual_seed(2))
+    partner, ranked = None, scores
+    if scorer == "utrc":
+        ranking = OutputNormScorer().output(hidden.flatten(1), layout, counts)
+        partner, ranked, scores = ranking.partner, ranking.scores, None
+    plan = select(ranked, layout, counts)
+    expected = {"discard": plan.take(hidden), "merge": take_merged(hidden, layout, plan, partner)}
+    assert not torch.equal(*expected.values())
+    for dropped, rows in expected.items():
+        reduction = Reduction.of({"scorer": scorer, "dropped": dropped}, (1.0, 0.4))
+        left, after = reduction.drop(hidden, layout, counts, scores)
+        assert torch.equal(left, rows)
+        assert torch.equal(after.origin, plan.kept)
 
 
 def test_packed_lengths_divide_behind_a_front():

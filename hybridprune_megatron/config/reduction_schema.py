@@ -234,8 +234,8 @@ def _check_explicit_retention(
                 f"rises from {before} of layer {layer - 1}, and dropped tokens do not come back",
                 f"use at most {before} from layer {layer} on",
             )
-        if not now > 0:
-            raise fail(f"{key}[{layer}]", now, "must be above 0 and at most 1", "use a small share, e.g. 0.01")
+        if not now >= 0:
+            raise fail(f"{key}[{layer}]", now, "must be from 0 to 1", "use 0 to keep reduction.min_tokens only")
         if now < before and layer - 1 not in reducing:
             raise fail(
                 f"{key}[{layer}]",

@@ -157,10 +157,10 @@ def retention_by_layer(
             value = _bisect(lambda value, family=family: mean(family(value)), budget, low, high)
             return realize(family(value))
     earlier = {"step": "lower reduction.step_layer", "stages": "raise reduction.stages, or name earlier layers"}
+    fix = earlier.get(shape.schedule, "name earlier layers") if shape.floor is None else "lower reduction.floor"
     raise ValueError(
         f"reduction.budget={budget}: dropping everything as early as reduction.schedule={shape.schedule} and "
-        f"reduction.layers={layers} allow still keeps a mean of {lowest:.3f}; raise the budget or "
-        f"{earlier.get(shape.schedule, 'name earlier layers')}"
+        f"reduction.layers={layers} allow still keeps a mean of {lowest:.3f}; raise the budget or {fix}"
     )
 
 

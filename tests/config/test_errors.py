@@ -18,8 +18,8 @@ FALLING = "1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05"
 # What is wrong with an override by itself: overrides, then the whole line (a regular expression).
 OVERRIDE_CASES = {
     "unknown top-level key": (
-        ["foo=1"],
-        r"foo=1: unknown key foo; the top level has name, .*parallel.*\(see --help-all\)",
+        ["xyz=1"],
+        r"xyz=1: unknown key xyz; the top level has name, .*parallel.*\(see --help-all\)",
     ),
     "key without its group": (["budget=0.3"], r"budget=0.3: unknown key budget; did you mean reduction.budget\?"),
     "misspelled key": (["reduction.bugdet=1"], r".*unknown key reduction.bugdet; did you mean reduction.budget\?"),
@@ -28,10 +28,10 @@ OVERRIDE_CASES = {
     "key below a value": (["trainer.seed.x=1"], r"trainer.seed.x=1: unknown key trainer.seed; .*"),
     "unknown option": (
         ["reduction=quary"],
-        r"reduction=quary: conf/reduction has none, query.*mean reduction=query\?",
+        r"reduction=quary: conf/reduction has .*none, .*query, .*mean reduction=query\?",
     ),
     "value for a group": (["reduction=0.5"], r"reduction=0.5: .*single values are set as reduction.key=value.*"),
-    "missing experiment": (["experiment=dmo"], r"experiment=dmo: conf/experiment has demo.*mean experiment=demo\?"),
+    "missing experiment": (["experiment=dmo"], r"experiment=dmo: conf/experiment has .*demo.*mean experiment=demo\?"),
     "text for a number": (["reduction.budget=abc"], r"reduction.budget=abc: has the wrong type, expected a number .*"),
     "fraction for a count": (["trainer.seed=1.5"], r".*expected a whole number .*set e.g. trainer.seed=1234"),
     "number for a flag": (
@@ -103,9 +103,44 @@ VALUE_CASES = {
         ["reduction.retention=[1,0.5,0.4,0.1,0.1,0.1,0.1,0.1,0.1,0.1]"],
         r"reduction.retention\[2\]=0.4: .*1 \('-'\).*",
     ),
-    "schedule reaches 0": (
-        ["reduction.retention=[1,0,0,0,0,0,0,0,0,0]"],
-        r"reduction.retention\[1\]=0.0: must be above 0.*",
+    "schedule falls below 0": (
+        ["reduction.retention=[1,-0.1,-0.1,0,0,0,0,0,0,0]"],
+        r"reduction.retention\[1\]=-0.1: must be from 0 to 1; .*",
+    ),
+    "floor above the budget": (
+        ["reduction.floor=0.3", "reduction.schedule=linear"],
+        r"reduction.floor=0.3: must lie below reduction.budget=0.25.*",
+    ),
+    "floor of a step": (["reduction.floor=0.1", "reduction.schedule=step"], r".*reduction.floor=null.*"),
+    "floor out of reach": (
+        ["reduction.floor=0.24", "reduction.schedule=linear"],
+        r".*keeps a mean of 0.316; raise the budget or lower reduction.floor",
+    ),
+    "step too late": (
+        ["reduction.schedule=step", "reduction.step_layer=3"],
+        r".*keeps a mean of 0.400; raise the budget or lower reduction.step_layer",
+    ),
+    "stages too few": (
+        ["reduction.schedule=stages", "reduction.stages=2"],
+        r".*keeps a mean of 0.600; raise the budget or raise reduction.stages.*",
+    ),
+    "one stage": (["reduction.stages=1"], r"reduction.stages=1: must be at least 2.*"),
+    "every zeroth layer": (["reduction.layers=every_0"], r"reduction.layers=every_0: .*did you mean every_2\?"),
+    "unknown pooling": (
+        ["reduction.mamba_pooling=max"],
+        r"reduction.mamba_pooling=max: allowed are mean, max_groups, max_heads.*",
+    ),
+    "unknown function": (["reduction.mamba_function=rellu"], r".*did you mean relu\?"),
+    "negative smoothing": (["reduction.smoothing_frames=-1"], r"reduction.smoothing_frames=-1: must be at least 0.*"),
+    "share without a front": (["reduction.front_retention=0.5"], r".*reduction.front=none hands on everything; .*=1"),
+    "front without a share": (["reduction.front=evs"], r"reduction.front_retention=1.0: .*; set e.g. .*=0.5"),
+    "front below the budget": (
+        ["reduction.front=evs", "reduction.front_retention=0.2"],
+        r"reduction.front_retention=0.2: must be at least reduction.budget=0.25.*",
+    ),
+    "schedule starts beside the front": (
+        [f"reduction.retention=[1.0,{FALLING[2:]}]", "reduction.front=evs", "reduction.front_retention=0.5"],
+        r"reduction.retention\[0\]=1.0: reduction.front_retention=0.5; set .*=\[0.5,...\]",
     ),
     "schedule off the budget": (
         [f"reduction.retention=[{FALLING}]", "reduction.budget=0.5"],

@@ -13,7 +13,7 @@ from tests.worlds import run_world
 
 
 def _train_three_steps(
-    weights: str, tensor: int, sequence_parallel: bool, multiple_of: int
+    weights: str, tensor: int, sequence_parallel: bool, multiple_of: int, pooling: list[str]
 ) -> tuple[list[float], list[list[int]]]:
     """Losses of three optimizer steps of the real engine, and what each layer kept in the first."""
     from hybridprune_megatron.engine.optimization import build_train_state
@@ -27,6 +27,7 @@ def _train_three_steps(
         f"trainer.devices={tensor}",
         f"parallel.sequence_parallel={sequence_parallel}",
         "optim.lr=0.01",
+        *pooling,
     ]
     cfg = tiny_config(*overrides, "trainer.global_batch_size=2", f"reduction.multiple_of={multiple_of}")
     init_model_parallel(tensor=tensor, seed=1)
@@ -57,15 +58,19 @@ def weights(tmp_path_factory) -> str:
     return path
 
 
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_tensor_parallel_training_equals_one_process(weights, sequence_parallel):
+# A rank sees its own heads: their highest over all ranks is another number than the mean over ranks.
+HIGHEST = ["reduction.attention_pooling=max", "reduction.mamba_pooling=max_heads"]
+
+
+@pytest.mark.parametrize(("sequence_parallel", "pooling"), [(False, []), (True, []), (False, HIGHEST)])
+def test_tensor_parallel_training_equals_one_process(weights, sequence_parallel, pooling):
     # A sequence that is shared by two ranks keeps an even length; one process can be told to do the same.
     multiple_of = 2 if sequence_parallel else 1
-    losses, kept = run_world(1, _train_three_steps, weights, 1, False, multiple_of)[0]
+    losses, kept = run_world(1, _train_three_steps, weights, 1, False, multiple_of, pooling)[0]
     assert losses[0] > losses[-1]
     assert len(kept[-1]) < len(kept[0])
     assert all(len(tokens) % multiple_of == 0 for tokens in kept)
-    for rank_losses, rank_kept in run_world(2, _train_three_steps, weights, 2, sequence_parallel, 1):
+    for rank_losses, rank_kept in run_world(2, _train_three_steps, weights, 2, sequence_parallel, 1, pooling):
         assert rank_kept == kept
         assert rank_losses == pytest.approx(losses, rel=1e-5)
 

@@ -59,21 +59,38 @@ def test_one_draw_a_step_is_shared() -> None:
     assert len(set(itertools.chain(*steps))) > 10
 
 
+def _write_weights(path: str) -> None:
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.engine.weights import save_weights
+    from hybridprune_megatron.models.build import build_model
+
+    init_model_parallel(seed=2)
+    save_weights(build_model(tiny_config()), path)
+
+
 def _job(folder: Path, *overrides: str) -> Config:
-    settings = ["trainer.max_steps=5", "trainer.save_every_n_steps=2", "optim.lr=0.01", "optim.warmup_steps=0"]
+    """All that finetuning can do, at once."""
+    weights = folder.parent / "weights.safetensors"
+    settings = [
+        *("trainer.max_steps=5", "trainer.save_every_n_steps=2", "optim.lr=0.01", "optim.warmup_steps=1"),
+        *("tuning=lora", "tuning.lora.rank=2", "tuning.lora.dropout=0.1", "optim.lr_scale.language=2"),
+        *("tuning.distillation.weight=0.5", f"model.init_checkpoint={weights}"),
+        *("tuning.budget.distribution=uniform", "tuning.budget.low=0.4"),
+    ]
     return tiny_config(f"output_dir={folder}", *settings, *overrides)
 
 
-def _digits(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return [(repr(row["loss"]), repr(row["grad_norm"])) for row in rows]
+def _digits(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    return [(repr(row["loss"]), repr(row["grad_norm"]), repr(row["lr"])) for row in rows]
 
 
 def test_resumed_run_draws_as_one_that_was_left_alone(tmp_path: Path) -> None:
-    whole = _digits(run_world(1, run_job, _job(tmp_path / "whole", *_RANDOM), 0.0, "", False, True)[0])
-    killed = _job(tmp_path / "killed", *_RANDOM)
+    run_world(1, _write_weights, str(tmp_path / "weights.safetensors"))
+    whole = _digits(run_world(1, run_job, _job(tmp_path / "whole"), 0.0, "", False, True)[0])
+    killed = _job(tmp_path / "killed")
     with pytest.raises(AssertionError, match="died without a word"):
         run_world(1, run_job, killed, 0.0, "step:4", False, True)
     assert _digits(run_world(1, run_job, killed, 0.0, "", False, True)[0]) == whole
     # The draws decide about the digits, or the lines above would say nothing about them.
-    other = run_world(1, run_job, _job(tmp_path / "other", *_RANDOM, "tuning.budget.low=0.41"), 0.0, "", False, True)
-    assert _digits(other[0])[0] != whole[0]
+    other = _job(tmp_path / "other", "tuning.budget.low=0.41", "trainer.max_steps=2")
+    assert _digits(run_world(1, run_job, other, 0.0, "", False, True)[0])[0] != whole[0]

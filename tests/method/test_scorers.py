@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from statistics import fmean
 
 import pytest
 import torch
 
+from hybridprune_megatron.config.schema import ReductionConfig
 from hybridprune_megatron.method import score_query
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.scorers import SCORERS, Scorer, build_scorer
@@ -197,6 +199,29 @@ def test_every_scorer_is_finite_deterministic_and_blind_to_packing(name):
         torch.testing.assert_close(packed[:9], alone)
 
 
+def pooled_over_ranks(scores: list[torch.Tensor], pooling: str) -> torch.Tensor:
+    """As the stack does it over tensor-parallel ranks."""
+    return torch.stack(scores).mean(0) if pooling == "mean" else torch.stack(scores).amax(0)
+
+
+@pytest.mark.parametrize("function", ["identity", "softmax"])
+@pytest.mark.parametrize(
+    ("attention_pooling", "mamba_pooling"), [("mean", "mean"), ("max", "max_groups"), ("max", "max_heads")]
+)
+def test_ranks_with_a_share_of_the_heads_agree_with_all_heads(attention_pooling, mamba_pooling, function):
+    layout = LAYOUTS["two samples"]
+    attention, mamba = signals_of(layout)
+    poolings = {"attention_pooling": attention_pooling, "mamba_pooling": mamba_pooling}
+    scorer = scorer_of("query", mamba_function=function, **poolings)
+    halves = zip(attention.q.chunk(KV_HEADS, 1), attention.k.chunk(KV_HEADS, 1))
+    each = [scorer.attention(AttentionSignals(*half), layout, 0) for half in halves]
+    whole = scorer.attention(attention, layout, 0)
+    torch.testing.assert_close(pooled_over_ranks(each, scorer.attention_pooling), whole)
+    parts = (mamba.B.chunk(GROUPS, 1), mamba.C.chunk(GROUPS, 1), mamba.dt.chunk(GROUPS, 1), mamba.A.chunk(GROUPS))
+    each = [scorer.mamba(MambaSignals(*share), layout, 0) for share in zip(*parts)]
+    torch.testing.assert_close(pooled_over_ranks(each, scorer.mamba_pooling), scorer.mamba(mamba, layout, 0))
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"attention_causal": False, "mamba_decay": True, "mamba_function": "softmax"}]
 )
@@ -240,6 +265,14 @@ def test_a_video_without_a_question_is_refused():
     ):
         with pytest.raises(ValueError, match="3 visual tokens and no question"):
             score()
+
+
+def test_a_scorer_has_the_defaults_of_the_configuration():
+    """So that settings that leave a key out, as an old folder's may, mean the same as a run that does."""
+    configured = asdict(ReductionConfig(scorer="query", budget=0.5))
+    for name in SCORERS:
+        built = asdict(build_scorer({"scorer": name}))
+        assert built == {key: configured[key] for key in built}
 
 
 def test_unknown_scorer_is_refused():

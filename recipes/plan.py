@@ -1,33 +1,131 @@
 """Counts what a prefill costs, layer by layer, and finds the budget that reaches a speedup or fits a memory.
 
     python recipes/plan.py experiment=nemotron_nano_12b_v2_vl target.speedup=4
-    python recipes/plan.py experiment=nemotron_nano_12b_v2_vl target.memory_gib=60 target.frames=64
+    python recipes/plan.py experiment=nemotron_nano_12b_v2_vl target.memory_gib=36 target.frames=64
     python recipes/plan.py experiment=demo reduction=random        # no target: the configured budget
+    python recipes/plan.py experiment=twin target.visual_tokens=8192 --measure runs/twin.json
 
 The last line is the override to paste behind recipes/finetune.py. docs/planner.md says what is counted.
+
+  --plot FILE.png      draws retention and operations by layer
+  --measure FILE.json  times pieces of a prefill here at other lengths, predicts the prefill from them, and times it
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-from hybridprune_megatron.config import ConfigError, load_config
+from hybridprune_megatron.config import Config, ConfigError, load_config
+from hybridprune_megatron.config.checks import fail
 from hybridprune_megatron.config.compose import EXIT_CODE
 from hybridprune_megatron.config.fields import field_help
-from hybridprune_megatron.cost.plan import make_plan
+from hybridprune_megatron.cost.calibration import Calibration, calibration_lengths, predict, sample_sizes
+from hybridprune_megatron.cost.plan import Plan, make_plan
 from hybridprune_megatron.cost.report import plan_lines
 from hybridprune_megatron.cost.target import PREFIX, TargetConfig, read_target, split_target
+
+OPTIONS = ("--plot", "--measure")
 
 
 def usage() -> str:
     """What the command takes."""
-    keys = [
-        f"  {f'{PREFIX}{field.name}={field.default}':<36}{field_help(TargetConfig, field.name)}"
-        for field in fields(TargetConfig)
-    ]
+    keys = []
+    for field in fields(TargetConfig):
+        value = "null" if field.default is None else field.default
+        keys.append(f"  {f'{PREFIX}{field.name}={value}':<36}{field_help(TargetConfig, field.name)}")
     return "\n".join([__doc__ or "", *keys, "", "Every key of recipes/finetune.py may be set too (its --help)."])
+
+
+def split_options(arguments: Sequence[str]) -> tuple[dict[str, Path], list[str]]:
+    """The files of ``--plot`` and ``--measure``, and all other arguments.
+
+    Raises:
+        ConfigError: an unknown option, or one without its file.
+    """
+    options: dict[str, Path] = {}
+    others: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            others.append(argument)
+            continue
+        name, _, value = argument.partition("=")
+        if name not in OPTIONS:
+            raise ConfigError(f"{argument}: unknown option; allowed are --help, {', '.join(OPTIONS)} and overrides")
+        value = value or next(rest, "")
+        if not value or value.startswith("-") or "=" in value:
+            raise ConfigError(f"{name}: needs the file to write; give e.g. {name} runs/plan{name.replace('--', '_')}")
+        options[name] = Path(value)
+    return options, others
+
+
+def measure(cfg: Config, plan: Plan, rounds: int = 5) -> dict[str, Any]:
+    """Predicts the prefill of a plan from pieces timed at other lengths, and times it.
+
+    Args:
+        cfg: a model small enough for this machine; weights are random.
+        plan: its prompt and budget.
+        rounds: how often everything is timed.
+
+    Returns:
+        What was measured and predicted, for JSON. The fastest of the rounds counts: other work on the machine adds.
+    """
+    from hybridprune_megatron.engine.launch import Launch
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+
+    quiet_libraries()
+    from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel, shut_down
+
+    device = init_distributed(Launch(0, 1, 0, 1))
+    init_model_parallel(seed=cfg.trainer.seed)
+    from hybridprune_megatron.evaluation.language_prefill import one_sample, time_language_prefill, time_pieces
+    from hybridprune_megatron.evaluation.machine import describe_machine
+    from hybridprune_megatron.method.reduction import Reduction
+    from hybridprune_megatron.models.build import build_model
+
+    model, prompt = build_model(cfg).to(device), plan.prefill.prompt
+    reduction = Reduction.of(vars(cfg.reduction), [row.retention for row in plan.prefill.rows])
+    if reduction is None:
+        raise fail("reduction.budget", plan.budget, "--measure compares with a reduction", "set it below 1")
+    pieces: dict[str, dict[int, float]] = {}
+    for tokens in calibration_lengths(prompt.tokens):
+        sample = one_sample(*sample_sizes(tokens, prompt.text, prompt.question))
+        for name, seconds in time_pieces(model, cfg.model.hybrid_pattern, sample, reduction, rounds).items():
+            pieces.setdefault(name, {})[tokens] = seconds
+    predicted = predict(plan.prefill, Calibration(pieces))
+    sample = one_sample(prompt.visual, prompt.text, prompt.question)
+    seconds = time_language_prefill(model, sample, {"full": None, "reduced": reduction}, rounds)
+    shut_down()
+    fastest = {name: min(each) for name, each in seconds.items()}
+    ratio = fastest["full"] / fastest["reduced"]
+    return {
+        "model": cfg.model.name,
+        "prompt": vars(prompt),
+        "budget": plan.budget,
+        "machine": describe_machine(),
+        "seconds_by_piece_and_tokens": pieces,
+        "predicted": {**vars(predicted), "ratio": predicted.ratio},
+        "measured": {**fastest, "ratio": ratio, "rounds": seconds},
+        "operations_ratio": plan.prefill.speedup,
+        "predicted_over_measured": predicted.ratio / ratio,
+    }
+
+
+def show_measured(result: dict[str, Any]) -> None:
+    """Prints predicted beside measured."""
+    for kind in ("predicted", "measured"):
+        found = result[kind]
+        print(f"{kind:<10} full {found['full']:.3f} s, reduced {found['reduced']:.3f} s, ratio {found['ratio']:.3f}")
+    share = result["predicted"]["scoring"] / result["predicted"]["reduced"]
+    print(
+        f"predicted ratio over measured: {result['predicted_over_measured']:.3f}; by operations alone "
+        f"{result['operations_ratio']:.3f}; scoring and dropping {share:.1%} of the reduced time"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -35,10 +133,23 @@ def main(arguments: Sequence[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return
-    mine, others = split_target(arguments)
     try:
+        options, arguments = split_options(arguments)
+        mine, others = split_target(arguments)
         target, cfg = read_target(mine), load_config(others)
-        print("\n".join(plan_lines(cfg, target, make_plan(cfg, target))))
+        if "--measure" in options and cfg.parallel.model_parallel_size > 1:
+            raise ConfigError("--measure: runs in one process; set parallel=single")
+        plan = make_plan(cfg, target)
+        print("\n".join(plan_lines(cfg, target, plan)), flush=True)
+        if "--plot" in options:
+            from hybridprune_megatron.cost.plot import plot_plan
+
+            plot_plan(options["--plot"], plan.prefill, cfg.model.name)
+        if "--measure" in options:
+            result = measure(cfg, plan)
+            options["--measure"].parent.mkdir(parents=True, exist_ok=True)
+            options["--measure"].write_text(json.dumps(result, indent=1) + "\n")
+            show_measured(result)
     except ConfigError as error:
         print(f"configuration error: {error}", file=sys.stderr)
         sys.exit(EXIT_CODE)

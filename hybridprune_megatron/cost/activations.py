@@ -1,10 +1,8 @@
 """What a layer must remember for its backward pass: the tensors, their sizes, and which of them ranks share.
 
 Two sets: ``torch`` is the plain torch implementation as autograd runs it on a CPU (tests hold it equal to what autograd
-saves, except inside the scan); ``fused`` replaces norms, convolution, scan and attention by the kernels of Transformer
-Engine, causal-conv1d and mamba_ssm, read off their code and not measured here.
-
-Letters as in ``layers``; S: the residual stream, split along the sequence under sequence parallelism.
+saves); ``fused`` has the kernels of causal-conv1d, mamba_ssm and Transformer Engine for convolution, scan and attention,
+read off their code and not measured here.
 """
 
 from __future__ import annotations
@@ -13,7 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.layers import Experts, attention_widths, mamba_channels, mamba_inner
+from hybridprune_megatron.cost.layers import (
+    Experts,
+    attention_widths,
+    mamba_channels,
+    mamba_inner,
+    mamba_rows,
+)
 from hybridprune_megatron.cost.vision import projector_input
 
 if TYPE_CHECKING:
@@ -62,16 +66,16 @@ def layer_activations(
         experts: of an E layer.
     """
     if symbol == "M":
-        return _norm(model, width, fused) + _mamba(model, width, fused)
+        return _norm(model, width) + _mamba(model, width, fused)
     if symbol == "*":
-        return _norm(model, width, fused) + _attention(model, width, fused)
+        return _norm(model, width) + _attention(model, width, fused)
     if symbol == "-":
         # relu(x) and relu(x)^2, which is the second linear's input.
         inside = [Kept(name, model.ffn_hidden_size, width, "channels") for name in ("relu", "squared")]
-        return _norm(model, width, fused) + inside
+        return _norm(model, width) + inside
     assert symbol == "E", symbol
     assert experts is not None, "an E layer comes with its experts' sizes"
-    return _norm(model, width, fused) + _experts(model, experts, width)
+    return _norm(model, width) + _experts(model, experts, width)
 
 
 def layer_input(model: ModelConfig, width: int) -> Kept:
@@ -79,40 +83,42 @@ def layer_input(model: ModelConfig, width: int) -> Kept:
     return Kept("input", model.hidden_size, width, "sequence")
 
 
-def _norm(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
-    hidden = model.hidden_size
-    output = Kept("normed", hidden, width, "sequence")
-    scale = Kept("rsqrt", 1, _FP32, "sequence")
-    if fused:
-        return [layer_input(model, width), scale, output]
-    # On a CPU rms_norm is a chain of operations in fp32.
+def _norm(model: ModelConfig, width: int) -> list[Kept]:
     return [
-        Kept("input", hidden, _FP32, "sequence"),
-        scale,
-        Kept("input * rsqrt", hidden, _FP32, "sequence"),
-        output,
+        layer_input(model, width),
+        Kept("rsqrt", 1, _FP32, "sequence"),
+        Kept("normed", model.hidden_size, width, "sequence"),
     ]
 
 
 def _mamba(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
     inner, channels, heads = mamba_inner(model), mamba_channels(model), model.mamba_num_heads
-    steps = [Kept("raw dt", heads, _FP32, "channels"), Kept("dt", heads, _FP32, "channels")]
-    gate = [
-        # The gated norm is plain torch in fp32 in both sets.
-        *(Kept(name, inner, _FP32, "channels") for name in ("y", "z", "silu(z)", "y * silu(z)", "normed y")),
+    ends = [
+        Kept("in_proj output", mamba_rows(model), width, "channels"),
+        Kept("raw dt", heads, _FP32, "channels"),
+        Kept("dt", heads, _FP32, "channels"),
         Kept("group rsqrt", model.mamba_num_groups, _FP32, "channels"),
         Kept("out_proj input", inner, width, "channels"),
     ]
     if fused:
         return [
+            *ends,
             Kept("conv input", channels, width, "channels"),
             Kept("x, B, C", channels, width, "channels"),
-            *steps,
-            Kept("decay sums", heads, _FP32, "channels"),
+            Kept("sums of dt A", heads, _FP32, "channels"),
             Kept("scan output", inner, width, "channels"),
-            *gate,
         ]
-    raise NotImplementedError
+    states = heads * model.mamba_head_dim * model.mamba_state_dim / model.mamba_chunk_size
+    return [
+        *ends,
+        Kept("conv output", channels, width, "channels"),
+        # The scan works in fp32; a bf16 run goes on with a copy of its output.
+        Kept("x, B, C", channels, _FP32, "channels"),
+        Kept("scan output", inner, _FP32, "channels"),
+        *([Kept("y", inner, width, "channels")] if width < _FP32 else []),
+        # Those between chunks; each of the scan's blocks begins with one more, which is left out.
+        Kept("states", states, _FP32, "channels"),
+    ]
 
 
 def _attention(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
@@ -172,6 +178,7 @@ def block_activations(vision: VisionConfig, width: int) -> list[Kept]:
 def block_peak(vision: VisionConfig) -> int:
     """Numbers a token that live at once while a frozen tower runs: the widest moment of a block.
 
-    Residual and normed input beside q, k, v, the attended values and their projection, or beside both sides of GELU.
+    The embedded patches (which the tower's forward holds on to), residual and normed input stand beside q, k, v, the
+    attended values and their projection, or beside both sides of GELU.
     """
-    return 2 * vision.hidden_size + max(5 * vision.hidden_size, 2 * vision.intermediate_size)
+    return 3 * vision.hidden_size + max(5 * vision.hidden_size, 2 * vision.intermediate_size)

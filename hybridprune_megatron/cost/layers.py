@@ -67,7 +67,7 @@ def mamba_layer(model: ModelConfig, lengths: Sequence[int], width: int) -> dict[
     return {
         "norm": _norm(tokens, hidden, width),
         "in_proj": linear(tokens, hidden, mamba_rows(model), width),
-        "conv": _convolution(tokens, channels, width),
+        "conv": _convolution(lengths, channels, width),
         "scan": _scan(model, tokens, width),
         "gated_norm": elementwise(3 * tokens * inner + inner, width),
         "out_proj": linear(tokens, inner, hidden, width),
@@ -183,10 +183,15 @@ def _two_linears(prefix: str, tokens: int, hidden: int, ffn: int, width: int) ->
     }
 
 
-def _convolution(tokens: int, channels: int, width: int) -> Cost:
-    """Four taps a channel. Plain torch shifts, multiplies and adds, which a profiler of products does not see."""
-    flops = 2 * CONV_TAPS * channels * tokens
-    return Cost(flops, 0, width * (2 * tokens * channels + (CONV_TAPS + 1) * channels))
+def _convolution(lengths: Sequence[int], channels: int, width: int) -> Cost:
+    """Four taps a channel. Plain torch lays three zeros behind every sample and convolves them too."""
+    tokens = sum(lengths)
+    per_token = 2 * CONV_TAPS * channels
+    return Cost(
+        flops=per_token * tokens,
+        executed=per_token * (tokens + (CONV_TAPS - 1) * len(lengths)),
+        bytes=width * (2 * tokens * channels + (CONV_TAPS + 1) * channels),
+    )
 
 
 def _scan(model: ModelConfig, tokens: int, width: int) -> Cost:

@@ -282,13 +282,16 @@ class Stage:
         vision = self.vision
         assert vision is not None, "only the first stage of a model with a tower encodes"
         frames, kept = packed.samples * packed.frames, self._encoder(packed)
-        tower = frames * tokens_in_tower(vision) * block_peak(vision) * self.width
+        numbers = frames * 3 * vision.frame_size**2
+        # Normalising the frames takes two fp32 copies; in the run's precision they stay, raw and normalised.
+        pixels = numbers * (self.width + 2 * _FP32)
+        tower = (frames * tokens_in_tower(vision) * block_peak(vision) + 2 * numbers) * self.width
         features = 2 * frames * patches_per_frame(vision) * vision.hidden_size * self.width
         tokens = frames * vision.tokens_per_frame
         projector = max(total_bytes(projector_activations(vision, self.width), tokens) - kept, 0)
         in_tower = kept if self.cfg.model.trainable.vision else 0
         return [
-            (others + in_tower, tower, "encoding of the frames"),
+            (others + in_tower, max(pixels, tower), "encoding of the frames"),
             # The tower's features and their shuffled copy are still there.
             (others + kept, features + projector, "projection of the frames"),
         ]

@@ -5,8 +5,8 @@ Conventions, everywhere in this package:
 - ``flops``: 2 per multiply-add of matrix products, convolutions, scans and attention, as far as the mathematics needs
   them: a causal product counts the pairs j <= i only. Elementwise work counts bytes, no operations.
 - ``executed``: what the plain torch implementation multiplies: full squares of the causal attention and of the chunks
-  of the scan, and no convolution, which it writes as shifts. It is what ``torch.utils.flop_counter`` reports (tests
-  hold the two equal).
+  of the scan, zeros between the samples of a convolution. It is what ``torch.utils.flop_counter`` reports (tests hold
+  the two equal).
 - ``bytes``: weights and every named operation's inputs and outputs once, in the run's precision, as if each operation
   were one fused kernel; nothing of caches between operations.
 """

@@ -64,22 +64,7 @@ def time_prefill(
     candidates = {name: prefill(reduction) for name, reduction in reductions.items()}
     if any(layout.count(TokenKind.FRAME) for layout in batch.layouts):
         candidates["vision"] = lambda: _encode(model, batch)
-    return _in_turn(candidates, rounds, batch)
-
-
-def _encode(model: VideoLanguageModel, batch: PackedBatch) -> object:
-    with measuring(model, model.reduction):
-        return model.embed_frames(batch)
-
-
-def _in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int, batch: PackedBatch) -> Timing:
-    taken: dict[str, list[float]] = {name: [] for name in candidates}
-    # Round 0 warms up. In turn, so that a machine that slows down meanwhile slows all candidates.
-    for turn in range(rounds + 1):
-        for name, run in candidates.items():
-            seconds = _seconds(run)
-            if turn:
-                taken[name].append(seconds)
+    taken = in_turn(candidates, rounds)
     return Timing(
         seconds={name: statistics.median(each) for name, each in taken.items()},
         spread={name: (min(each), max(each)) for name, each in taken.items()},
@@ -88,6 +73,25 @@ def _in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int, batch:
         num_tokens=len(batch.input_ids),
         threads=torch.get_num_threads(),
     )
+
+
+def _encode(model: VideoLanguageModel, batch: PackedBatch) -> object:
+    with measuring(model, model.reduction):
+        return model.embed_frames(batch)
+
+
+def in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, after one round that is not counted.
+
+    In turn, so that a machine that slows down meanwhile slows all candidates.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(rounds + 1):
+        for name, run in candidates.items():
+            seconds = _seconds(run)
+            if turn:
+                taken[name].append(seconds)
+    return taken
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -1,0 +1,107 @@
+"""Scoring, merging and fronts: products as torch's flop counter sees them in the real code, and counts by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hybridprune_megatron.config import load_config
+from hybridprune_megatron.cost.ops import sum_costs
+from hybridprune_megatron.cost.scoring import drop_operations, front_operations, scoring_operations
+from hybridprune_megatron.method.front import build_front
+from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
+from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.method.scorers import build_scorer
+from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
+
+CFG = load_config(["experiment=demo"])
+MODEL = CFG.model
+FRAMES, PER_FRAME, QUESTION, TEXT = 9, 5, 7, 12
+VISUAL, TOKENS = FRAMES * PER_FRAME, FRAMES * PER_FRAME + TEXT
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"query_rows": "last"},
+    {"attention_pooling": "max"},
+    {"mamba_decay": True},
+    {"mamba_function": "abs"},
+    {"mamba_function": "softmax"},
+    {"mamba_function": "softmax", "mamba_decay": True},
+    {"mamba_pooling": "max_groups", "mamba_function": "relu", "mamba_dt": False},
+    {"scorer": "random"},
+    {"scorer": "uniform"},
+]
+DROPS: list[dict[str, Any]] = [
+    {"dropped": "merge"},
+    {"scorer": "utrc", "dropped": "merge"},
+    {"scorer": "utrc"},
+    {"smoothing_frames": 1},
+]
+
+
+def _layout() -> TokenLayout:
+    frames = [Span(TokenKind.FRAME, PER_FRAME, 0, frame) for frame in range(FRAMES)]
+    text = [Span(TokenKind.QUESTION, QUESTION), Span(TokenKind.TEXT, TEXT - QUESTION - 2)]
+    return TokenLayout.from_samples([SampleLayout((Span(TokenKind.TEXT, 2), *frames, *text))], "cpu")
+
+
+def _profiled(run, *args) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(*args)
+    return counter.get_total_flops()
+
+
+def _signals(symbol: str) -> AttentionSignals | MambaSignals:
+    if symbol == "*":
+        heads, keys, width = MODEL.num_attention_heads, MODEL.num_query_groups, MODEL.kv_channels
+        return AttentionSignals(torch.randn(TOKENS, heads, width), torch.randn(TOKENS, keys, width))
+    groups, state, heads = MODEL.mamba_num_groups, MODEL.mamba_state_dim, MODEL.mamba_num_heads
+    B, C = torch.randn(2, TOKENS, groups, state)
+    return MambaSignals(B, C, torch.rand(TOKENS, heads), -torch.rand(heads))
+
+
+@pytest.mark.parametrize("symbol", ["M", "*"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_scores_multiply_what_is_counted(settings: dict[str, Any], symbol: str):
+    reduction = replace(CFG.reduction, **settings)
+    scorer = build_scorer(vars(reduction))
+    counted = scoring_operations(MODEL, reduction, symbol, TOKENS, VISUAL, QUESTION, 4)
+    run = scorer.attention if symbol == "*" else scorer.mamba
+    assert _profiled(run, _signals(symbol), _layout(), 0) == sum_costs(counted.values()).executed
+
+
+def test_scores_by_hand():
+    reduction = CFG.reduction
+    attention = scoring_operations(MODEL, reduction, "*", TOKENS, VISUAL, QUESTION, 4)
+    # 4 heads of width 32: 7 rows with all 57 keys, then with the 45 visual ones.
+    assert attention["row sums"].flops == 7 * 57 * 4 * 32 * 2
+    assert attention["columns"].flops == 7 * 45 * 4 * 32 * 2
+    # 2 key heads read, 4 heads of logits written and read.
+    assert attention["columns"].bytes == 4 * 45 * 2 * 32 + 2 * 4 * 7 * 45 * 4
+    mamba = scoring_operations(MODEL, reduction, "M", TOKENS, VISUAL, QUESTION, 2)
+    # 2 groups of 32 states, 8 heads of dt, one score.
+    assert mamba["score"].flops == 45 * 2 * 32 * 2
+    assert mamba["score"].bytes == 2 * (45 + 7) * 64 + 4 * 45 * 8 + 4 * 45
+
+
+@pytest.mark.parametrize("settings", DROPS)
+@pytest.mark.parametrize("left", [1, 20, 44])
+def test_drops_multiply_what_is_counted(settings: dict[str, Any], left: int):
+    settings_of = replace(CFG.reduction, **settings)
+    reduction = Reduction.of(vars(settings_of), (1.0, left / VISUAL))
+    scores = None if settings_of.scorer == "utrc" else torch.rand(VISUAL)
+    profiled = _profiled(reduction.drop, torch.randn(TOKENS, 1, MODEL.hidden_size), _layout(), (left,), scores)
+    counted = drop_operations(MODEL, settings_of, VISUAL, left, TEXT, 4)
+    assert profiled == sum_costs(counted.values()).executed
+
+
+@pytest.mark.parametrize("front", ["tome", "evs", "uniform"])
+@pytest.mark.parametrize("left", [5, 20, 44])
+def test_fronts_multiply_what_is_counted(front: str, left: int):
+    reduction = replace(CFG.reduction, budget=0.1, front=front, front_retention=left / VISUAL)
+    built = build_front(vars(reduction))
+    profiled = _profiled(built.rank, torch.randn(VISUAL, MODEL.hidden_size), None, _layout(), [left])
+    assert profiled == sum_costs(front_operations(MODEL, reduction, VISUAL, left, 4).values()).executed

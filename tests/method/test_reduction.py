@@ -65,6 +65,27 @@ def test_front_and_inside_share_one_budget(front, scorer, dropped):
         assert counts[-1] < counts[0] / 2, "inside drops too"
 
 
+KEPT = {
+    "plain": ({}, [(0, 0), (0, 5), (1, 2), (1, 5)]),
+    # Means over a frame and its neighbours: patch 5 has 8.5, 5.7 and 4.5, patch 2 has 5 in the last frame.
+    "smoothed": ({"smoothing_frames": 1}, [(0, 0), (0, 5), (1, 5), (2, 2)]),
+    "every frame": ({"min_tokens_per_frame": 1}, [(0, 0), (0, 5), (1, 5), (2, 2)]),
+    "both": ({"smoothing_frames": 2, "min_tokens_per_frame": 1}, [(0, 2), (0, 5), (1, 5), (2, 5)]),
+}
+
+
+@pytest.mark.parametrize(("settings", "kept"), KEPT.values(), ids=KEPT)
+def test_scores_are_smoothed_and_every_frame_keeps_its_share(settings, kept):
+    layout = layout_of(3)
+    scores = torch.tensor([[9, 0, 0, 0, 0, 8], [0, 0, 5, 0, 0, 9], [0, 0, 5, 0, 1, 0]], dtype=torch.float32).flatten()
+    reduction = Reduction.of({"scorer": "query", **settings}, (1.0, 4 / 18))
+    assert reduction is not None
+    counts = reduction.counts_by_layer(layout)[1]
+    hidden, left = reduction.drop(torch.arange(layout.num_tokens).unsqueeze(1), layout, counts, scores)
+    assert list(zip(left.visual_frame.tolist(), left.visual_patch.tolist())) == kept
+    assert hidden.flatten().tolist() == left.origin.tolist()
+
+
 @pytest.mark.parametrize("share", [0.1, 0.37, 0.75])
 def test_evs_alone_hands_on_what_its_formula_says(share):
     """max(tokens per frame, floor(all * share)) in every layer."""

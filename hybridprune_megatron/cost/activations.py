@@ -1,8 +1,8 @@
 """What a layer must remember for its backward pass: the tensors, their sizes, and which of them ranks share.
 
 Two sets: ``torch`` is the plain torch implementation as autograd runs it on a CPU (tests hold it equal to what autograd
-saves); ``fused`` has the kernels of causal-conv1d, mamba_ssm and Transformer Engine for convolution, scan and attention,
-read off their code and not measured here.
+saves); ``fused`` has the kernels of causal-conv1d, mamba_ssm and Transformer Engine for convolution, scan and
+attention, read off their code and not measured here.
 """
 
 from __future__ import annotations

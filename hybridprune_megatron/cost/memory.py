@@ -12,7 +12,8 @@ Assumptions, beside those of ``activations``:
 - Full recomputation keeps every layer's input; a layer that is recomputed needs all of its tensors again.
 - While a layer runs backward, gradients of its two widest tensors and of its input are there too. A layer in prefill is
   counted as if all its tensors lived at once, which is an upper bound.
-- Not counted: the allocator's slack, communication buffers, CUDA's context, the loader's batch.
+- Not counted: the allocator's slack, communication buffers, CUDA's context, the loader's batch, a teacher's forward
+  pass (``tuning.distillation``), what adapters keep. Frozen layers are taken to keep what trained ones do.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ from hybridprune_megatron.cost.layers import CONV_TAPS, Experts, attention_width
 from hybridprune_megatron.cost.ops import WIDTH
 from hybridprune_megatron.cost.parameters import (
     Parameters,
+    adapter_parameters,
     embedding_parameters,
     final_norm_parameters,
     layer_parameters,
+    projector_adapter_parameters,
     projector_parameters,
     tower_parameters,
 )
@@ -170,10 +173,20 @@ class Stage:
         tables = int(self.first) + int(self.last and not (self.first and model.tie_embeddings))
         for _ in range(tables):
             language += embedding_parameters(model)
-        memory = self._part(language, learns.language)
+        lora = self.cfg.tuning.lora
+        adapters = projector_adapters = Parameters()
+        if lora.rank:
+            adapters = sum((adapter_parameters(model, symbol, lora) for symbol in self.symbols), adapters)
+        # Adapters learn instead of the part that they stand on.
+        memory = self._part(language, learns.language and not adapters.total)
+        memory += self._part(adapters, learns.language)
         if self.vision is not None:
+            if lora.rank:
+                projector_adapters = projector_adapter_parameters(self.vision, model.hidden_size, lora)
+            projector = projector_parameters(self.vision, model.hidden_size)
             memory += self._part(tower_parameters(self.vision), learns.vision)
-            memory += self._part(projector_parameters(self.vision, model.hidden_size), learns.projector)
+            memory += self._part(projector, learns.projector and not projector_adapters.total)
+            memory += self._part(projector_adapters, learns.projector)
         return memory
 
     def _part(self, parameters: Parameters, learns: bool) -> StaticMemory:

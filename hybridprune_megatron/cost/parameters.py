@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.cost.layers import (
     CONV_TAPS,
     Experts,
@@ -17,6 +18,7 @@ from hybridprune_megatron.cost.vision import projector_input
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import ModelConfig, VisionConfig
+    from hybridprune_megatron.config.tuning_schema import LoraConfig
 
 _COLOURS = 3
 
@@ -74,6 +76,25 @@ def layer_parameters(model: ModelConfig, symbol: str, experts: Experts | None = 
     return Parameters(2 * hidden * ffn, hidden + experts.num_experts * hidden)
 
 
+def adapter_parameters(model: ModelConfig, symbol: str, lora: LoraConfig) -> Parameters:
+    """The low-rank adapters of one layer: A [r, in] and B [out, r] of every linear that has one.
+
+    Ranks split B of a column-parallel linear and A of a row-parallel one; the other half lies on every rank.
+    """
+    hidden = model.hidden_size
+    queries, keys = attention_widths(model)
+    column, row = {
+        "M": (("in_proj", mamba_rows(model)), ("out_proj", mamba_inner(model))),
+        "*": (("linear_qkv", queries + 2 * keys), ("linear_proj", queries)),
+        "-": (("linear_fc1", model.ffn_hidden_size), ("linear_fc2", model.ffn_hidden_size)),
+    }[symbol]
+    # The other side of both is the residual stream.
+    return sum(
+        (Parameters(lora.rank * wide, lora.rank * hidden) for name, wide in (column, row) if name in lora.targets),
+        Parameters(),
+    )
+
+
 def embedding_parameters(model: ModelConfig) -> Parameters:
     """The token embedding; the output layer has as many unless they are tied."""
     return Parameters(model.vocab_size * model.hidden_size)
@@ -101,6 +122,14 @@ def projector_parameters(vision: VisionConfig, output_size: int) -> Parameters:
     """The projector, which every tensor-parallel rank holds whole: norm and two linears."""
     inputs, hidden = projector_input(vision), vision.projector_hidden_size
     return Parameters(replicated=inputs + inputs * hidden + hidden * output_size)
+
+
+def projector_adapter_parameters(vision: VisionConfig, output_size: int, lora: LoraConfig) -> Parameters:
+    """The adapters of the projector's two linears, whole on every rank; none unless it is among the targets."""
+    if PROJECTOR_TARGET not in lora.targets:
+        return Parameters()
+    widths = projector_input(vision) + 2 * vision.projector_hidden_size + output_size
+    return Parameters(replicated=lora.rank * widths)
 
 
 def language_parameters(model: ModelConfig, experts: Experts | None = None) -> Parameters:

@@ -132,7 +132,7 @@ def prefill_cost(
         experts: of the model's E layers.
     """
     width, symbols = WIDTH[precision], layer_symbols(model.hybrid_pattern)
-    counts = kept_counts(tuple(retention), prompt.visual, reduction.min_tokens)
+    counts = kept_counts(_handed_on(model, reduction, retention, prompt), prompt.visual, reduction.min_tokens)
     full = {symbol: layer_operations(model, symbol, [prompt.tokens], width, experts) for symbol in set(symbols)}
     rows = []
     for layer, symbol in enumerate(symbols):
@@ -163,6 +163,16 @@ def prefill_cost(
         front=front_operations(model, reduction, prompt.visual, counts[0], width),
         vision=vision,
     )
+
+
+def _handed_on(
+    model: ModelConfig, reduction: ReductionConfig, retention: Sequence[float], prompt: Prompt
+) -> tuple[float, ...]:
+    """The retention under a front that keeps the first frame of a video whatever its share."""
+    if not reduction.front.startswith("evs") or model.vision is None:
+        return tuple(retention)
+    least = min(1.0, model.vision.tokens_per_frame / prompt.visual)
+    return tuple(max(share, least) if share == retention[0] else share for share in retention)
 
 
 def _ends(model: ModelConfig, tokens: int, left: int, width: int) -> Operations:

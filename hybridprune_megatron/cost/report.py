@@ -22,7 +22,7 @@ _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 def layer_table(prefill: Prefill) -> Iterator[str]:
     """A line a layer: symbol, retention, kept tokens, operations without and with reduction, share of the latter."""
-    scale, unit = _unit(max(sum_costs(row.full.values()).flops for row in prefill.rows))
+    scale, unit = flop_unit(max(sum_costs(row.full.values()).flops for row in prefill.rows))
     yield f"layer  {'':<9}  retention  kept tokens  {unit + ' full':>12}  {'reduced':>9}  {'share':>6}"
     total = prefill.reduced.flops
     for layer, row in enumerate(prefill.rows):
@@ -132,10 +132,11 @@ def _part_line(title: str, full: Cost, reduced: Cost, seconds: float, seconds_re
     )
 
 
-def _unit(flops: float) -> tuple[float, str]:
+def flop_unit(flops: float) -> tuple[float, str]:
+    """The unit that shows a number of operations well, and its size."""
     return next((each for each in _UNITS if flops >= each[0]), _UNITS[-1])
 
 
 def _flops(flops: float) -> str:
-    scale, unit = _unit(flops)
+    scale, unit = flop_unit(flops)
     return f"{flops / scale:.3f} {unit}"

@@ -24,8 +24,10 @@ from hybridprune_megatron.cost.activations import (
 from hybridprune_megatron.cost.layers import Experts
 from hybridprune_megatron.cost.memory import GIB, Packed, Stage, StaticMemory, prefill_memory, training_memory
 from hybridprune_megatron.cost.parameters import (
+    adapter_parameters,
     language_parameters,
     layer_parameters,
+    projector_adapter_parameters,
     projector_parameters,
     tower_parameters,
 )
@@ -55,6 +57,14 @@ def _parameters() -> None:
     }
     for counted, module in parts.items():
         assert counted.total == sum(parameter.numel() for parameter in module.parameters())
+    lora = tiny_config("tuning=lora", "tuning.lora.targets=[linear_qkv,linear_fc2,in_proj,out_proj,projector]",
+                       "model.trainable.projector=true")  # fmt: skip
+    adapters = [adapter_parameters(lora.model, symbol, lora.tuning.lora) for symbol in lora.model.hybrid_pattern]
+    adapters.append(projector_adapter_parameters(lora.model.vision, lora.model.hidden_size, lora.tuning.lora))
+    learns = sum(p.numel() for p in _model(lora).parameters() if p.requires_grad)
+    assert sum(each.total for each in adapters) == learns
+    packed = Packed(1, (4,) * 6, 10, 1, 2)
+    assert training_memory(lora, packed).static.gradients == 4 * learns
     kept_fp32 = sum(p.numel() for p in model.parameters() if getattr(p, "keep_fp32", False))
     assert language_parameters(cfg.model).fp32 == kept_fp32
 

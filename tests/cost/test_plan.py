@@ -186,3 +186,9 @@ def test_a_plan_takes_less_than_five_seconds_and_imports_nothing_heavy(experimen
     assert lines[-1].startswith("reduction.budget=0.")
     assert any(line.startswith("target.speedup=4: 4.0") for line in lines)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_is_written(tmp_path: Path, capsys):
+    main(["experiment=demo", "--plot", str(tmp_path / "new" / "plan.png")])
+    assert capsys.readouterr().out.splitlines()[-1] == "reduction.budget=0.25"
+    assert (tmp_path / "new" / "plan.png").read_bytes().startswith(b"\x89PNG")

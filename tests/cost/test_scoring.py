@@ -10,7 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridprune_megatron.config import load_config
+from hybridprune_megatron.config.compose import CONF_DIR
+from hybridprune_megatron.config.explain import group_options
 from hybridprune_megatron.cost.ops import sum_costs
+from hybridprune_megatron.cost.prefill import Prompt, prefill_cost
 from hybridprune_megatron.cost.scoring import drop_operations, front_operations, scoring_operations
 from hybridprune_megatron.method.front import build_front
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
@@ -105,3 +108,17 @@ def test_fronts_multiply_what_is_counted(front: str, left: int):
     built = build_front(vars(reduction))
     profiled = _profiled(built.rank, torch.randn(VISUAL, MODEL.hidden_size), None, _layout(), [left])
     assert profiled == sum_costs(front_operations(MODEL, reduction, VISUAL, left, 4).values()).executed
+
+
+@pytest.mark.parametrize("option", group_options(CONF_DIR, "reduction"))
+@pytest.mark.parametrize("frames", [2, 9])
+def test_tokens_are_those_that_the_method_keeps(option: str, frames: int):
+    cfg = load_config(["experiment=demo", f"reduction={option}"])
+    per_frame = cfg.model.vision.tokens_per_frame
+    shown = [Span(TokenKind.FRAME, per_frame, 0, frame) for frame in range(frames)]
+    layout = TokenLayout.from_samples([SampleLayout((*shown, Span(TokenKind.QUESTION, TEXT)))])
+    reduction = Reduction.of(vars(cfg.reduction), cfg.retention_by_layer)
+    kept = [counts[0] for counts in reduction.counts_by_layer(layout)] if reduction else [frames * per_frame] * 10
+    prompt = Prompt(frames * per_frame, TEXT, TEXT, frames)
+    prefill = prefill_cost(cfg.model, cfg.reduction, cfg.retention_by_layer, prompt, "fp32")
+    assert [row.visual for row in prefill.rows] == kept

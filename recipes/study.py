@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -70,7 +71,7 @@ def study(cfg: Config, overrides: list[str], options: argparse.Namespace) -> lis
         runner = Runner(tuple(overrides), cfg.trainer.eval_samples, BATCH_TOKENS, threads=1)
         failures = run_all(runner, rows, options.workers, partial(selected, options), write)
         if not options.no_timing:
-            runner.threads = os.cpu_count() or 1
+            runner = replace(runner, threads=os.cpu_count() or 1)
             timings |= time_methods(runner, DOCS / "prefill.jsonl", settings, partial(tqdm, desc="prefill"))
     write()
     return failures

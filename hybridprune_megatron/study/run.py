@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config.compose import load_config
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.engine.quiet import quiet_libraries
 from hybridprune_megatron.study.cells import HEADLINE, METHOD_BY_NAME, Unit
 
 if TYPE_CHECKING:
@@ -129,10 +132,13 @@ class Runner:
     @cached_property
     def _model(self) -> Any:
         """The model, whose weights every unit overwrites."""
+        import torch
+
         from hybridprune_megatron.engine.launch import Launch
         from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel
         from hybridprune_megatron.models.build import build_model
 
+        torch.set_num_threads(self.threads)
         cfg = load_config([EXPERIMENT, *self.overrides, "reduction=none"])
         init_distributed(Launch())
         init_model_parallel(seed=cfg.trainer.seed)
@@ -141,9 +147,9 @@ class Runner:
 
 def work(runner: Runner, tasks: Any, results: Any) -> None:
     """A worker process: takes units until it gets None, puts rows, and the unit when it is done or has failed."""
-    import torch
-
-    torch.set_num_threads(runner.threads)
+    # A study that is killed takes its workers along.
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    quiet_libraries()
     while (task := tasks.get()) is not None:
         unit, budgets = task
         try:
@@ -151,3 +157,8 @@ def work(runner: Runner, tasks: Any, results: Any) -> None:
             results.put(("done", unit))
         except Exception as error:  # one broken unit must not end the others; the parent counts and names it
             results.put(("failed", (unit, f"{type(error).__name__}: {error}")))
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

@@ -83,6 +83,6 @@ def _joined(values: Tensor, lengths: tuple[int, ...], gap: int) -> Tensor:
 
 def _convolve(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[K, channels] -> [K - W + 1, channels]; an image of one line with its channels last needs no copy."""
-    image = rows.T[None, :, None]
+    image = rows[None, None].permute(0, 3, 1, 2)
     y = nn.functional.conv2d(image, weight[:, None, None], bias, groups=weight.shape[0])
-    return y.squeeze(0, 2).T
+    return y.permute(0, 2, 3, 1).squeeze((0, 1))

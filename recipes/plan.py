@@ -1,7 +1,7 @@
 """Counts what a prefill costs, layer by layer, and finds the budget that reaches a speedup or fits a memory.
 
     python recipes/plan.py experiment=nemotron_nano_12b_v2_vl target.speedup=4
-    python recipes/plan.py experiment=nemotron_nano_12b_v2_vl target.memory_gib=36 target.frames=64
+    python recipes/plan.py experiment=nemotron_nano_12b_v2_vl target.memory_gib=34
     python recipes/plan.py experiment=demo reduction=random        # no target: the configured budget
     python recipes/plan.py experiment=twin target.visual_tokens=8192 --measure runs/twin.json
 

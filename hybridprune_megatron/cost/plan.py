@@ -149,10 +149,11 @@ class _Counter:
     def too_large(self, lowest: float) -> ConfigError:
         """Of a memory that no budget fits."""
         peak = self.peak(lowest)
+        recompute = "" if self.cfg.trainer.recompute == "full" else ", or set trainer.recompute=full"
         return fail(
             "target.memory_gib",
             f"{self.target.memory_gib:g}",
             f"the least that this schedule needs is {peak.total / GIB:.2f} GiB, at reduction.budget={lowest:g} "
             f"({peak.static.total / GIB:.2f} of it weights, gradients and optimizer; worst moment: {peak.moment})",
-            "raise target.memory_gib, split more (parallel.*), or set trainer.recompute=full",
+            f"raise target.memory_gib, shorten data.sequence_length or split more (parallel.*){recompute}",
         )

@@ -139,4 +139,4 @@ def flop_unit(flops: float) -> tuple[float, str]:
 
 def _flops(flops: float) -> str:
     scale, unit = flop_unit(flops)
-    return f"{flops / scale:.3f} {unit}"
+    return f"{flops / scale:.3f} {unit}" if flops else "0"

@@ -144,7 +144,8 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Keys and parts of the samples of a tar file, one sample in memory at a time."""
-    key, parts = "", {}
+    key = ""
+    parts: dict[str, bytes] = {}
     with tarfile.open(path) as tar:
         for entry in tar:
             stream = tar.extractfile(entry)

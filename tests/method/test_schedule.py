@@ -16,6 +16,7 @@ from hybridprune_megatron.method.schedule import (
     packed_counts,
     reducing_layers,
     retention_by_layer,
+    rounded,
 )
 
 NANO_12B = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
@@ -84,8 +85,21 @@ def test_shapes_are_their_formulas():
     halves = retention_by_layer("*" * 8, (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4, "all", Shape("stages", stages=4))
     assert halves == pytest.approx([1, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8])
     # Or with an end behind layers of one's choice.
-    chosen = retention_by_layer("M" * 8, (1 + 2 / 2 + 4 / 4 + 1 / 8) / 8, [0, 2, 6], Shape("stages"))
-    assert chosen == pytest.approx([1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 8])
+    chosen = retention_by_layer("M" * 8, (1 + 1 / 2 + 5 / 4 + 1 / 8) / 8, [0, 1, 6], Shape("stages"))
+    assert chosen == pytest.approx([1, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 8])
+
+
+def test_layers_that_may_drop():
+    pattern = "M-M*-|M-M*-"
+    words = {
+        "all": (0, 2, 3, 5, 7, 8),
+        "attention": (3, 8),
+        "mamba": (0, 2, 5, 7),
+        "every_2": (0, 3, 7),
+        "every_9": (0,),
+    }
+    assert {word: reducing_layers(pattern, word) for word in words} == words
+    assert reducing_layers(pattern, [7, 0, 3]) == (0, 3, 7)
 
 
 @pytest.mark.parametrize("budget", [0.15, 0.25])
@@ -197,6 +211,18 @@ def test_aligned_counts_meet_the_budget(shape, multiple_of):
             off = max(abs(sum(layer) - total) for layer, total in zip(wanted, totals))
             for layer, counts in zip(wanted, by_layer):
                 assert all(abs(want - count) <= off + 1 for want, count in zip(layer, counts))
+
+
+def test_rounding_gives_back_what_the_minimum_takes():
+    # Down, then up where most was lost; a stretch of equal layers together.
+    assert rounded([10, 7.6, 7.6, 2.7, 0.3], 10, 0) == (10, 7, 7, 3, 1)
+    assert rounded([10, 7.9, 7.9, 2.7, 0.5], 10, 0) == (10, 8, 8, 3, 0)
+    # In steps of 16, 1 becomes 16, and an earlier layer makes room for it.
+    assert rounded([64, 48, 20, 1], 64, 1, 16) == (64, 32, 16, 16)
+    # As far as it can: nothing is lower than the lowest, and the first layer gets all.
+    assert rounded([64, 32, 1, 1, 1, 1], 64, 1, 16) == (64, 16, 16, 16, 16, 16)
+    # Remainders: counts of 5, 21, 37, 53 make the packed length divide.
+    assert rounded([53, 40, 36.9, 9], 53, 1, 16, 5) == (53, 37, 37, 5)
 
 
 def test_alignment_is_of_the_packed_length():

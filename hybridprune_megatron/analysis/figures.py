@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from hybridprune_megatron.analysis.probe import IN_FRONT
@@ -19,6 +20,11 @@ TYPE_COLOURS = {name: LAYER_COLOURS[symbol] for symbol, name in SCORING_LAYERS.i
 #: Okabe and Ito, for pairs of layers: within Mamba, within attention, across.
 _PAIR_COLOURS = {"mamba-mamba": "#0072B2", "attention-attention": "#D55E00", "attention-mamba": "#009E73"}
 _MASS_MARKERS = ("o", "s", "^")
+# Shares are drawn by their power, so that few per cent can be told from none.
+_KEPT_GAMMA = 0.4
+_KEPT_TICKS = (0, 0.01, 0.03, 0.1, 0.25, 0.5, 1)
+# Of a probe, the same in all panels.
+_HELD, _DROPPED, _ABSENT = ("--^", "nothing dropped"), ("-o", "dropped"), (":s", "never entered")
 # More layers than this get no numbers in the cells of a heat map.
 _MOST_NUMBERED = 12
 # More ticks than this on an axis cannot be read.
@@ -37,31 +43,36 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def layer_name(layer: int, symbols: str) -> str:
+    """Number and symbol, "3 *"."""
+    return f"{layer} {symbols[layer]}"
+
+
 def plot_sparsity(path: Path, rows: Sequence[dict[str, Any]], symbols: str) -> None:
-    """Share of tokens that hold the score mass, Gini and negative scores, a column a scoring layer."""
-    figure = new_figure(12, 4.2)
-    left, right = figure.subplots(1, 2)
+    """Share of tokens that hold the score mass, Gini and negative scores, AUC; a column a scoring layer."""
+    figure = new_figure(15, 4.4)
+    left, middle, right = figure.subplots(1, 3)
     layers = range(len(rows))
     shares = list(rows[0]["tokens_that_hold"])
-    for share, marker in zip(shares, _MASS_MARKERS):
-        for kind, colour in TYPE_COLOURS.items():
-            mine = [x for x in layers if rows[x]["type"] == kind]
-            values = _floats([rows[x]["tokens_that_hold"][share] for x in mine])
-            left.plot(mine, values, marker, color=colour, label=f"{float(share):.0%} of the mass, {kind}")
-    lowest, highest = (_floats([row["tokens_that_hold"][share] for row in rows]) for share in (shares[0], shares[-1]))
-    left.vlines(layers, lowest, highest, color="#BBBBBB", linewidth=1, zorder=0)
-    left.set(title="Visual tokens that hold the score mass", ylabel="share of the visual tokens", ylim=(0, 1.02))
     for kind, colour in TYPE_COLOURS.items():
         mine = [x for x in layers if rows[x]["type"] == kind]
-        right.bar(mine, _floats([rows[x]["gini"] for x in mine]), color=colour, label=f"Gini, {kind}")
+        for share, marker in zip(shares, _MASS_MARKERS):
+            values = _floats([rows[x]["tokens_that_hold"][share] for x in mine])
+            left.plot(mine, values, marker, color=colour, label=f"{float(share):.0%} of the mass, {kind}")
+        middle.bar(mine, _floats([rows[x]["gini"] for x in mine]), color=colour, label=f"Gini, {kind}")
+        right.plot(mine, _floats([rows[x]["auc"] for x in mine]), "o", color=colour, label=f"AUC, {kind}")
+    lowest, highest = (_floats([row["tokens_that_hold"][share] for row in rows]) for share in (shares[0], shares[-1]))
+    left.vlines(layers, lowest, highest, color="#BBBBBB", linewidth=1, zorder=0)
+    left.set(title="Visual tokens that hold the score mass", ylabel="share of the visual tokens")
     negative = _floats([row["negative"] for row in rows])
-    right.plot(layers, negative, "D", color="black", markerfacecolor="white", label="share of negative scores")
-    right.set(title="Concentration of the scores", ylabel="Gini coefficient; share of tokens", ylim=(0, 1.02))
-    for axes in (left, right):
+    middle.plot(layers, negative, "D", color="black", markerfacecolor="white", label="share of negative scores")
+    middle.set(title="Concentration of the scores", ylabel="Gini coefficient; share of tokens")
+    right.axhline(0.5, color="black", linestyle=":", linewidth=1, label="a score that knows nothing")
+    right.set(title="Do frames that the answer needs score higher?", ylabel="AUC of their tokens against all others")
+    for axes in (left, middle, right):
+        axes.set(xlabel="layer that scores, nothing dropped", ylim=(-0.02, 1.02))
         _layer_ticks(axes, [row["layer"] for row in rows], symbols)
-        axes.set_xlabel("layer that scores, nothing dropped")
-        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        _tidy(axes)
+        _legend_below(axes)
     _save(figure, path)
 
 
@@ -98,40 +109,44 @@ def plot_stability(path: Path, stability: dict[str, Any], symbols: str) -> None:
     right.annotate("overlap by chance", (0.98, top), xycoords=("axes fraction", "data"), xytext=(0, 2),
                    textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
     right.set(title="Against distance in depth", xlabel="layers between the two", ylabel="mean over pairs of layers")
-    right.legend(frameon=False, fontsize=8)
-    _tidy(right)
+    _legend_below(right)
     _save(figure, path)
 
 
 def plot_kept(path: Path, kept: dict[str, Any], symbols: str, retention: Sequence[float]) -> None:
     """Share of each frame's tokens that enter each layer; frames that the answer needs against all others."""
     needed = kept["needed_frames"]
-    figure = new_figure(12, 4.6)
+    figure = new_figure(13, 5)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    image = left.imshow(_floats(kept["by_layer_and_frame"]), cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    figure.colorbar(image, ax=left, label="share of the frame's tokens")
+    # Deep layers keep a few per cent: spread out what is small.
+    scale = PowerNorm(_KEPT_GAMMA, 0, 1)
+    image = left.imshow(_floats(kept["by_layer_and_frame"]), cmap="cividis", norm=scale, aspect="auto")
+    figure.colorbar(image, ax=left, label="share of the frame's tokens", ticks=_KEPT_TICKS, format="%g")
     _layer_ticks(left, range(len(symbols)), symbols, vertical=True)
     left.set(title="Tokens that enter each layer, over time", xlabel="frame of the clip", ylabel="layer")
     layers = range(len(symbols))
     right.plot(layers, retention, "_", color="black", markersize=12, label="schedule")
     if needed is not None:
-        inside, outside = _floats(needed["inside"]), _floats(needed["outside"])
-        right.plot(layers, inside, "-o", color="#D55E00", markersize=4, label="frames that the answer needs")
-        right.plot(layers, outside, "-s", color="#0072B2", markersize=4, label="all other frames")
+        right.plot(layers, _floats(needed["inside"]), "-o", color="#D55E00", label="frames that the answer needs")
+        right.plot(layers, _floats(needed["outside"]), "-s", color="#0072B2", label="all other frames")
     else:
-        share = _floats(kept["by_layer_and_frame"]).mean(1)
-        right.plot(layers, share, "-s", color="#0072B2", markersize=4, label="all frames")
-    _layer_ticks(right, layers, symbols)
+        share = np.nanmean(_floats(kept["by_layer_and_frame"]), 1)
+        right.plot(layers, share, "-s", color="#0072B2", label="all frames")
+    right.set_yscale(
+        "function", functions=(lambda y: y.clip(0) ** _KEPT_GAMMA, lambda y: y.clip(0) ** (1 / _KEPT_GAMMA))
+    )
+    right.set_yticks(_KEPT_TICKS, [f"{tick:g}" for tick in _KEPT_TICKS])
     right.set(title="Share that enters each layer", xlabel="layer", ylabel="share of the tokens", ylim=(0, 1.04))
-    right.legend(frameon=False)
-    _tidy(right)
+    _layer_ticks(right, layers, symbols)
+    right.grid(axis="y", color="#DDDDDD")
+    _legend_below(right)
     _save(figure, path)
 
 
 def plot_probe(path: Path, probe: dict[str, Any], symbols: str) -> None:
     """What is recovered of dropped tokens: by layers since the drop, for every pair of layers, by time since shown."""
     contents = probe["contents"]
-    figure = new_figure(16, 4.8 * len(contents))
+    figure = new_figure(16, 5.2 * len(contents))
     for row, (name, found) in zip(figure.subplots(len(contents), 3, squeeze=False, width_ratios=(1, 1.3, 0.9)),
                                   contents.items()):  # fmt: skip
         title, unit = CONTENT_NAMES[name]
@@ -143,11 +158,7 @@ def plot_probe(path: Path, probe: dict[str, Any], symbols: str) -> None:
 
 
 def _plot_since(axes: Axes, found: dict[str, Any], title: str, unit: str, high: float) -> None:
-    lines = {
-        "held": ("--", "nothing dropped"),
-        "score": ("-o", "dropped"),
-        "absent": (":", "never entered"),
-    }
+    lines = {"held": _HELD, "score": _DROPPED, "absent": _ABSENT}
     for kind, rows in found["by_layers_since"].items():
         distance = [row["layers"] for row in rows]
         for key, (style, name) in lines.items():
@@ -155,8 +166,7 @@ def _plot_since(axes: Axes, found: dict[str, Any], title: str, unit: str, high: 
             axes.plot(distance, values, style, color=TYPE_COLOURS[kind], label=f"{kind}: {name}")
     _shuffled(axes, high)
     axes.set(title=f"Probe for the {title}", xlabel="layers since the drop (1 = right behind it)", ylabel=unit)
-    axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
+    _legend_below(axes)
 
 
 def _plot_pairs(axes: Axes, rows: Sequence[dict[str, Any]], symbols: str, unit: str) -> None:
@@ -170,7 +180,7 @@ def _plot_pairs(axes: Axes, rows: Sequence[dict[str, Any]], symbols: str, unit: 
     axes.figure.colorbar(image, ax=axes, label=unit)
     _numbers(axes, values, image)
     _layer_ticks(axes, columns, symbols)
-    names = ["in front" if after == IN_FRONT else f"after {symbols[after]}{after}" for after in drops]
+    names = ["in front" if after == IN_FRONT else f"after {layer_name(after, symbols)}" for after in drops]
     axes.set_yticks(range(len(names) + 1), [*names, "never"])
     axes.set(title="Every drop and every layer behind it", xlabel="layer that is read", ylabel="tokens dropped")
 
@@ -182,9 +192,9 @@ def _plot_times(
     for kind in sorted({row["type"] for row in rows}):
         mine = [row for row in rows if row["type"] == kind]
         groups = {
-            ("--^", "nothing dropped"): [row for row in mine if row["dropped_after"] is None],
-            ("-o", "dropped"): [row for row in mine if row["dropped_after"] not in (None, IN_FRONT)],
-            (":s", "never entered"): [row for row in mine if row["dropped_after"] == IN_FRONT],
+            _HELD: [row for row in mine if row["dropped_after"] is None],
+            _DROPPED: [row for row in mine if row["dropped_after"] not in (None, IN_FRONT)],
+            _ABSENT: [row for row in mine if row["dropped_after"] == IN_FRONT],
         }
         for (style, name), chosen in groups.items():
             values = _floats([row["by_time"] for row in chosen]).mean(0)
@@ -194,8 +204,7 @@ def _plot_times(
     axes.set_xlim(-0.5, len(bins) - 0.5)
     axes.set(title="By time since they were shown", ylabel=f"{unit}, mean over layers",
              xlabel="frames from the last dropped one to the end")  # fmt: skip
-    axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
+    _legend_below(axes, below=0.24)
 
 
 def _shuffled(axes: Axes, high: float) -> None:
@@ -205,7 +214,7 @@ def _shuffled(axes: Axes, high: float) -> None:
 def _layer_ticks(axes: Axes, layers: Sequence[int], symbols: str, vertical: bool = False) -> None:
     step = -(-len(layers) // _MOST_TICKS)
     places = list(range(0, len(layers), step))
-    names = [f"{symbols[layers[place]]}{layers[place]}" for place in places]
+    names = [layer_name(layers[place], symbols) for place in places]
     (axes.set_yticks if vertical else axes.set_xticks)(places, names)
     for label, place in zip((axes.get_yticklabels if vertical else axes.get_xticklabels)(), places):
         label.set_color(LAYER_COLOURS.get(symbols[layers[place]], "black"))
@@ -228,7 +237,9 @@ def _floats(values: Any) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
-def _tidy(axes: Axes) -> None:
+def _legend_below(axes: Axes, below: float = 0.16) -> None:
+    """Legend under the plot and its labels, where it hides nothing; no frame on top and right."""
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -below), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridprune_megatron.analysis.observe import Observation
 from hybridprune_megatron.analysis.samples import AnalysisSample
-from hybridprune_megatron.analysis.statistics import gini, spearman, tokens_that_hold, top_overlap
+from hybridprune_megatron.analysis.statistics import auc, gini, spearman, tokens_that_hold, top_overlap
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.schedule import SCORING_LAYERS
 
@@ -30,6 +30,7 @@ class SampleMeasures:
     Attributes:
         sparsity: float64 [R, 5]: share of tokens that hold each of ``MASS_SHARES``, Gini, share of negative scores.
         stability: float64 [2, R, R]: Spearman's correlation and overlap of the top, each layer with each.
+        auc: float64 [R], how often a token of a frame that the answer needs outranks another one; nan if not known.
         kept: float64 [K, F] share of each frame's tokens that enter each layer.
         hit: float64 [K, 2] the same over the frames that the answer needs, and over all others; None if they are not
             known or are all frames.
@@ -37,6 +38,7 @@ class SampleMeasures:
 
     sparsity: Tensor
     stability: Tensor
+    auc: Tensor
     kept: Tensor
     hit: Tensor | None
 
@@ -53,11 +55,15 @@ def measure(sample: AnalysisSample, full: Observation, reduced: Observation, top
     scores = torch.stack([full.scores[layer] for layer in sorted(full.scores)]).cpu()
     kept = kept_tokens(sample, reduced.entered).double()
     frames = sample.frame_numbers()
+    needed = torch.isin(frames, torch.tensor(sample.evidence or (), dtype=torch.int64))
+    # Where all frames are needed, as where none is known to be, nothing can be told apart.
+    known = bool(needed.any() and not needed.all())
     return SampleMeasures(
         sparsity=torch.tensor([_sparsity(row) for row in scores], dtype=torch.float64),
         stability=torch.stack([spearman(scores), top_overlap(scores, max(1, round(top * scores.shape[1])))]),
+        auc=auc(scores, needed) if known else torch.full((len(scores),), torch.nan, dtype=torch.float64),
         kept=torch.stack([kept[:, frames == frame].mean(1) for frame in range(int(frames.max()) + 1)], 1),
-        hit=_hit(kept, frames, sample.evidence),
+        hit=torch.stack([kept[:, needed].mean(1), kept[:, ~needed].mean(1)], 1) if known else None,
     )
 
 
@@ -73,13 +79,6 @@ def kept_tokens(sample: AnalysisSample, entered: Sequence[TokenLayout]) -> Tenso
 def _sparsity(scores: Tensor) -> list[float]:
     mass = scores.abs()
     return [*tokens_that_hold(mass, MASS_SHARES), gini(mass), (scores < 0).double().mean().item()]
-
-
-def _hit(kept: Tensor, frames: Tensor, evidence: tuple[int, ...] | None) -> Tensor | None:
-    if not evidence:
-        return None
-    inside = torch.isin(frames, torch.tensor(evidence))
-    return None if inside.all() else torch.stack([kept[:, inside].mean(1), kept[:, ~inside].mean(1)], 1)
 
 
 def summarize(found: Sequence[SampleMeasures], symbols: str, top: float) -> dict[str, Any]:
@@ -100,6 +99,7 @@ def summarize(found: Sequence[SampleMeasures], symbols: str, top: float) -> dict
 
 def _summarize_sparsity(found: Sequence[SampleMeasures], layers: list[int], symbols: str) -> list[dict[str, Any]]:
     means = torch.stack([each.sparsity for each in found]).nanmean(0).tolist()
+    aucs = torch.stack([each.auc for each in found]).nanmean(0).tolist()
     return [
         {
             "layer": layer,
@@ -107,8 +107,9 @@ def _summarize_sparsity(found: Sequence[SampleMeasures], layers: list[int], symb
             "tokens_that_hold": {f"{share:g}": value for share, value in zip(MASS_SHARES, row)},
             "gini": row[-2],
             "negative": row[-1],
+            "auc": area,
         }
-        for layer, row in zip(layers, means)
+        for layer, row, area in zip(layers, means, aucs)
     ]
 
 

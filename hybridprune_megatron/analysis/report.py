@@ -23,9 +23,10 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Layerwise sparsity",
         "Every layer that can score does so with nothing dropped. Left: the smallest share of visual tokens that holds "
         "50, 80 and 95 % of the score mass (sum of absolute scores); evenly spread scores need 50, 80 and 95 % of the "
-        "tokens, scores drawn from a normal distribution around 0 about 24, 50 and 75 %. Right: Gini coefficient of "
-        "the same mass (0: all tokens alike, 1: one token has all) and the share of tokens with a negative score. "
-        "Means over clips.",
+        "tokens, scores drawn from a normal distribution around 0 about 24, 50 and 75 %. Middle: Gini coefficient "
+        "of the same mass (0: all tokens alike, 1: one token has all) and the share of tokens with a negative score. "
+        "Right: how often a token of a frame that the answer needs scores above a token of another frame (AUC), where "
+        "the data set says which frames these are. Means over clips.",
     ),
     "stability": (
         "Stability of importance",
@@ -126,10 +127,10 @@ def _image(path: Path, title: str) -> str:
 
 def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
     shares = list(rows[0]["tokens_that_hold"])
-    header = ("layer", "type", *(f"{float(share):.0%} of the mass" for share in shares), "Gini", "negative")
+    header = ("layer", "type", *(f"{float(share):.0%} of the mass" for share in shares), "Gini", "negative", "AUC")
     lines = [
         (str(row["layer"]), row["type"], *(_text(row["tokens_that_hold"][share]) for share in shares),
-         _text(row["gini"]), _text(row["negative"]))
+         *(_text(row[name]) for name in ("gini", "negative", "auc")))
         for row in rows
     ]  # fmt: skip
     return _table([header, *lines])

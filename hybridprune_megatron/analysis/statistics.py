@@ -103,6 +103,24 @@ def top_overlap(scores: Tensor, count: int) -> Tensor:
     return member @ member.T / count
 
 
+def auc(scores: Tensor, positive: Tensor) -> Tensor:
+    """Probability that a positive token scores above another one (area under the ROC curve), ties count half.
+
+    ``AUC = (mean rank of the positive - (P + 1) / 2) / (V - P)`` for P positive tokens (Mann and Whitney's U).
+
+    Args:
+        scores: [R, V].
+        positive: bool [V], neither all nor none.
+
+    Returns:
+        float64 [R]; 0.5 for scores that know nothing.
+    """
+    count = int(positive.sum())
+    assert 0 < count < len(positive), f"{count} of {len(positive)} tokens are positive"
+    mean_rank = average_ranks(scores)[:, positive].mean(1)
+    return (mean_rank - (count + 1) / 2) / (len(positive) - count)
+
+
 def evenly_spread(values: Sequence[int], most: int) -> list[int]:
     """At most ``most`` of the values, the first and the last among them, in their order."""
     if len(values) <= most:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from hybridprune_megatron.analysis.figures import new_figure
+from hybridprune_megatron.analysis.figures import layer_name, new_figure
 from hybridprune_megatron.analysis.samples import AnalysisSample
 from hybridprune_megatron.analysis.statistics import evenly_spread
 
@@ -46,7 +46,7 @@ def plot_strip(path: Path, sample: AnalysisSample, kept: Tensor, symbols: str) -
     axes.imshow(canvas)
     axes.set_xticks([column * step + _SIDE / 2 for column in range(len(frames))], [str(frame) for frame in frames])
     shares = kept.double().mean(1)
-    names = [f"{symbols[layer]}{layer}\n{shares[layer]:.0%}" for layer in layers]
+    names = [f"{layer_name(layer, symbols)}\n{100 * shares[layer]:.3g} %" for layer in layers]
     axes.set_yticks([row * step + _SIDE / 2 for row in range(len(layers))], names)
     needed = [column for column, frame in enumerate(frames) if frame in (sample.evidence or ())]
     for column in needed:

@@ -40,7 +40,7 @@ def test_kept_tokens_are_told_by_where_they_stood():
 
 
 def test_measures_and_their_means():
-    sample = _sample()
+    sample = _sample((2,))
     mamba = torch.tensor([-8.0, 1.0, 2.0, 0.0, 4.0, 1.0])
     scores = {0: mamba, 2: torch.arange(6.0), 3: torch.arange(6.0).flip(0)}
     found = measure(sample, Observation(scores=scores), Observation(entered=_reduced(sample)), top=0.5)
@@ -52,6 +52,8 @@ def test_measures_and_their_means():
     # Tops of three: {1 or 5 with 1.0 (the earlier), 2, 4}, {3, 4, 5}, {0, 1, 2}.
     assert found.stability[1].tolist()[0] == pytest.approx([1.0, 1 / 3, 2 / 3])
     assert found.kept.tolist() == [[1, 1, 1], [0, 1, 1], [0, 1, 1], [0, 0.5, 0.5]]
+    # 4 and 1, of the frame that is needed, against -8, 1, 2 and 0: four wins; two and a tie.
+    assert found.auc.tolist() == pytest.approx([6.5 / 8, 1.0, 0.0])
     assert found.hit.tolist() == [[1, 1], [1, 0.5], [1, 0.5], [0.5, 0.25]]
 
     short = measure(
@@ -61,6 +63,7 @@ def test_measures_and_their_means():
         top=0.5,
     )
     assert short.hit is None
+    assert short.auc.isnan().all()
     assert short.sparsity[:, :4].isnan().all()
     summary = summarize([found, short], PATTERN, 0.5)
     rows = summary["sparsity"]

@@ -58,7 +58,7 @@ SCHEMA = {
     "sparsity": [
         {
             "layer": "int", "type": "str", "tokens_that_hold": {"0.5": "float", "0.8": "float", "0.95": "float"},
-            "gini": "float", "negative": "float",
+            "gini": "float", "negative": "float", "auc": "float",
         }
     ],
     "stability": {

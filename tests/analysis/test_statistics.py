@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hybridprune_megatron.analysis.statistics import (
+    auc,
     average_ranks,
     evenly_spread,
     gini,
@@ -91,6 +92,19 @@ def test_overlap_counts_the_tokens_in_both_tops():
     expected = torch.tensor([[3, 2, 3], [2, 3, 2], [3, 2, 3]], dtype=torch.float64) / 3
     torch.testing.assert_close(top_overlap(scores, 3), expected)
     assert top_overlap(scores, 5).tolist() == [[1.0] * 3] * 3
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 40])
+def test_auc_counts_pairs(tokens):
+    scores = _with_ties(3, tokens)
+    positive = torch.arange(tokens) % 3 == 1
+    for found, row in zip(auc(scores, positive).tolist(), scores):
+        wins = [
+            1.0 if high > low else 0.5 if high == low else 0.0
+            for high in row[positive].tolist()
+            for low in row[~positive].tolist()
+        ]
+        assert found == pytest.approx(sum(wins) / len(wins))
 
 
 def test_noise_around_zero_looks_as_the_documentation_says():

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.own_time import HANG_SECONDS
+
 _PRELOAD = [
     "torch",
     "megatron.core",
@@ -46,7 +48,9 @@ def _worker(rank: int, size: int, store: str, fn: Callable[..., Any], args: tupl
         torch.set_num_threads(1)
         # Megatron's checkpoint writer starts a helper at the first save; from the forkserver it need not import torch.
         get_write_results_queue("forkserver")
-        init_distributed(Launch(rank, size, rank, size), timeout_minutes=2.0, init_method=f"file://{store}")
+        init_distributed(
+            Launch(rank, size, rank, size), timeout_minutes=HANG_SECONDS / 60, init_method=f"file://{store}"
+        )
         result = fn(*args)
         shut_down()
         answers.send((True, result))
@@ -55,7 +59,7 @@ def _worker(rank: int, size: int, store: str, fn: Callable[..., Any], args: tupl
         raise SystemExit(1) from None
 
 
-def run_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
+def run_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = HANG_SECONDS) -> list[Any]:
     """Calls ``fn(*args)`` on every rank of a fresh world and returns the results by rank.
 
     ``fn`` is a module-level function; torch.distributed runs already when it is called, megatron's groups do

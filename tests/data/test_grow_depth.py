@@ -1,4 +1,4 @@
-"""A grown model computes what the smaller one computed (checked through the model in tests/models)."""
+"""Layers that a grown model copies, and what makes them add nothing."""
 
 from __future__ import annotations
 
@@ -7,34 +7,36 @@ import torch
 
 from scripts.grow_depth import grow, layer_sources
 
+LAYER = "language_model.decoder.layers."
+
 
 def test_new_layers_copy_the_nearest_of_their_kind_and_add_nothing() -> None:
     sources = layer_sources("M*-", "MM**--", [0, 2, 5])
     assert sources == [0, 0, 1, 1, 2, 2]
     weights = {
-        "language_model.decoder.layers.0.mixer.out_proj.weight": torch.ones(2, 2),
-        "language_model.decoder.layers.0.mixer.in_proj.weight": torch.full((2, 2), 3.0),
-        "language_model.decoder.layers.1.self_attention.linear_proj.weight": torch.ones(2),
-        "language_model.decoder.layers.2.mlp.linear_fc2.weight": torch.ones(2),
+        LAYER + "0.mixer.out_proj.weight": torch.ones(2, 2),
+        LAYER + "0.mixer.in_proj.weight": torch.full((2, 2), 3.0),
+        LAYER + "1.self_attention.linear_proj.weight": torch.ones(2),
+        LAYER + "2.mlp.linear_fc2.weight": torch.ones(2),
         "embedding.weight": torch.ones(3),
     }
     grown = grow(weights, "MM**--", sources, {0, 2, 5})
     assert set(grown) == {
-        "language_model.decoder.layers.0.mixer.out_proj.weight", "language_model.decoder.layers.1.mixer.out_proj.weight",
-        "language_model.decoder.layers.0.mixer.in_proj.weight", "language_model.decoder.layers.1.mixer.in_proj.weight",
-        "language_model.decoder.layers.2.self_attention.linear_proj.weight", "language_model.decoder.layers.3.self_attention.linear_proj.weight",
-        "language_model.decoder.layers.4.mlp.linear_fc2.weight", "language_model.decoder.layers.5.mlp.linear_fc2.weight",
+        LAYER + "0.mixer.out_proj.weight", LAYER + "1.mixer.out_proj.weight",
+        LAYER + "0.mixer.in_proj.weight", LAYER + "1.mixer.in_proj.weight",
+        LAYER + "2.self_attention.linear_proj.weight", LAYER + "3.self_attention.linear_proj.weight",
+        LAYER + "4.mlp.linear_fc2.weight", LAYER + "5.mlp.linear_fc2.weight",
         "embedding.weight",
     }  # fmt: skip
     zero = [name for name, tensor in grown.items() if not tensor.any()]
     assert zero == [
-        "language_model.decoder.layers.1.mixer.out_proj.weight",
-        "language_model.decoder.layers.3.self_attention.linear_proj.weight",
-        "language_model.decoder.layers.4.mlp.linear_fc2.weight",
+        LAYER + "1.mixer.out_proj.weight",
+        LAYER + "3.self_attention.linear_proj.weight",
+        LAYER + "4.mlp.linear_fc2.weight",
     ]
     assert torch.equal(
-        grown["language_model.decoder.layers.1.mixer.in_proj.weight"],
-        weights["language_model.decoder.layers.0.mixer.in_proj.weight"],
+        grown[LAYER + "1.mixer.in_proj.weight"],
+        weights[LAYER + "0.mixer.in_proj.weight"],
     )
 
 
@@ -45,5 +47,5 @@ def test_positions_that_do_not_embed_are_refused(positions: list[int]) -> None:
 
 
 def test_a_new_kind_of_layer_is_refused() -> None:
-    with pytest.raises(ValueError, match="layer 1 is a .-., and --pattern M has none to copy"):
+    with pytest.raises(ValueError, match=r"layer 1 is a '-', and --pattern M has none to copy"):
         layer_sources("M", "M-", [0])

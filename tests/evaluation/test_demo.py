@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.own_time import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _demo(folder: Path, *arguments: str, timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+def _demo(folder: Path, *arguments: str, timeout: float = HANG_SECONDS) -> subprocess.CompletedProcess[str]:
     """Runs the demo in the checkout, everything it writes below ``folder``."""
     data = [f"data.{split}={folder}/out/data/{split}" for split in ("train", "validation")]
     return subprocess.run(

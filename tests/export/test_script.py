@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint
+from tests.own_time import HANG_SECONDS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export_hf.py"
 
@@ -85,9 +86,11 @@ def test_bare_weights_need_a_configuration(script, world, tmp_path, capsys) -> N
 
 
 def test_help_and_wrong_arguments_are_quick() -> None:
-    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, timeout=30)
+    shown = subprocess.run(
+        [sys.executable, SCRIPT, "--help"], capture_output=True, text=True, check=True, timeout=HANG_SECONDS
+    )
     assert "--checkpoint" in shown.stdout
     wrong = subprocess.run(
-        [sys.executable, SCRIPT, "--out", "x"], capture_output=True, text=True, check=False, timeout=30
+        [sys.executable, SCRIPT, "--out", "x"], capture_output=True, text=True, check=False, timeout=HANG_SECONDS
     )
     assert wrong.returncode == 2

@@ -1,5 +1,6 @@
-"""Writes the table of the committed demo report, docs/demo_report.json, into README.md.
+"""Writes the tables of the committed study and demo report into README.md.
 
+python recipes/study.py --report && python scripts/fill_readme.py
 cp runs/demo/report.json docs/demo_report.json && python scripts/fill_readme.py
 """
 
@@ -9,27 +10,52 @@ import json
 from pathlib import Path
 
 from hybridprune_megatron.evaluation.report import markdown_table, summary_rows
+from hybridprune_megatron.study.cells import HEADLINE
+from hybridprune_megatron.study.report import summary_table
+from hybridprune_megatron.study.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "docs" / "demo_report.json"
 README = ROOT / "README.md"
-_BEGIN = (
-    "<!-- demo report: begin. Filled from docs/demo_report.json by scripts/fill_readme.py; do not edit by hand. -->\n"
-)
-_END = "<!-- demo report: end -->"
+STUDY = ROOT / "docs" / "study"
 
 
 def filled(readme: str) -> str:
-    """The README's text with the table of the committed report between its two marks."""
+    """The README's text with the tables of the committed results between their marks."""
+    readme = between_marks(readme, "demo report", demo_block())
+    return between_marks(readme, "study", study_block()) if (STUDY / "rows.jsonl").is_file() else readme
+
+
+def demo_block() -> str:
+    """Table and provenance of the committed demo run."""
     report = json.loads(REPORT.read_text())
-    before, _, rest = readme.partition(_BEGIN)
-    _, found, after = rest.partition(_END)
-    if not found:
-        raise ValueError(f"{README.name} lacks the marks {_BEGIN.strip()} and {_END}; put them back")
     made = f"`make demo`, {report['seconds']['total'] / 60:.1f} minutes on {report['device']}, {report['date']}."
-    return f"{before}{_BEGIN}{markdown_table(summary_rows(report))}\n\n{made}\n{_END}{after}"
+    return f"{markdown_table(summary_rows(report))}\n\n{made}\n"
+
+
+def study_block() -> str:
+    """The study's headline for the methods that people know."""
+    rows, timings = (Rows.read(STUDY / name) for name in ("rows.jsonl", "prefill.jsonl"))
+    samples = next(iter(rows.values()))["settings"]["samples"]
+    made = f"`python recipes/study.py`, budget {HEADLINE:g}, {samples} held-out questions; all of it in docs/study.md."
+    return f"{markdown_table(summary_table(list(rows.values()), timings))}\n\n{made}\n"
+
+
+def between_marks(readme: str, name: str, block: str) -> str:
+    """A text with one block between its two marks.
+
+    Raises:
+        ValueError: the marks are not there.
+    """
+    begin = f"<!-- {name}: begin. Filled by scripts/fill_readme.py; do not edit by hand. -->\n"
+    end = f"<!-- {name}: end -->"
+    before, _, rest = readme.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{README.name} lacks the marks {begin.strip()} and {end}; put them back")
+    return f"{before}{begin}{block}{end}{after}"
 
 
 if __name__ == "__main__":
     README.write_text(filled(README.read_text()))
-    print(f"{README.name} shows {REPORT.relative_to(ROOT)}")
+    print(f"{README.name} shows {REPORT.relative_to(ROOT)} and {STUDY.relative_to(ROOT)}")

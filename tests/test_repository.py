@@ -24,6 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"method", "vision", "data", "config", "models"},
     "analysis": {"method", "ops", "data", "config", "models", "evaluation"},
     "engine": {"method", "data", "config", "models", "evaluation"},
+    "study": {"data", "config", "models", "evaluation", "engine", "export"},
     "export": {"method", "ops", "vision", "data", "config", "models", "engine"},
 }
 #: Packages outside this project that a package must not import, not even inside a function.
@@ -36,6 +37,7 @@ FORBIDDEN: dict[str, set[str]] = {
     "models": {"lightning", "nemo"},
     "evaluation": {"lightning", "nemo", "transformers"},
     "analysis": {"lightning", "nemo", "transformers"},
+    "study": {"lightning", "nemo", "transformers"},
 }
 MOST_LINES = 400
 MOST_BYTES = 10 * 2**20

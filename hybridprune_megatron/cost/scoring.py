@@ -140,10 +140,10 @@ def front_operations(
     if reduction.front == "tome":
         alive, match = visual, Cost()
         while alive > left:
-            # A round matches every other token to the rest and merges at most all of those.
+            # A round matches every other token to the rest and may merge all of those.
             sources, targets = (alive + 1) // 2, alive // 2
             match += _most_similar(sources, targets, hidden, _FP32)
-            alive -= min(alive - left, targets)
+            alive -= targets
         operations["match"] = match
     return operations
 

@@ -113,12 +113,14 @@ def test_fronts_multiply_what_is_counted(front: str, left: int):
 @pytest.mark.parametrize("option", group_options(CONF_DIR, "reduction"))
 @pytest.mark.parametrize("frames", [2, 9])
 def test_tokens_are_those_that_the_method_keeps(option: str, frames: int):
-    cfg = load_config(["experiment=demo", f"reduction={option}"])
+    # Deep enough for a mean of 0.25 by attention layers alone.
+    cfg = load_config(["experiment=nemotron_nano_12b_v2_vl", f"reduction={option}"])
     per_frame = cfg.model.vision.tokens_per_frame
     shown = [Span(TokenKind.FRAME, per_frame, 0, frame) for frame in range(frames)]
     layout = TokenLayout.from_samples([SampleLayout((*shown, Span(TokenKind.QUESTION, TEXT)))])
     reduction = Reduction.of(vars(cfg.reduction), cfg.retention_by_layer)
-    kept = [counts[0] for counts in reduction.counts_by_layer(layout)] if reduction else [frames * per_frame] * 10
+    full = [(frames * per_frame,)] * cfg.model.num_layers
+    kept = [counts[0] for counts in (reduction.counts_by_layer(layout) if reduction else full)]
     prompt = Prompt(frames * per_frame, TEXT, TEXT, frames)
     prefill = prefill_cost(cfg.model, cfg.reduction, cfg.retention_by_layer, prompt, "fp32")
     assert [row.visual for row in prefill.rows] == kept

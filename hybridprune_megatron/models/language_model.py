@@ -46,7 +46,7 @@ class ReductionHybridModel(HybridModel):
 
         Args:
             embeddings: [L, 1, hidden] on the first stage.
-            layout: the packed sequence before any reduction.
+            layout: the packed sequence that enters the first layer.
             reduction: what to drop; None: nothing.
             rows: int64 [R], rising, tokens of the unreduced packed sequence whose logits are wanted; they must survive
                 (text always does). None: all tokens that are left.

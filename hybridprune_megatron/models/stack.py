@@ -50,7 +50,7 @@ class ReductionStack(HybridStack):
 
         Args:
             hidden_states: [L, 1, hidden], or this rank's part under sequence parallelism.
-            layout: the packed sequence before any reduction.
+            layout: the packed sequence that enters the first layer of the model.
             reduction: what to drop; None: nothing.
             trace: gets the layout that enters every layer, for measuring.
 

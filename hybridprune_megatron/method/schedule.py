@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 
 SCORING_LAYERS = {"M": "mamba", "*": "attention"}
@@ -148,14 +148,13 @@ def retention_by_layer(
             retention.append(target(layer) if layer - 1 in reducing else retention[-1])
         return tuple(retention)
 
-    def mean(target: Callable[[int], float]) -> float:
-        return sum(realize(target)) / num_layers
+    def mean(family: Callable[[float], Callable[[int], float]], value: float) -> float:
+        return sum(realize(family(value))) / num_layers
 
     for family, low, high in _families(shape, num_layers, reducing, first):
-        lowest = mean(family(low))
+        lowest = mean(family, low)
         if lowest <= budget:
-            value = _bisect(lambda value, family=family: mean(family(value)), budget, low, high)
-            return realize(family(value))
+            return realize(family(_bisect(partial(mean, family), budget, low, high)))
     earlier = {"step": "lower reduction.step_layer", "stages": "raise reduction.stages, or name earlier layers"}
     fix = earlier.get(shape.schedule, "name earlier layers") if shape.floor is None else "lower reduction.floor"
     raise ValueError(

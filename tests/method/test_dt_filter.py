@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from hybridprune_megatron.method.dt_filter import filtered_steps
-from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
+from hybridprune_megatron.method.layout import TokenLayout
+from tests.method.layouts import layout_of
 
 HEADS = 5
-
-
-def layout_of(*visual: int) -> TokenLayout:
-    samples = []
-    for count in visual:
-        frames = (Span(TokenKind.FRAME, count, 0, 0),) if count else ()
-        samples.append(SampleLayout((Span(TokenKind.TEXT, 2), *frames, Span(TokenKind.QUESTION, 3))))
-    return TokenLayout.from_samples(samples)
 
 
 def steps_of(layout: TokenLayout) -> tuple[torch.Tensor, torch.Tensor]:

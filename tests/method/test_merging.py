@@ -6,21 +6,12 @@ import pytest
 import torch
 
 from hybridprune_megatron.method import merge
-from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.merge import group_means, most_similar, take_merged
 from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.score_output import OutputNormScorer
+from tests.method.layouts import layout_of
 
 WIDTH = 7
-
-
-def layout_of(*visual: int) -> TokenLayout:
-    """One sample a number of visual tokens (0: text only), text on both sides."""
-    samples = []
-    for count in visual:
-        frames = (Span(TokenKind.FRAME, count, 0, 0),) if count else ()
-        samples.append(SampleLayout((Span(TokenKind.TEXT, 2), *frames, Span(TokenKind.QUESTION, 3))))
-    return TokenLayout.from_samples(samples)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
@@ -23,7 +24,7 @@ _MASS_MARKERS = ("o", "s", "^")
 # Shares are drawn by their power, so that few per cent can be told from none.
 _KEPT_GAMMA = 0.4
 _KEPT_TICKS = (0, 0.01, 0.03, 0.1, 0.25, 0.5, 1)
-# Of a probe, the same in all panels.
+_TYPE_MARKERS = {"mamba": "o", "attention": "D"}
 _HELD, _DROPPED, _ABSENT = ("--^", "nothing dropped"), ("-o", "dropped"), (":s", "never entered")
 # More layers than this get no numbers in the cells of a heat map.
 _MOST_NUMBERED = 12
@@ -43,9 +44,9 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def layer_name(layer: int, symbols: str) -> str:
+def layer_name(layer: int, symbols: str, between: str = " ") -> str:
     """Number and symbol, "3 *"."""
-    return f"{layer} {symbols[layer]}"
+    return f"{layer}{between}{symbols[layer]}"
 
 
 def plot_sparsity(path: Path, rows: Sequence[dict[str, Any]], symbols: str) -> None:
@@ -105,9 +106,7 @@ def plot_stability(path: Path, stability: dict[str, Any], symbols: str) -> None:
         right.plot(distance, _floats([row["spearman"] for row in rows]), "-o", color=colour, label=f"Spearman, {name}")
         overlap = _floats([row["overlap"] for row in rows])
         right.plot(distance, overlap, "--s", color=colour, markerfacecolor="white", label=f"overlap, {name}")
-    right.axhline(top, color="black", linestyle=":", linewidth=1)
-    right.annotate("overlap by chance", (0.98, top), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                   textcoords="offset points", ha="right", fontsize=8)  # fmt: skip
+    right.axhline(top, color="black", linestyle=":", linewidth=1, label="overlap by chance")
     right.set(title="Against distance in depth", xlabel="layers between the two", ylabel="mean over pairs of layers")
     _legend_below(right)
     _save(figure, path)
@@ -151,21 +150,28 @@ def plot_probe(path: Path, probe: dict[str, Any], symbols: str) -> None:
                                   contents.items()):  # fmt: skip
         title, unit = CONTENT_NAMES[name]
         high = max(each["shuffled_high"] for each in found["rows"])
-        _plot_since(row[0], found, title, unit, high)
+        _plot_since(row[0], found["rows"], symbols, title, unit, high)
         _plot_pairs(row[1], found["rows"], symbols, unit)
         _plot_times(row[2], found["rows"], probe["time_bins"], unit, high)
     _save(figure, path)
 
 
-def _plot_since(axes: Axes, found: dict[str, Any], title: str, unit: str, high: float) -> None:
-    lines = {"held": _HELD, "score": _DROPPED, "absent": _ABSENT}
-    for kind, rows in found["by_layers_since"].items():
-        distance = [row["layers"] for row in rows]
-        for key, (style, name) in lines.items():
-            values = _floats([row[key] for row in rows])
-            axes.plot(distance, values, style, color=TYPE_COLOURS[kind], label=f"{kind}: {name}")
+def _plot_since(axes: Axes, rows: Sequence[dict[str, Any]], symbols: str, title: str, unit: str, high: float) -> None:
+    drops = sorted({row["dropped_after"] for row in rows if row["dropped_after"] not in (None, IN_FRONT)})
+    for number, after in enumerate(drops):
+        behind = sorted((row for row in rows if row["dropped_after"] == after), key=lambda row: row["layer"])
+        colour = colormaps["viridis"](number / max(len(drops), 1))
+        distance = [row["layer"] - after for row in behind]
+        name = f"dropped after {layer_name(after, symbols)}"
+        axes.plot(distance, _floats([row["score"] for row in behind]), color=colour, label=name)
+        for row in behind:
+            marker = _TYPE_MARKERS[row["type"]]
+            axes.plot(row["layer"] - after, row["score"], marker, color=colour)
+    for kind, marker in _TYPE_MARKERS.items():
+        axes.plot([], [], marker, color="black", label=f"read at {kind}")
     _shuffled(axes, high)
     axes.set(title=f"Probe for the {title}", xlabel="layers since the drop (1 = right behind it)", ylabel=unit)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     _legend_below(axes)
 
 
@@ -204,7 +210,7 @@ def _plot_times(
     axes.set_xlim(-0.5, len(bins) - 0.5)
     axes.set(title="By time since they were shown", ylabel=f"{unit}, mean over layers",
              xlabel="frames from the last dropped one to the end")  # fmt: skip
-    _legend_below(axes, below=0.24)
+    _legend_below(axes)
 
 
 def _shuffled(axes: Axes, high: float) -> None:
@@ -214,7 +220,7 @@ def _shuffled(axes: Axes, high: float) -> None:
 def _layer_ticks(axes: Axes, layers: Sequence[int], symbols: str, vertical: bool = False) -> None:
     step = -(-len(layers) // _MOST_TICKS)
     places = list(range(0, len(layers), step))
-    names = [layer_name(layers[place], symbols) for place in places]
+    names = [layer_name(layers[place], symbols, " " if vertical else "\n") for place in places]
     (axes.set_yticks if vertical else axes.set_xticks)(places, names)
     for label, place in zip((axes.get_yticklabels if vertical else axes.get_xticklabels)(), places):
         label.set_color(LAYER_COLOURS.get(symbols[layers[place]], "black"))
@@ -237,7 +243,7 @@ def _floats(values: Any) -> np.ndarray:
     return np.array(values, dtype=float)
 
 
-def _legend_below(axes: Axes, below: float = 0.16) -> None:
+def _legend_below(axes: Axes, below: float = 0.22) -> None:
     """Legend under the plot and its labels, where it hides nothing; no frame on top and right."""
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -below), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)

@@ -158,7 +158,7 @@ def evaluate_probes(data: ProbeData, symbols: str) -> dict[str, Any]:
     found = {}
     for name, (targets, score) in contents.items():
         rows = [_row(place, symbols, values, targets, score, bins) for place, values in readouts.items()]
-        found[name] = {"rows": rows, "by_layers_since": layers_since(rows)}
+        found[name] = {"rows": rows, "by_drop": by_drop(rows)}
     groups = [[data.frames_since[i] for i in index.tolist()] for index in bins]
     return {
         "samples": len(data.features),
@@ -201,34 +201,27 @@ def time_bins(frames_since: Sequence[int]) -> list[Tensor]:
     return [torch.nonzero(groups == group).flatten() for group in groups.unique()]
 
 
-def layers_since(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Mean score by type of the layer that is read and by how many layers before it was dropped.
+def by_drop(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """Means over the layers behind each drop, by type of the layer that is read.
 
     Args:
         rows: of one content, from ``evaluate_probes``.
 
     Returns:
-        By type, a list with rising "layers" (1 is the layer right behind the drop), the mean "score" and the mean
-        scores of the same layers with nothing dropped ("held") and with the tokens taken out in front ("absent").
+        By type, a list with rising "dropped_after", the mean "score", and the mean scores of the same layers with
+        nothing dropped ("held") and with the tokens taken out in front ("absent").
     """
     known = {(row["dropped_after"], row["layer"]): row["score"] for row in rows}
+    drops = sorted({after for after, _ in known if after is not None and after != IN_FRONT})
     result: dict[str, list[dict[str, float]]] = {}
     for kind in sorted({row["type"] for row in rows}):
-        groups: dict[int, list[dict[str, Any]]] = {}
-        for row in rows:
-            after = row["dropped_after"]
-            if row["type"] == kind and after is not None and after != IN_FRONT:
-                groups.setdefault(row["layer"] - after, []).append(row)
-        result[kind] = [
-            {
-                "layers": distance,
-                "score": _mean([row["score"] for row in group]),
-                "held": _mean([known[None, row["layer"]] for row in group]),
-                "absent": _mean([known[IN_FRONT, row["layer"]] for row in group]),
-                "pairs": len(group),
-            }
-            for distance, group in sorted(groups.items())
-        ]
+        result[kind] = []
+        for after in drops:
+            layers = [row["layer"] for row in rows if row["type"] == kind and row["dropped_after"] == after]
+            if layers:
+                means = {name: _mean([known[drop, layer] for layer in layers])
+                         for name, drop in (("score", after), ("held", None), ("absent", IN_FRONT))}  # fmt: skip
+                result[kind].append({"dropped_after": after, **means, "layers": len(layers)})
     return result
 
 

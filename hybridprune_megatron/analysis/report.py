@@ -45,10 +45,11 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "What a dropped token leaves behind",
         "The tokens of some frames (the needle's; in data without needles the second quarter) are dropped right after "
         "one layer and nothing else anywhere. A ridge regression then predicts what they showed from one read-out of "
-        f"a later layer: {_READOUTS}. The answer is cut off. Dashed: the same layer with nothing dropped. Dotted: the "
-        "tokens never entered the model, so this is what the rest of the clip and the question give away. Grey: what "
-        "95 % of probes with shuffled targets stay below; scores in it mean nothing. Read-outs differ in size, so "
-        "compare each type with its own dashed and dotted line, not with the other type's height.",
+        f"a later layer: {_READOUTS}. The answer is cut off. Left: a line a drop. Middle: the same as numbers, with "
+        "two references: with nothing dropped, and with the tokens taken out in front, so that only the rest of the "
+        "clip and the question can give them away. Right: clips grouped by how long before the end the tokens were "
+        "shown. Grey: what 95 % of probes with shuffled targets stay below; scores in it mean nothing. Read-outs "
+        "differ in size, so compare each type with its own references, not with the other type's height.",
     ),
     "strips": (
         "Patch by patch",
@@ -146,14 +147,14 @@ def _stability_table(stability: dict[str, Any]) -> str:
 
 
 def _probe_table(probe: dict[str, Any]) -> str:
-    header = ("content", "read-out", "layers since the drop", "dropped", "nothing dropped", "never entered")
+    header = ("content", "read at", "dropped after", "layers behind", "dropped", "nothing dropped", "never entered")
     lines = [
-        (content, kind, str(row["layers"]), *(_text(row[key]) for key in ("score", "held", "absent")))
+        (content, kind, *(_text(row[key]) for key in ("dropped_after", "layers", "score", "held", "absent")))
         for content, found in probe["contents"].items()
-        for kind, rows in found["by_layers_since"].items()
+        for kind, rows in found["by_drop"].items()
         for row in rows
     ]
-    return f"<p>{probe['samples']} clips.</p>" + _table([header, *lines])
+    return f"<p>{probe['samples']} clips; means over the layers behind each drop.</p>" + _table([header, *lines])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

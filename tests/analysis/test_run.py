@@ -43,8 +43,8 @@ PROBED = {
             "shuffled_high": "float", "by_time": ["float"],
         }
     ],
-    "by_layers_since": {
-        kind: [{"layers": "int", "score": "float", "held": "float", "absent": "float", "pairs": "int"}]
+    "by_drop": {
+        kind: [{"dropped_after": "int", "score": "float", "held": "float", "absent": "float", "layers": "int"}]
         for kind in ("attention", "mamba")
     },
 }  # fmt: skip

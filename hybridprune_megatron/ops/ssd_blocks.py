@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of the decays of a block: 1 MiB in float32.
-_BLOCK_ELEMENTS = 1 << 18
+# Elements of the decays of a block: 2 MiB in float32.
+_BLOCK_ELEMENTS = 1 << 19
 # exp(-60) is 1e-26, nothing beside the 1 of a token's own step. Where exp underflows, a CPU takes fifty times as long.
 _MIN_LOG_DECAY = -60.0
 
@@ -40,12 +40,12 @@ class ChunkedScan(torch.autograd.Function):
             states.append(block.states(state))
             state = states[-1][-1]
             block.write_output(states[-1], D, y)
-        ctx.save_for_backward(x, dt, A, B, C, D, sample_index, y, *states)
+        ctx.save_for_backward(x, dt, A, B, C, D, sample_index, *states)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, dt, A, B, C, D, sample_index, y, *states = ctx.saved_tensors
+        x, dt, A, B, C, D, sample_index, *states = ctx.saved_tensors
         grad_x, grad_dt, grad_B, grad_C = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)
         )
@@ -54,10 +54,9 @@ class ChunkedScan(torch.autograd.Function):
         for (tokens, size), block_states in reversed(list(zip(_blocks(dt, ctx.chunk), states))):
             block = _Block(x, dt, A, B, C, sample_index, tokens, size)
             grad_yb = block.cut(grad_y)
-            grad_state, grad_step, across = block.backward(block_states, grad_state, grad_yb, grad_B, grad_C)
+            grad_state, grad_step, read, across = block.backward(block_states, grad_state, grad_yb, grad_B, grad_C)
             skipped = (grad_yb * block.x).sum(-1)
             written = (grad_step * block.x).sum(-1)
-            read = (grad_yb * block.cut(y)).sum(-1) - skipped * D
             # A token's decay acts on every pair of a writer before it and a reader from it on: all that is read from
             # it to the chunk's end, less what was written there, and what lives on beyond the end.
             grad_log_decay = (read - written * block.dt).flip(1).cumsum(1).flip(1) + across.unsqueeze(1)
@@ -133,7 +132,7 @@ class _Block:
 
     def backward(
         self, states: Tensor, grad_state: Tensor, grad_y: Tensor, grad_B: Tensor, grad_C: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of a block.
 
         Args:
@@ -144,31 +143,34 @@ class _Block:
             grad_C: likewise.
 
         Returns:
-            Gradients of the state that enters [G, R, P, N] and of dt * x [n, Q, G, R, P]; for every chunk and head
-            [n, G, R] the change of the loss with the logarithm of the state after the chunk.
+            Gradients of the state that enters [G, R, P, N] and of dt * x [n, Q, G, R, P]; the change of the loss with
+            the logarithm of what each token reads [n, Q, G, R] and of the state after each chunk [n, G, R].
         """
         # States: y_i += from_start_i C_i . h and h' = through h + sum_j to_end_j dt_j x_j B_j^T.
         grad_read = self._by_group(grad_y, self.from_start)
         grad_Cb = torch.bmm(grad_read, states[:-1].flatten(2, 3).flatten(0, 1))
-        read = torch.bmm(grad_read.mT, self.C).view(-1, *grad_state.shape)
+        grad_entering = torch.bmm(grad_read.mT, self.C).view(-1, *grad_state.shape)
         grads = torch.empty_like(states)
         grads[-1] = grad_state
-        for chunk in reversed(range(len(read))):
-            torch.addcmul(read[chunk], grads[chunk + 1], self.through[chunk], out=grads[chunk])
+        for chunk in reversed(range(len(self.through))):
+            torch.addcmul(grad_entering[chunk], grads[chunk + 1], self.through[chunk], out=grads[chunk])
         grad_written = grads[1:].flatten(2, 3).flatten(0, 1)
         grad_Bb = torch.bmm(self._by_group(self.x, self.dt * self.to_end), grad_written)
         grad_step = self._from_groups(torch.bmm(self.B, grad_written.mT)) * self.to_end.unsqueeze(-1)
         across = (grads[1:] * states[1:]).sum((-2, -1))
+        from_state = torch.bmm(self.C, states[:-1].flatten(2, 3).flatten(0, 1).mT)
+        read = self._from_groups(from_state.mul_(grad_read)).sum(-1)
         # Inside chunks.
         decay, products, mask = self._within()
         mixing = (decay * products.unsqueeze(2)).flatten(0, 2)
         grad_heads = self._by_head(grad_y)
         grad_step += self._from_heads(torch.bmm(mixing.mT, grad_heads))
-        grad_mixing = torch.bmm(grad_heads, self._by_head(self.x, self.dt.unsqueeze(-1)).mT, out=mixing)
-        grad_products = (grad_mixing.view(decay.shape).mul_(decay)).sum(2).mul_(mask).flatten(0, 1)
+        grad_mixing = torch.bmm(grad_heads, self._by_head(self.x, self.dt.unsqueeze(-1)).mT)
+        read += self._from_heads(mixing.mul_(grad_mixing).sum(-1, keepdim=True)).squeeze(-1)
+        grad_products = grad_mixing.view(decay.shape).mul_(decay).sum(2).mul_(mask).flatten(0, 1)
         self._write_groups(grad_B, grad_Bb.baddbmm_(grad_products.mT, self.C))
         self._write_groups(grad_C, grad_Cb.baddbmm_(grad_products, self.B))
-        return grads[0], grad_step, across
+        return grads[0], grad_step, read, across
 
     def _within(self) -> tuple[Tensor, Tensor, Tensor]:
         """Decays exp(a_i - a_j) [n, G, R, Q, Q], right for j <= i; C_i . B_j [n, G, Q, Q], 0 where masked; the mask.

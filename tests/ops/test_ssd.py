@@ -65,6 +65,20 @@ def test_the_scan_s_own_backward_is_its_derivative(lengths, chunks_per_block, mo
     assert torch.autograd.gradcheck(lambda *t: ssd_scan(*t, sample_index(lengths), 4), tensors, fast_mode=True)
 
 
+def test_gradients_are_exact_where_the_skip_outweighs_the_state():
+    """As at the start of training: what comes from the state is a ten-thousandth of D x, and not lost in it."""
+    x, dt, A, B, C, D = inputs(50)
+    exact = [x, dt * 0.02, A, B * 0.01, C * 0.01, D]
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        # Loss of the output's square: its gradient points along the output, so that nothing cancels by chance.
+        loss = ssd_scan(*tensors, sample_index((30, 20)), 16).square().sum()
+        gradients.append(torch.autograd.grad(loss, tensors))
+    for got, want in zip(*gradients):
+        assert (got - want).norm() < 1e-5 * want.norm()
+
+
 def test_a_planted_leak_between_samples_is_seen():
     """The test above would notice states that cross samples: one joined sample gives another result."""
     tensors = [tensor.float() for tensor in inputs(12)]

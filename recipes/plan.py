@@ -95,8 +95,8 @@ def measure(cfg: Config, plan: Plan, rounds: int = 5) -> dict[str, Any]:
     pieces: dict[str, dict[int, float]] = {}
     for tokens in calibration_lengths(prompt.tokens):
         sample = one_sample(*sample_sizes(tokens, prompt.text, prompt.question))
-        for name, seconds in time_pieces(model, cfg.model.hybrid_pattern, sample, reduction, rounds).items():
-            pieces.setdefault(name, {})[tokens] = seconds
+        for name, taken in time_pieces(model, cfg.model.hybrid_pattern, sample, reduction, rounds).items():
+            pieces.setdefault(name, {})[tokens] = taken
     predicted = predict(plan.prefill, Calibration(pieces))
     sample = one_sample(prompt.visual, prompt.text, prompt.question)
     seconds = time_language_prefill(model, sample, {"full": None, "reduced": reduction}, rounds)

@@ -30,9 +30,8 @@ def plot_plan(path: Path, prefill: Prefill, name: str) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     rows = prefill.rows
-    full = [sum_costs(row.full.values()).flops for row in rows]
-    scale, unit = flop_unit(max(full))
-    full = [flops / scale for flops in full]
+    scale, unit = flop_unit(max(sum_costs(row.full.values()).flops for row in rows))
+    full = [sum_costs(row.full.values()).flops / scale for row in rows]
     reduced = [sum_costs([*row.reduced.values(), *row.scoring.values()]).flops / scale for row in rows]
     right.bar(range(len(rows)), full, color=_FULL, label="without reduction")
     for symbol in dict.fromkeys(row.symbol for row in rows):

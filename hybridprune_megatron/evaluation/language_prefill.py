@@ -59,9 +59,11 @@ def time_language_prefill(
     layout = TokenLayout.from_samples([sample], device_of(model))
     hidden = _random_hidden(model, layout)
     last = layout.origin[-1:]
-    candidates = {
-        name: partial(model.language_model, hidden, layout, reduction, last) for name, reduction in reductions.items()
-    }
+
+    def prefill(reduction: Reduction | None) -> object:
+        return model.language_model(hidden, layout, reduction, last)
+
+    candidates = {name: partial(prefill, reduction) for name, reduction in reductions.items()}
     with measuring(model, None):
         return in_turn(candidates, rounds)
 

@@ -139,6 +139,9 @@ def main(arguments: Sequence[str]) -> None:
         target, cfg = read_target(mine), load_config(others)
         if "--measure" in options and cfg.parallel.model_parallel_size > 1:
             raise ConfigError("--measure: runs in one process; set parallel=single")
+        if "--measure" in options and cfg.reduction.front != "none":
+            reason = "--measure times the language model alone"
+            raise fail("reduction.front", cfg.reduction.front, reason, "set reduction.front=none")
         plan = make_plan(cfg, target)
         print("\n".join(plan_lines(cfg, target, plan)), flush=True)
         if "--plot" in options:

@@ -313,6 +313,12 @@ def test_features_of_another_model_are_refused(features_config: MakeConfig, tmp_
     shutil.copytree(features_config().data.train, tmp_path / "train")
     cfg = features_config(f"data.train={tmp_path / 'train'}")
     check_features(cfg)
+    cfg.reduction.front = "evs_pixels"
+    with pytest.raises(
+        ConfigError, match=r"reduction\.front=evs_pixels: compares frames, and data\.train=.* holds features"
+    ):
+        check_features(cfg)
+    cfg.reduction.front = "none"
     cfg.model.trainable.vision = True
     with pytest.raises(ConfigError, match=r"model\.trainable\.vision=true: data\.train=.* features of a frozen tower"):
         check_features(cfg)

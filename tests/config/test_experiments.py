@@ -51,7 +51,8 @@ def language_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def test_expected_experiments_are_shipped() -> None:
-    assert {"demo", "demo_base", "demo_base_clips", "twin", *PUBLISHED} == set(EXPERIMENTS)
+    study = {"bench", "bench_base", "bench_base_clips", "bench_base_dense"}
+    assert {"demo", "demo_base", "demo_base_clips", "twin", *study, *PUBLISHED} == set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -165,9 +166,9 @@ def test_layers_may_be_a_list() -> None:
 
 
 def test_scorers_of_conf_are_the_registered_ones() -> None:
-    from hybridprune_megatron.method.scorers import SCORERS
+    from hybridprune_megatron.method.scorers import OUTPUT_SCORERS, SCORERS
 
-    assert known_scorers() == sorted(SCORERS)
+    assert known_scorers() == sorted({**SCORERS, **OUTPUT_SCORERS})
 
 
 def test_checkpoint_and_data_must_exist(tmp_path, monkeypatch) -> None:

@@ -117,13 +117,13 @@ def test_principal_components_hold_the_most_variance():
 
 
 def test_a_sketch_keeps_products_and_is_the_same_every_time():
-    values = _normal(200, 3000)
+    values = _normal(200, 3000) + 0.5
     folded = torch.stack([sketch(row, 1500) for row in values])
     assert folded.shape == (200, 1500)
     torch.testing.assert_close(sketch(values[0], 1500), folded[0])
     products, kept = values @ values.T, folded @ folded.T
-    # An off-diagonal product of 3,000 numbers has a spread of 55; folding adds one of 3000 / sqrt(1500) = 77.
+    # Products of 750 on average; folding adds noise of 3750 / sqrt(1500) = 97, and no more on average than chance.
     error = (kept - products)[~torch.eye(200, dtype=torch.bool)]
-    assert abs(error.mean().item()) < 5
-    assert 60 < error.std().item() < 100
+    assert abs(error.mean().item()) < 60
+    assert 60 < error.std().item() < 130
     assert torch.equal(sketch(values[0], 3000), values[0])

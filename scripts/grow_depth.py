@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 #: The projection that writes a layer's result back to the residual stream.
 OUTPUT_PROJECTIONS = {
@@ -76,7 +77,7 @@ def layer_sources(pattern: str, deeper: str, positions: Sequence[int]) -> list[i
     return sources
 
 
-def grow(weights: Mapping[str, object], deeper: str, sources: Sequence[int], kept: set[int]) -> dict:
+def grow(weights: Mapping[str, Any], deeper: str, sources: Sequence[int], kept: set[int]) -> dict[str, Any]:
     """The weights of the deeper model; tensors are not shared between layers."""
     grown = {}
     for name, tensor in weights.items():

@@ -112,18 +112,17 @@ def units(rows: dict[str, Any]) -> Iterator[Unit]:
     Args:
         rows: finished rows by key; may grow while this is being read.
     """
-    methods = [method.name for method in METHODS]
     yield Unit("before", "none", 0, (1.0,))
-    for method in methods:
-        yield Unit("before", method, 0, (HEADLINE,))
+    for method in METHODS:
+        yield Unit("before", method.name, 0, (HEADLINE,))
     yield Unit("after", OURS, 0, (1.0, *BUDGETS))
     yield Unit("after_fixed", OURS, 0, (HEADLINE, 1.0))
-    for method in methods:
-        if method != OURS:
-            yield Unit("after", method, 0, (HEADLINE,))
+    for method in METHODS:
+        if method.name != OURS:
+            yield Unit("after", method.name, 0, (HEADLINE,))
     for seed in SEEDS[1:]:
-        for method in (OURS, *strongest_baselines(rows)):
-            yield Unit("after", method, seed, (HEADLINE,))
+        for name in (OURS, *strongest_baselines(rows)):
+            yield Unit("after", name, seed, (HEADLINE,))
         yield Unit("after_fixed", OURS, seed, (HEADLINE,))
     for method in METHODS:
         if not method.headline_only:

@@ -21,7 +21,9 @@ def headline_table(rows: Sequence[Row], timings: dict[str, Row]) -> list[tuple[s
         timings: prefill by method and budget, see ``timing_key``.
     """
     full = rows_of(rows, "before", "none", 1.0)
-    table = [("method", "before", "after", "after, minus full", "ours minus it, after", "prefill, full / reduced")]
+    table: list[tuple[str, ...]] = [
+        ("method", "before", "after", "after, minus full", "ours minus it, after", "prefill, full / reduced")
+    ]
     ours = rows_of(rows, "after", OURS, HEADLINE)
     table.append(("every token", _cell(full), _cell(rows_of(rows, "after", OURS, 1.0)), "", "", "1.00"))
     for method in METHODS:

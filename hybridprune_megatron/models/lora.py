@@ -162,7 +162,7 @@ class ParallelAdapter(Adapter):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """The linear's, and A and B split as the weight is."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
         if self.lora_a is None:
             return state
         adapter = make_sharded_tensors_for_checkpoint(
@@ -190,7 +190,7 @@ def adapted(linear: type[nn.Module], lora: LoraConfig, split_dim: int) -> type[n
     return type(f"Adapted{linear.__name__}", (ParallelAdapter, linear), {"split_dim": split_dim, "lora": lora})
 
 
-class AdaptedDense(Adapter, nn.Linear):
+class AdaptedDense(Adapter, nn.Linear):  # type: ignore[misc]
     """An adapter on a plain linear that every tensor-parallel rank holds whole.
 
     Args:
@@ -200,7 +200,7 @@ class AdaptedDense(Adapter, nn.Linear):
 
     def __init__(self, linear: nn.Linear, lora: LoraConfig) -> None:
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
-        self.weight = linear.weight
+        self.weight = linear.weight  # type: ignore[assignment]
         a = initial_a(lora, linear.in_features, self.weight)
         self.add_adapter(lora, a, self.weight.new_zeros(linear.out_features, lora.rank))
 

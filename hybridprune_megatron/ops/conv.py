@@ -43,7 +43,7 @@ class _CausalConv(torch.autograd.Function):
         return _joined(_convolve(_spread(x, lengths, gap), weight, bias), lengths, gap)
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gap = weight.shape[1] - 1
         # A token is read by itself and the W - 1 tokens after it, so the first zeros do not count.

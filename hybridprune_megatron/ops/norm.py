@@ -56,7 +56,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x_f * scale).mul_(_float(weight)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         grad_x, grad_weight = _rms_backward(_float(grad), _float(x), _float(weight).unsqueeze(0), scale)
         return grad_x.to(x.dtype), grad_weight.squeeze(0).to(weight.dtype), None
@@ -75,7 +75,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         return gated.mul_(_float(weight)).to(y.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight, scale = ctx.saved_tensors
         y_f, z_f = _float(y), _float(z)
         gate = nn.functional.silu(z_f)

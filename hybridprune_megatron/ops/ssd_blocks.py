@@ -44,7 +44,7 @@ class ChunkedScan(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, sample_index, *states = ctx.saved_tensors
         grad_x, grad_dt, grad_B, grad_C = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)

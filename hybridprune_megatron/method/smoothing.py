@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
@@ -12,8 +15,9 @@ def smoothed(scores: Tensor, layout: TokenLayout, num_frames: int) -> Tensor:
     """Mean score of a patch over the frames around it.
 
     ``s_vfp := mean of s_vf'p over |f - f'| <= num_frames``, over the tokens of the same patch p and video v that are
-    still there; frames are counted as they were before any reduction, and so is the memory. Nothing waits for the
-    device.
+    still there; frames are counted as they were before any reduction, and so is the memory. Tokens whose frames reach
+    the same others get the same score to the bit, so that the earlier of them stays and not what rounding prefers.
+    Nothing waits for the device.
 
     Args:
         scores: float [V] in the order of ``layout.visual_index``.
@@ -23,18 +27,28 @@ def smoothed(scores: Tensor, layout: TokenLayout, num_frames: int) -> Tensor:
     Returns:
         float [V].
     """
-    frames = len(layout.frame_videos)
-    if not num_frames or not frames:
+    if not num_frames or not layout.frame_videos:
         return scores
     where = (layout.visual_frame, layout.visual_patch)
-    # Scores and how many of them there are, side by side: [2, frames, patches].
-    grid = scores.new_zeros(2, frames, layout.patches_per_frame)
-    grid[0].index_put_(where, scores)
-    grid[1].index_put_(where, torch.ones_like(scores))
-    video = torch.tensor(layout.frame_videos).to(scores.device, non_blocking=True)
-    total = grid.clone()
-    for distance in range(1, min(num_frames, frames - 1) + 1):
-        same_video = (video[distance:] == video[:-distance]).unsqueeze(1)
-        total[:, distance:] += grid[:, :-distance] * same_video
-        total[:, :-distance] += grid[:, distance:] * same_video
-    return (total[0] / total[1])[where]
+    # Scores and how many of them there are, side by side, behind an empty frame: [2, frames + 1, patches].
+    grid = torch.zeros(
+        2, len(layout.frame_videos) + 1, layout.patches_per_frame, dtype=torch.float64, device=scores.device
+    )
+    behind = (layout.visual_frame + 1, layout.visual_patch)
+    grid[0].index_put_(behind, scores.double())
+    grid[1].index_put_(behind, torch.ones_like(scores, dtype=torch.float64))
+    first, last = _reach(layout.frame_videos, num_frames).to(scores.device, non_blocking=True)
+    sums = grid.cumsum(1)
+    total, count = sums[:, last + 1] - sums[:, first]
+    return (total / count)[where].to(scores.dtype)
+
+
+def _reach(frame_videos: Sequence[int], num_frames: int) -> Tensor:
+    """int64 [2, frames]: first and last frame around every frame that belong to its video."""
+    first: list[int] = []
+    last: list[int] = []
+    for _, run in groupby(range(len(frame_videos)), key=lambda frame: frame_videos[frame]):
+        frames = list(run)
+        first += [max(frame - num_frames, frames[0]) for frame in frames]
+        last += [min(frame + num_frames, frames[-1]) for frame in frames]
+    return torch.tensor([first, last])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -49,6 +51,20 @@ def assert_equal_models(model, hf, inputs: dict[str, torch.Tensor]) -> float:
     return gap
 
 
+@contextmanager
+def reduced(world: SimpleNamespace, options: dict) -> Iterator[None]:
+    """Both models under the same settings, then as they were."""
+    settings = {"scorer": "query", "budget": 0.35, **options}
+    saved, trained = world.hf.config.reduction, world.model.reduction
+    world.model.reduction = build_reduction(replace(world.cfg, reduction=ReductionConfig(**settings)))
+    world.hf.set_reduction(settings)
+    try:
+        yield
+    finally:
+        world.model.reduction = trained
+        world.hf.set_reduction(saved)
+
+
 OPTIONS = {
     "all tokens": {"budget": 1.0},
     "half": {"budget": 0.5},
@@ -75,16 +91,20 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_logits_and_kept_indices_equal_the_training_models(world, inputs, options: dict, record_property) -> None:
-    settings = ReductionConfig(**{"scorer": "query", "budget": 0.35, **options})
-    reduction = build_reduction(replace(world.cfg, reduction=settings))
-    saved = world.hf.config.reduction
-    trained, world.model.reduction = world.model.reduction, reduction
-    world.hf.set_reduction({"scorer": "query", "budget": 0.35, **options})
-    try:
+    with reduced(world, options):
         record_property("max_abs_logit_diff", assert_equal_models(world.model, world.hf, inputs))
-    finally:
-        world.model.reduction = trained
-        world.hf.set_reduction(saved)
+
+
+def test_two_videos_are_not_smoothed_into_each_other(world, clips) -> None:
+    content = [{"type": "video"}, {"type": "text", "text": "and "}, {"type": "video"}, {"type": "text", "text": "?"}]
+    text = world.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    both = dict(world.processor(text=[text], videos=[str(clips[0]), str(clips[2])]))
+    with reduced(world, {"smoothing_frames": 3}), torch.no_grad():
+        assert_equal_models(world.model, world.hf, both)
+        kept = world.hf(**both, output_reduction=True).reduction_trace
+        both["frames_per_video"] = both["frames_per_video"].sum(1, keepdim=True)
+        as_one = world.hf(**both, output_reduction=True).reduction_trace
+    assert any(not torch.equal(mine[0], other[0]) for mine, other in zip(kept, as_one))
 
 
 def test_the_saved_reduction_is_the_trained_one(world, inputs) -> None:

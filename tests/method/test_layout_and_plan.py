@@ -198,5 +198,9 @@ def test_smoothing_is_the_mean_over_the_frames_around(num_frames):
             ]
             expected.append(sum(near) / len(near))
         torch.testing.assert_close(smoothed(scores, layout, num_frames), torch.stack(expected))
+    if num_frames == 50:
+        # A patch has one score all over its video, to the bit.
+        spread = smoothed(torch.rand(20, generator=generator), full, num_frames)
+        assert torch.equal(spread[:12].view(4, 3), spread[:3].expand(4, 3))
     text = TokenLayout.from_samples([SampleLayout((Span(TEXT, 2),))])
     assert smoothed(torch.empty(0), text, num_frames).shape == (0,)

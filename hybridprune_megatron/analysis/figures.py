@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from hybridprune_megatron.analysis.probe import IN_FRONT
 from hybridprune_megatron.evaluation.plots import LAYER_COLOURS
@@ -171,7 +172,7 @@ def _plot_since(axes: Axes, rows: Sequence[dict[str, Any]], symbols: str, title:
         axes.plot([], [], marker, color="black", label=f"read at {kind}")
     _shuffled(axes, high)
     axes.set(title=f"Probe for the {title}", xlabel="layers since the drop (1 = right behind it)", ylabel=unit)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_below(axes)
 
 

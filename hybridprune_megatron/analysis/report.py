@@ -6,7 +6,7 @@ import base64
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,18 +100,17 @@ def write_html(out: Path, result: dict[str, Any]) -> Path:
     ]
     figures = {name: [f"{name}.png"] for name in ("sparsity", "stability", "kept", "probe")}
     figures["strips"] = result["strips"]
-    tables = {
+    tables: dict[str, Callable[[Any], str]] = {
         "sparsity": _sparsity_table,
         "stability": _stability_table,
-        "kept": lambda kept: "",
         "probe": _probe_table,
-        "strips": lambda strips: "",
     }
     for name, (title, words) in SECTIONS.items():
         if result[name]:
             parts += [f'<h2 id="{name}">{title}</h2>', f"<p>{words}</p>"]
             parts += [_image(out / file, title) for file in figures[name]]
-            parts.append(tables[name](result[name]))
+            if name in tables:
+                parts.append(tables[name](result[name]))
     path = out / HTML_FILE
     page = "\n".join(parts)
     path.write_text(

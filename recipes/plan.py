@@ -64,7 +64,7 @@ def split_options(arguments: Sequence[str]) -> tuple[dict[str, Path], list[str]]
     return options, others
 
 
-def measure(cfg: Config, plan: Plan, rounds: int = 5) -> dict[str, Any]:
+def measure(cfg: Config, plan: Plan, rounds: int = 7) -> dict[str, Any]:
     """Predicts the prefill of a plan from pieces timed at other lengths, and times it.
 
     Args:

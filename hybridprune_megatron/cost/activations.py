@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import ModelConfig, VisionConfig
 
 _FP32 = 4
+#: Decays that the plain torch scan computes at once; as in ops/ssd_blocks.py, which this package must not import torch for.
+SCAN_BLOCK_ELEMENTS = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,25 @@ def layer_activations(
     assert symbol == "E", symbol
     assert experts is not None, "an E layer comes with its experts' sizes"
     return _norm(model, width) + _experts(model, experts, width)
+
+
+def scan_workspace(model: ModelConfig, tokens: int, tensor: int) -> int:
+    """Bytes of what the plain torch scan's backward computes of one block of chunks, all of it in fp32.
+
+    Decays, their products and the gradient of these, one number for every pair of tokens of a chunk and head; five
+    tensors as wide as x, four as wide as B, and the gradients of the states.
+
+    Args:
+        model: dimensions.
+        tokens: of the layer.
+        tensor: ranks that share the heads.
+    """
+    heads, chunk = model.mamba_num_heads // tensor, model.mamba_chunk_size
+    groups = model.mamba_num_groups // tensor
+    inner, state = heads * model.mamba_head_dim, model.mamba_state_dim
+    block = min(tokens, chunk * max(1, SCAN_BLOCK_ELEMENTS // (heads * chunk * chunk)))
+    numbers = 3 * heads * chunk + 5 * inner + 4 * groups * state + 2 * inner * state / chunk
+    return round(_FP32 * numbers * block)
 
 
 def layer_input(model: ModelConfig, width: int) -> Kept:

@@ -10,7 +10,8 @@ Assumptions, beside those of ``activations``:
 - A training step runs one packed sequence of ``data.sequence_length`` tokens, filled with the sample that is planned
   for. A frozen tower keeps nothing; the projector keeps its inputs for the whole step.
 - Full recomputation keeps every layer's input; a layer that is recomputed needs all of its tensors again.
-- While a layer runs backward, gradients of its two widest tensors and of its input are there too. A layer in prefill is
+- While a layer runs backward, gradients of its two widest tensors and of its input are there too, and what the plain
+  torch scan computes of a block of chunks. A layer in prefill is
   counted as if all its tensors lived at once, which is an upper bound.
 - Not counted: the allocator's slack, communication buffers, CUDA's context, the loader's batch, a teacher's forward
   pass (``tuning.distillation``), what adapters keep. Frozen layers are taken to keep what trained ones do.
@@ -31,6 +32,7 @@ from hybridprune_megatron.cost.activations import (
     layer_activations,
     layer_input,
     projector_activations,
+    scan_workspace,
     total_bytes,
 )
 from hybridprune_megatron.cost.layers import CONV_TAPS, Experts, attention_widths, mamba_channels, mamba_inner
@@ -210,7 +212,10 @@ class Stage:
             everything = self._bytes(kept, tokens)
             stored.append(self._bytes([self._input()], tokens) if recompute else everything)
             again = everything - self._bytes(kept[:1], tokens) if recompute else 0
-            needed.append(again + self._gradients(kept, tokens))
+            scan = 0
+            if symbol == "M" and not self.fused:
+                scan = scan_workspace(self.cfg.model, tokens, self.cfg.parallel.tensor)
+            needed.append(again + self._gradients(kept, tokens) + scan)
         encoder = self._encoder(packed)
         others = (in_flight - 1) * (sum(stored) + encoder)
         moments = [

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import ModelConfig, VisionConfig
 
 _FP32 = 4
-#: Decays that the plain torch scan computes at once; as in ops/ssd_blocks.py, which this package must not import torch for.
+#: Decays that the plain torch scan computes at once: as in ops/ssd_blocks.py, which imports torch.
 SCAN_BLOCK_ELEMENTS = 1 << 19
 
 

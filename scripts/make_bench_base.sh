@@ -18,10 +18,19 @@ $python scripts/make_bench_data.py --out runs/bench_base/clips16 --frames 16 --v
 train experiment=bench_base_clips
 $python scripts/save_weights.py --checkpoint runs/bench_base_clips --out runs/bench_base/clips16.safetensors
 
-# Second stage: 128 frames, features of the tower computed once.
+# Second stage: 4 frames, then for a while 16 again.
+$python scripts/make_bench_data.py --out runs/bench_base/clips4 --frames 4 --visible-frames 1 1 --seed 13 \
+  --train 9000 --validation 280
+train experiment=bench_base_dense
+$python scripts/save_weights.py --checkpoint runs/bench_base_dense --out runs/bench_base/clips4.safetensors
+train experiment=bench_base_clips name=bench_base_clips_again model.init_checkpoint=runs/bench_base/clips4.safetensors \
+  trainer.max_steps=250 optim.lr=5e-4
+$python scripts/save_weights.py --checkpoint runs/bench_base_clips_again --out runs/bench_base/clips16_again.safetensors
+
+# Last stage: 128 frames, features of the tower computed once.
 $python scripts/make_bench_data.py --out runs/bench/clips --seed 12 --train 640 --validation 240
 for split in train validation; do
-  $python scripts/precompute_features.py experiment=bench model.init_checkpoint=runs/bench_base/clips16.safetensors \
+  $python scripts/precompute_features.py experiment=bench model.init_checkpoint=runs/bench_base/clips16_again.safetensors \
     --data runs/bench/clips/$split --out runs/bench/features/$split
 done
 train experiment=bench_base

@@ -143,7 +143,7 @@ class AttentionMixer(nn.Module):
         scores = None
         if scorer is not None:
             with torch.no_grad():
-                scores = scorer.attention(AttentionSignals(query, key), packing.layout, self.index)
+                scores = scorer.attention(AttentionSignals.of(query, key, packing.layout), packing.layout, self.index)
         if cache is not None:
             cache.layers[self.index] = AttentionCache(
                 key, value, lengths, packing.sample_index, packing.sample_position

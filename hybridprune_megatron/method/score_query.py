@@ -51,11 +51,12 @@ class QueryScorer:
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
         """See ``attention_mass``."""
         del layer
-        scores = [signals.q.new_empty(0, dtype=torch.float32)]
-        for sample in self._samples(layout):
-            blocks = attention_mass(signals, sample, self.attention_causal)
-            scores += [_pooled(block, self.attention_pooling) for block in blocks]
-        return torch.cat(scores)
+        scores = signals.k.new_zeros(len(signals.k), dtype=torch.float32)
+        for keys, mass in attention_mass(signals, list(self._samples(layout)), self.attention_causal):
+            scores[keys] = _pooled(mass, self.attention_pooling)
+        if signals.held is not None:
+            scores = signals.held.everywhere(scores)
+        return scores[layout.visual_index]
 
     def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
         """See ``implicit_attention``."""
@@ -82,9 +83,9 @@ class QueryScorer:
                     "them by: give its first user turn some text, or choose reduction=uniform"
                 )
             visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
-            rows = layout.query_index[query_starts[sample] : query_starts[sample + 1]]
-            rows = rows[-1:] if self.query_rows == "last" else rows
-            yield _Sample(visual, rows, starts[sample], starts[sample + 1])
+            stop = query_starts[sample + 1]
+            queries = slice(stop - 1 if self.query_rows == "last" else query_starts[sample], stop)
+            yield _Sample(visual, queries, layout.query_index[queries], starts[sample], starts[sample + 1])
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,14 @@ class _Sample:
 
     Attributes:
         visual: int64 [V] positions of its visual tokens in the packed sequence, rising.
-        rows: int64 [T] positions of the tokens that score.
+        queries: which of the layout's query tokens score.
+        rows: int64 [T] their positions.
         first: its first position (host).
         last: the position behind its last (host).
     """
 
     visual: Tensor
+    queries: slice
     rows: Tensor
     first: int
     last: int
@@ -121,36 +124,70 @@ def _pooled(per_head: Tensor, pooling: str) -> Tensor:
     return per_head.amax((1, 2))
 
 
-def attention_mass(signals: AttentionSignals, sample: _Sample, causal: bool = True) -> Iterator[Tensor]:
+def attention_mass(
+    signals: AttentionSignals, samples: Sequence[_Sample], causal: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """``mean_{i in T} softmax_j'(q_ih . k_j'h / sqrt(E))_j`` over the keys that row i sees, for every head.
 
     Two passes over the keys, O(T + L) kept: one finds each row's log-sum-exp, the other sums the normalised columns.
+    Where ranks share the keys, each passes over its own and the log-sum-exps are joined in between.
 
     Args:
-        signals: q [L, H, E] and k [L, K, E] of one layer, this rank's heads.
-        sample: whose tokens; see ``QueryScorer`` for what a row sees.
+        signals: of one layer, this rank's heads.
+        samples: whose tokens; see ``QueryScorer`` for what a row sees.
         causal: whether visual tokens behind a row are hidden from it.
 
     Yields:
-        float32 [J, K, H / K], the visual tokens in blocks; a head sums to at most 1 over all of them.
+        int64 [J] rows of k in blocks, visual ones at least, and float32 [J, K, H / K] their mass; a head sums to at
+        most 1 over all of a sample.
     """
-    q = signals.q[sample.rows].float() * signals.q.shape[-1] ** -0.5
-    q = q.unflatten(1, (signals.k.shape[1], -1))
-    always_seen = torch.zeros(sample.last - sample.first, dtype=torch.bool, device=q.device)
-    if not causal:
-        always_seen[sample.visual - sample.first] = True
+    rows = [_AttentionRows(signals, sample, causal) for sample in samples]
+    log_sums = [each.log_sum() for each in rows]
+    if signals.held is not None and log_sums:
+        # One message for all samples.
+        log_sums = list(signals.held.total(torch.cat(log_sums)).split([len(each) for each in log_sums]))
+    for each, log_sum in zip(rows, log_sums):
+        for keys in each.scored():
+            yield keys, torch.exp(each.logits(keys) - log_sum).mean(0)
 
-    def logits(columns: Tensor) -> Tensor:
-        """[T, J, K, H / K] scaled products; -inf where a row does not see the key."""
-        hidden = sample.behind(columns) & ~always_seen[columns - sample.first]
-        products = torch.einsum("tkre,jke->tjkr", q, signals.k[columns].float())
+
+class _AttentionRows:
+    """The logits of one sample's rows with the keys that are here; arguments as for ``attention_mass``."""
+
+    def __init__(self, signals: AttentionSignals, sample: _Sample, causal: bool) -> None:
+        self.signals, self.sample = signals, sample
+        q = signals.q[sample.queries].float() * signals.q.shape[-1] ** -0.5
+        # [T, K, H / K, E]
+        self.q = q.unflatten(1, (signals.k.shape[1], -1))
+        self.always_seen = torch.zeros(sample.last - sample.first, dtype=torch.bool, device=q.device)
+        if not causal:
+            self.always_seen[sample.visual - sample.first] = True
+
+    def logits(self, keys: Tensor) -> Tensor:
+        """[T, J, K, H / K] scaled products with rows of k; -inf where a query does not see the key."""
+        held = self.signals.held
+        positions = keys if held is None else held.positions[keys]
+        hidden = self.sample.behind(positions) & ~self.always_seen[positions - self.sample.first]
+        products = torch.einsum("tkre,jke->tjkr", self.q, self.signals.k[keys].float())
         return products.masked_fill(hidden[:, :, None, None], float("-inf"))
 
-    everything = torch.arange(sample.first, sample.last, device=q.device)
-    # Finite, for a row sees itself.
-    log_sum = _log_sum(logits, everything.split(_BLOCK))
-    for block in sample.visual.split(_BLOCK):
-        yield torch.exp(logits(block) - log_sum).mean(0)
+    def log_sum(self) -> Tensor:
+        """[T, 1, K, H / K], finite where all keys are here, for a query sees itself."""
+        keys = self._keys()
+        if not keys:
+            return self.q.new_full((len(self.q), 1, *self.q.shape[1:3]), float("-inf"))
+        return _log_sum(self.logits, keys)
+
+    def scored(self) -> Sequence[Tensor]:
+        """Rows of k in blocks: the visual ones, or all that are here, whose number the host knows."""
+        return self.sample.visual.split(_BLOCK) if self.signals.held is None else self._keys()
+
+    def _keys(self) -> list[Tensor]:
+        first, last, held = self.sample.first, self.sample.last, self.signals.held
+        rows = [slice(first, last)] if held is None else held.rows(first, last)
+        return [
+            keys for each in rows for keys in torch.arange(each.start, each.stop, device=self.q.device).split(_BLOCK)
+        ]
 
 
 def implicit_attention(

@@ -36,7 +36,7 @@ def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
             packing = packed_seq_params
             if packing.scorer is not None:
                 with torch.no_grad():
-                    signals = AttentionSignals(query.detach(), key.detach())
+                    signals = AttentionSignals.of(query.detach(), key.detach(), packing.layout)
                     packing.scores = packing.scorer.attention(signals, packing.layout, self.layer_number - 1)
                     packing.pooling = packing.scorer.attention_pooling
             return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)

@@ -60,7 +60,7 @@ def _profiled(run, *args) -> int:
 def _signals(symbol: str) -> AttentionSignals | MambaSignals:
     if symbol == "*":
         heads, keys, width = MODEL.num_attention_heads, MODEL.num_query_groups, MODEL.kv_channels
-        return AttentionSignals(torch.randn(TOKENS, heads, width), torch.randn(TOKENS, keys, width))
+        return AttentionSignals.of(torch.randn(TOKENS, heads, width), torch.randn(TOKENS, keys, width), _layout())
     groups, state, heads = MODEL.mamba_num_groups, MODEL.mamba_state_dim, MODEL.mamba_num_heads
     B, C = torch.randn(2, TOKENS, groups, state)
     return MambaSignals(B, C, torch.rand(TOKENS, heads), -torch.rand(heads))

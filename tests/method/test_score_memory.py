@@ -31,7 +31,7 @@ def peak_bytes(function: Function, num_visual: int) -> int:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(layout.num_tokens, *shape, generator=generator)
 
-    attention = AttentionSignals(randn(HEADS, WIDTH), randn(KV_HEADS, WIDTH))
+    attention = AttentionSignals.of(randn(HEADS, WIDTH), randn(KV_HEADS, WIDTH), layout)
     mamba = MambaSignals(randn(GROUPS, STATE), randn(GROUPS, STATE), randn(HEADS).exp(), -torch.ones(HEADS))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         function(layout, attention, mamba)
@@ -82,12 +82,12 @@ def test_smoothing_and_selection_are_linear():
 
 
 def all_rows_at_once(layout: TokenLayout, attention: AttentionSignals, _: object) -> torch.Tensor:
-    q, k = attention.q[layout.query_index], attention.k.repeat_interleave(HEADS // KV_HEADS, 1)
+    q, k = attention.q, attention.k.repeat_interleave(HEADS // KV_HEADS, 1)
     return torch.einsum("the,jhe->thj", q, k).softmax(-1)[..., layout.visual_index].mean((0, 1))
 
 
 def square(layout: TokenLayout, attention: AttentionSignals, _: object) -> torch.Tensor:
-    matrix = (attention.q[:, 0] @ attention.k[:, 0].T).softmax(-1)
+    matrix = (attention.k[:, 0] @ attention.k[:, 0].T).softmax(-1)
     return matrix[layout.query_index].mean(0)[layout.visual_index]
 
 

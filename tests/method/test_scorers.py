@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import fmean
 
 import pytest
@@ -37,7 +37,7 @@ def signals_of(layout: TokenLayout) -> tuple[AttentionSignals, MambaSignals]:
         return torch.randn(*shape, generator=generator)
 
     length = layout.num_tokens
-    attention = AttentionSignals(randn(length, HEADS, WIDTH), randn(length, KV_HEADS, WIDTH))
+    attention = AttentionSignals.of(randn(length, HEADS, WIDTH), randn(length, KV_HEADS, WIDTH), layout)
     step = torch.nn.functional.softplus(randn(length, HEADS))
     mamba = MambaSignals(randn(length, GROUPS, STATE), randn(length, GROUPS, STATE), step, -randn(HEADS).exp())
     return attention, mamba
@@ -84,7 +84,7 @@ def written_out(layout: TokenLayout, last: bool, masses: Callable) -> list[list[
 
 
 def naive_attention(signals: AttentionSignals, layout: TokenLayout, causal: bool, last: bool) -> list[list[float]]:
-    q, k = signals.q.tolist(), signals.k.tolist()
+    q, k = dict(zip(layout.query_index.tolist(), signals.q.tolist())), signals.k.tolist()
 
     def masses(row: int, head: int, first: int, end: int, visual: list[int]) -> list[float]:
         seen = [j for j in range(first, end) if j <= row or (j in visual and not causal)]
@@ -190,12 +190,14 @@ def test_every_scorer_is_finite_deterministic_and_blind_to_packing(name):
         assert torch.isfinite(packed).all()
         assert torch.equal(packed, score(signals, layout, 3))
         alone_layout = layout_of(9)
-        cut = slice(0, layout.sample_lengths[0] + 4)
+        # The first sample and the text behind all of them, of all tokens or of the query tokens.
+        first = {"q": layout.query_counts[0]}
         fields = {
-            key: value if key == "A" else torch.cat([value[: layout.sample_lengths[0]], value[-4:]])[cut]
+            key: torch.cat([value[: first.get(key, layout.sample_lengths[0])], value[-4:]])
             for key, value in vars(signals).items()
+            if key not in ("A", "held")
         }
-        alone = score(type(signals)(**fields), alone_layout, 3)
+        alone = score(replace(signals, **fields), alone_layout, 3)
         torch.testing.assert_close(packed[:9], alone)
 
 
@@ -233,7 +235,7 @@ def test_answers_never_score(settings):
     before = scorer.attention(attention, layout, 0), scorer.mamba(mamba, layout, 0)
     for end in layout.sample_starts()[1:]:
         answer = slice(end - 3, end)
-        attention.q[answer], attention.k[answer], mamba.C[answer], mamba.B[answer] = 100.0, 100.0, 100.0, 100.0
+        attention.k[answer], mamba.C[answer], mamba.B[answer] = 100.0, 100.0, 100.0
         mamba.dt[answer] = 50.0
     assert torch.equal(scorer.attention(attention, layout, 0), before[0])
     assert torch.equal(scorer.mamba(mamba, layout, 0), before[1])

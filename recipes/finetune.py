@@ -3,7 +3,8 @@
     python recipes/finetune.py experiment=demo reduction.budget=0.35 trainer.max_steps=50
     torchrun --nproc_per_node 2 recipes/finetune.py experiment=demo parallel=tp2
 
-The same command again goes on from the newest complete checkpoint in ``<output_dir>/checkpoints``.
+The same command again goes on from the newest complete checkpoint in ``<output_dir>/checkpoints``. SIGTERM and SIGUSR1
+make it save after the running step and exit with status 75.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 
 from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
+from hybridprune_megatron.engine.preemption import hold_stop_signals
 from hybridprune_megatron.engine.quiet import quiet_libraries
 
 
@@ -38,6 +40,7 @@ def main() -> None:
         check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)
     except ValueError as error:
         sys.exit(f"configuration error: {error}")
+    hold_stop_signals()
     quiet_libraries()
 
     from nemo.core.config import hydra_runner

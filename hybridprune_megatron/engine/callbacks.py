@@ -1,4 +1,4 @@
-"""Lightning callbacks of a run: atomic checkpoints and a progress bar.
+"""Lightning callbacks of a run: atomic checkpoints, stopping on a signal, and a progress bar.
 
 Why not NeMo's checkpoint callback (``exp_manager.create_checkpoint_callback`` is false): it writes in place
 and marks a checkpoint as unfinished by a file beside it; killed while it writes the only "-last" checkpoint,
@@ -11,13 +11,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from tqdm import tqdm
 
 from hybridprune_megatron.engine.checkpoint import checkpoint_name
 from hybridprune_megatron.engine.module import HybridPruneModule
+from hybridprune_megatron.engine.preemption import STOPPED, stop_requested
 from hybridprune_megatron.engine.strategy import MegatronStrategy
 
 
@@ -66,6 +69,30 @@ class StepCheckpoint(Checkpoint):
 
     def _save_last_checkpoint(self, trainer: Trainer, candidates: dict[str, Any]) -> None:
         self.save(trainer)
+
+
+class StopOnSignal(Callback):
+    """Saves as at the end of training and ends the job before the next step, once any rank was asked to stop
+    (``engine.preemption``).
+
+    Not NeMo's preemption callback: it exists on GPUs only, asks rank 0 only, and exits with 0 as a finished run does.
+    """
+
+    def __init__(self, checkpoints: StepCheckpoint) -> None:
+        """Args: checkpoints: saves."""
+        self._checkpoints = checkpoints
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ends the process with ``STOPPED``, on all ranks before the same step."""
+        asked = torch.tensor(int(stop_requested()), device=trainer.strategy.root_device)
+        # The signal reaches ranks at different times; one that stops alone leaves the others waiting for it.
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if not asked:
+            return
+        self._checkpoints.on_train_end(trainer, pl_module)
+        if trainer.is_global_zero:
+            print(f"asked to stop: saved after step {trainer.global_step}, exit status {STOPPED}", flush=True)
+        raise SystemExit(STOPPED)
 
 
 class StepProgressBar(ProgressBar):

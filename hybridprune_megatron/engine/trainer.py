@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
-from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar
+from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal
 from hybridprune_megatron.engine.checkpoint import latest_checkpoint
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
@@ -26,6 +26,7 @@ def build_trainer(cfg: Config, launch: Launch) -> Trainer:
     """A Trainer with the Megatron strategy, checkpoints and the progress bar; no logger yet (exp_manager adds them)."""
     import torch
 
+    checkpoints = StepCheckpoint(checkpoint_folder(cfg), cfg.trainer.save_every_n_steps)
     return Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         num_nodes=launch.num_nodes,
@@ -36,10 +37,7 @@ def build_trainer(cfg: Config, launch: Launch) -> Trainer:
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
         logger=False,
-        callbacks=[
-            StepCheckpoint(checkpoint_folder(cfg), cfg.trainer.save_every_n_steps),
-            StepProgressBar(),
-        ],
+        callbacks=[checkpoints, StopOnSignal(checkpoints), StepProgressBar()],
         # Ours are among the callbacks; this switch is for Lightning's own.
         enable_checkpointing=True,
         enable_model_summary=False,

@@ -143,15 +143,32 @@ def check_runnable(cfg: Config) -> None:
     Raises:
         ConfigError: the first such setting.
     """
+    parallel = cfg.parallel
     for name in ("pipeline", "context"):
-        size = getattr(cfg.parallel, name)
-        if size > 1:
+        size = getattr(parallel, name)
+        if size > 1 and cfg.tuning.distillation.weight:
             raise fail(
                 f"parallel.{name}",
                 size,
-                "must be 1: dropping tokens across stages or shards is not there yet",
-                f"set parallel.{name}=1 and split by parallel.tensor and data parallelism",
+                f"must be 1 with tuning.distillation.weight={cfg.tuning.distillation.weight}: the teacher's pass knows "
+                "neither stages nor shards",
+                f"set parallel.{name}=1 or tuning.distillation.weight=0",
             )
+    if parallel.pipeline > 1 and not cfg.model.trainable.language:
+        raise fail(
+            "model.trainable.language",
+            False,
+            f"leaves stages behind the first without anything to learn, and parallel.pipeline={parallel.pipeline}",
+            "set model.trainable.language=true, tuning.lora.rank, or parallel.pipeline=1",
+        )
+    groups = cfg.model.mamba_num_groups // parallel.tensor
+    if cfg.reduction.mamba_pooling == "max_groups" and groups < parallel.context:
+        raise fail(
+            "reduction.mamba_pooling",
+            "max_groups",
+            f"needs whole groups on a rank: {groups} are shared by parallel.context={parallel.context} ranks",
+            "set reduction.mamba_pooling=mean or max_heads, or lower parallel.context",
+        )
 
 
 def check_batch(cfg: Config) -> None:

@@ -8,19 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from hybridprune_megatron.models.stage_cut import StageCommunicator
 
 if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
     from hybridprune_megatron.data.batch import PackedBatch
     from hybridprune_megatron.engine.optimization import TrainState
+
+
+#: Samples that a message names.
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class StepResult:
         tokens: tokens that entered the model, in the whole job.
         grad_norm: L2 norm of the mean gradient, before clipping.
         lr: learning rate of the update, before ``optim.lr_scale``.
-        samples: 16 hex digits that identify the samples of this step and their order, on all replicas.
+        samples: 16 hex digits that identify the samples of this step and their order, whichever replica had which.
+        skipped: why the update was left out, naming samples; None if it was made.
     """
 
     loss: float
@@ -42,6 +54,7 @@ class StepResult:
     grad_norm: float
     lr: float
     samples: str
+    skipped: str | None = None
 
 
 class _Recorder:
@@ -50,34 +63,44 @@ class _Recorder:
     def __init__(self, batches: Iterator[PackedBatch], device: torch.device) -> None:
         self._batches = batches
         self._device = device
-        self.keys: list[str] = []
+        # Looked at and not handed out yet.
+        self._waiting: deque[PackedBatch] = deque()
+        # Of each micro batch in order.
+        self.keys: list[tuple[str, ...]] = []
         self.tokens = 0
 
     def __iter__(self) -> _Recorder:
         return self
 
     def __next__(self) -> PackedBatch:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            # Lightning would swallow a StopIteration here and count the step as done.
-            raise ValueError("the training data ended; the loader must repeat it (data.train)") from None
-        self.keys.extend(batch.keys)
+        batch = self._waiting.popleft() if self._waiting else self._read()
+        self.keys.append(tuple(batch.keys))
         self.tokens += batch.input_ids.numel()
         return batch.to(self._device)
 
+    def look(self) -> PackedBatch:
+        """The next micro batch that was not looked at before, ahead of its turn; every one is looked at, or none."""
+        self._waiting.append(self._read())
+        return self._waiting[-1]
 
-def _loss(num_tokens: int, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The schedule's loss function: sum of ``output`` (float32 [L'], masked), its token count, both for the log."""
+    def _read(self) -> PackedBatch:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            # Lightning would swallow a StopIteration here and count the step as done.
+            raise ValueError("the training data ended; the loader must repeat it (data.train)") from None
+
+
+def _loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The schedule's loss function: sum of ``output`` (float32 [R], this rank's), its token count, both for the log."""
     total = output.float().sum()
-    tokens = torch.tensor(num_tokens, dtype=torch.int, device=output.device)
+    tokens = torch.tensor(output.numel(), dtype=torch.int, device=output.device)
     # A clone, not a detach: the schedule scales the returned loss in place.
     return total, tokens, {"sum": total.detach().clone(), "tokens": tokens.clone()}
 
 
 def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    batch = next(batches)
-    return model(batch), partial(_loss, batch.num_loss_tokens)
+    return model(next(batches)), _loss
 
 
 def _run_schedule(
@@ -86,8 +109,20 @@ def _run_schedule(
     num_microbatches: int,
     sequence_length: int,
     forward_only: bool,
-) -> tuple[float, int]:
-    """Runs the pipeline; returns the loss sum and loss tokens of the whole job, equal on all ranks."""
+) -> tuple[float, int, list[Tensor]]:
+    """Runs the pipeline.
+
+    Returns:
+        Loss sum and loss tokens of the whole job, equal on all ranks; and this rank's loss sum of each of its micro
+        batches (none but on the last stage).
+    """
+    communication: dict[str, Any] = {}
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        stage = unwrap_model(model)
+        communication = {
+            "p2p_communicator": StageCommunicator(stage.config, lambda: stage.input_shape(batches.look())),
+            "pg_collection": ProcessGroupCollection.use_mpu_process_groups(),
+        }
     outputs = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=batches,
@@ -96,6 +131,7 @@ def _run_schedule(
         seq_length=sequence_length,
         micro_batch_size=1,
         forward_only=forward_only,
+        **communication,
     )
     device = next(model.parameters()).device
     # float64: the sums of many micro batches keep every digit of their float32 losses.
@@ -107,23 +143,47 @@ def _run_schedule(
         # Only the last stage has seen a loss.
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(totals, last, group=parallel_state.get_pipeline_model_parallel_group())
-    return float(totals[0]), int(totals[1])
+    return float(totals[0]), int(totals[1]), [output["sum"] for output in outputs]
 
 
 def _gather_counts(batches: _Recorder, device: torch.device) -> tuple[int, str]:
-    """Tokens of all replicas, and a fingerprint of all their samples in order."""
+    """Tokens of all replicas, and a fingerprint of all their samples in order of streams."""
     replicas = parallel_state.get_data_parallel_world_size()
-    counts = torch.zeros(replicas, 2, dtype=torch.int64, device=device)
-    digest = hashlib.sha256("\n".join(batches.keys).encode()).digest()
-    counts[parallel_state.get_data_parallel_rank(), 0] = batches.tokens
-    counts[parallel_state.get_data_parallel_rank(), 1] = int.from_bytes(digest[:8], "little", signed=True)
+    counts = torch.zeros(replicas, 1 + len(batches.keys), dtype=torch.int64, device=device)
+    digests = [hashlib.sha256("\n".join(keys).encode()).digest() for keys in batches.keys]
+    own = [batches.tokens, *(int.from_bytes(digest[:8], "little", signed=True) for digest in digests)]
+    counts[parallel_state.get_data_parallel_rank()] = torch.tensor(own, device=device)
     dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
-    fingerprint = hashlib.sha256(repr(counts[:, 1].tolist()).encode()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(repr(counts[:, 1:].flatten().tolist()).encode()).hexdigest()[:16]
     return int(counts[:, 0].sum()), fingerprint
 
 
+def _named_samples(batches: _Recorder, sums: list[Tensor]) -> str:
+    """Samples of the micro batches whose loss is not finite, of all if none is known, over the job; a few by key."""
+    bad = [index for index, total in enumerate(sums) if not torch.isfinite(total)]
+    own = [key for index in bad for key in batches.keys[index]]
+    everywhere: list[tuple[list[str], list[str]]] = [([], [])] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (own, [key for keys in batches.keys for key in keys]))
+    # A set: processes of one replica have the same samples.
+    named = sorted({key for bad_keys, _ in everywhere for key in bad_keys})
+    named = named or sorted({key for _, keys in everywhere for key in keys})
+    more = f" and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
+    return f"samples {', '.join(named[:_MAX_NAMED])}{more}"
+
+
+def _ready_norm(optimizer: MegatronOptimizer) -> float:
+    """L2 norm of the mean gradient, without an update."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
 def train_step(
-    state: TrainState, batches: Iterator[PackedBatch], num_microbatches: int, sequence_length: int, step: int
+    state: TrainState,
+    batches: Iterator[PackedBatch],
+    num_microbatches: int,
+    sequence_length: int,
+    step: int,
+    nonfinite: str = "stop",
 ) -> StepResult:
     """Forward, backward, update and schedule for one global batch.
 
@@ -133,12 +193,14 @@ def train_step(
         num_microbatches: packed sequences this replica computes.
         sequence_length: tokens of a packed sequence (only a pipeline without variable lengths reads it).
         step: number of this step, from 1, for error messages.
+        nonfinite: what a loss or gradient that is not finite does; "stop" raises, "skip" leaves the update out (the
+            schedule counts the step) at the price of a second gradient norm.
 
     Returns:
         The step's result, equal on all ranks.
 
     Raises:
-        FloatingPointError: if the loss or the gradient is not finite. No checkpoint holds the step.
+        FloatingPointError: if the loss or the gradient is not finite and that stops. No checkpoint holds the step.
         ValueError: if the data ends.
     """
     device = next(state.ddp.parameters()).device
@@ -146,27 +208,33 @@ def train_step(
     state.ddp.train()
     state.ddp.zero_grad_buffer()
     state.optimizer.zero_grad()
-    loss_sum, loss_tokens = _run_schedule(state.ddp, recorder, num_microbatches, sequence_length, forward_only=False)
+    loss_sum, loss_tokens, sums = _run_schedule(
+        state.ddp, recorder, num_microbatches, sequence_length, forward_only=False
+    )
     loss = loss_sum / max(loss_tokens, 1)
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"loss={loss} at step {step} over {loss_tokens} loss tokens; "
-            f"samples of this rank: {', '.join(recorder.keys[:4])}; "
-            "lower optim.lr, check those samples, or resume from an earlier checkpoint"
-        )
     lr = max(group["lr"] / group["lr_mult"] for group in state.optimizer.param_groups)
-    _, grad_norm, _ = state.optimizer.step()
-    # Without clipping megatron computes no norm.
-    grad_norm = float(grad_norm) if grad_norm is not None else 0.0
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"gradient norm={grad_norm} at step {step} (loss={loss}); "
-            f"samples of this rank: {', '.join(recorder.keys[:4])}; "
-            "lower optim.lr or check those samples; the run can go on from its last checkpoint"
-        )
+    skips = nonfinite == "skip"
+    finite, grad_norm = math.isfinite(loss), 0.0
+    if finite and skips:
+        # The update must not be made, or undone: look before.
+        grad_norm = _ready_norm(state.optimizer)
+        finite = math.isfinite(grad_norm)
+    if finite:
+        _, norm, _ = state.optimizer.step()
+        # Without clipping megatron computes no norm.
+        grad_norm = float(norm) if norm is not None else 0.0
+        finite = math.isfinite(grad_norm)
+    problem = None
+    if not finite:
+        problem = f"loss={loss} and gradient norm={grad_norm} at step {step}; {_named_samples(recorder, sums)}"
+        if not skips:
+            raise FloatingPointError(
+                f"{problem}; lower optim.lr or check those samples; the same command goes on from the last checkpoint, "
+                "with trainer.nonfinite=skip past such steps"
+            )
     state.scheduler.step(increment=1)
     tokens, samples = _gather_counts(recorder, device)
-    return StepResult(loss, loss_tokens, tokens, grad_norm, lr, samples)
+    return StepResult(loss, loss_tokens, tokens, grad_norm, lr, samples, problem)
 
 
 @torch.no_grad()
@@ -177,6 +245,6 @@ def evaluation_loss(
     was_training = model.training
     model.eval()
     recorder = _Recorder(batches, next(model.parameters()).device)
-    loss_sum, loss_tokens = _run_schedule(model, recorder, num_microbatches, sequence_length, forward_only=True)
+    loss_sum, loss_tokens, _ = _run_schedule(model, recorder, num_microbatches, sequence_length, forward_only=True)
     model.train(was_training)
     return loss_sum / max(loss_tokens, 1), loss_tokens

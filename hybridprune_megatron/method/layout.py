@@ -184,6 +184,42 @@ class TokenLayout:
             **{name: values.to(device, non_blocking=True) for name, values in on_device.items()},
         )
 
+    def taken(self, kept: Tensor, visual_counts: Sequence[int]) -> TokenLayout:
+        """The layout of the tokens that are left.
+
+        Args:
+            kept: int64 [L'], rising, their indices in this packed sequence: all text and some visual tokens.
+            visual_counts: S numbers of visual tokens among them (host).
+        """
+        lengths = tuple(
+            length - present + count
+            for length, present, count in zip(self.sample_lengths, self.visual_counts, visual_counts)
+        )
+        # Which visual token, or which query token, every token is; -1: none. Numbers of a size the host knows, so that
+        # nothing waits for the device.
+        visual = self._numbered(self.visual_index)[kept]
+        visual_index = torch.nonzero_static(visual >= 0, size=sum(visual_counts)).flatten()
+        asks = self._numbered(self.query_index)[kept] >= 0
+        chosen = visual[visual_index]
+        return replace(
+            self,
+            sample_lengths=lengths,
+            visual_counts=tuple(visual_counts),
+            visual_index=visual_index,
+            visual_frame=self.visual_frame[chosen],
+            visual_patch=self.visual_patch[chosen],
+            query_index=torch.nonzero_static(asks, size=sum(self.query_counts)).flatten(),
+            origin=self.origin[kept],
+            position=self.position[kept],
+            cu_seqlens=cumulative_lengths(lengths, kept.device),
+        )
+
+    def _numbered(self, index: Tensor) -> Tensor:
+        """int64 [L]: the place in ``index`` of every token, -1 where it is not there."""
+        numbers = index.new_full((self.num_tokens,), -1)
+        numbers[index] = torch.arange(len(index), device=index.device)
+        return numbers
+
     @property
     def num_tokens(self) -> int:
         return sum(self.sample_lengths)

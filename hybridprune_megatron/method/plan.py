@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.method.layout import TokenLayout, cumulative_lengths
+from hybridprune_megatron.method.layout import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -66,33 +66,9 @@ def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int], min_per_f
     keep[layout.visual_index] = False
     keep[kept_visual] = True
     num_kept = layout.num_tokens - sum(layout.visual_counts) + sum(counts)
-    # New index of every kept token; scattering the old indices to them needs no nonzero(), whose size the host would
-    # wait for.
-    new_index = torch.cumsum(keep, 0) - 1
-    slots = torch.where(keep, new_index, num_kept)
-    old_index = torch.arange(layout.num_tokens, device=scores.device)
-    kept = old_index.new_empty(num_kept + 1).scatter_(0, slots, old_index)[:num_kept]
-    lengths = tuple(
-        length - present + count for length, present, count in zip(layout.sample_lengths, layout.visual_counts, counts)
-    )
-    return Plan(
-        kept=kept,
-        layout=TokenLayout(
-            sample_lengths=lengths,
-            visual_counts=tuple(counts),
-            query_counts=layout.query_counts,
-            original_visual_counts=layout.original_visual_counts,
-            frame_videos=layout.frame_videos,
-            patches_per_frame=layout.patches_per_frame,
-            visual_index=new_index[kept_visual],
-            visual_frame=layout.visual_frame[chosen],
-            visual_patch=layout.visual_patch[chosen],
-            query_index=new_index[layout.query_index],
-            origin=layout.origin[kept],
-            position=layout.position[kept],
-            cu_seqlens=cumulative_lengths(lengths, scores.device),
-        ),
-    )
+    # Of a size the host knows, so that nothing waits for the device.
+    kept = torch.nonzero_static(keep, size=num_kept).flatten()
+    return Plan(kept, layout.taken(kept, counts))
 
 
 def _place_in_frame(frames: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from hybridprune_megatron.method.front import Front, build_front
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.merge import Ranking, take_merged
-from hybridprune_megatron.method.plan import select
+from hybridprune_megatron.method.plan import Plan, select
 from hybridprune_megatron.method.schedule import packed_counts
 from hybridprune_megatron.method.scorers import OUTPUT_SCORERS, OutputScorer, Scorer, build_scorer
 from hybridprune_megatron.method.smoothing import smoothed
@@ -143,11 +143,21 @@ class Reduction:
             else:
                 assert scores is not None, "a layer was asked to score and did not"
                 ranking = Ranking(scores)
-            scores = smoothed(ranking.scores, layout, self.smoothing_frames)
-            plan = select(scores, layout, counts, self.min_tokens_per_frame)
+            plan = self.plan(ranking.scores, layout, counts)
         if self.dropped == "merge":
             return take_merged(hidden, layout, plan, ranking.partner), plan.layout
         return plan.take(hidden), plan.layout
+
+    @property
+    def looks_at_rows(self) -> bool:
+        """Whether what is dropped, or what becomes of it, depends on hidden states behind the layer."""
+        return self.output_scorer is not None or self.dropped == "merge"
+
+    @torch.no_grad()
+    def plan(self, scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
+        """Which tokens stay; arguments as for ``drop``."""
+        scores = smoothed(scores, layout, self.smoothing_frames)
+        return select(scores, layout, counts, self.min_tokens_per_frame)
 
 
 def _at_least(retention: tuple[float, ...], fewest: int, num_visual: int) -> tuple[float, ...]:

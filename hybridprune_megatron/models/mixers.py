@@ -36,13 +36,22 @@ def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
             packing = packed_seq_params
             if packing.scorer is not None:
                 with torch.no_grad():
-                    signals = AttentionSignals.of(query.detach(), key.detach(), packing.layout)
+                    signals = _attention_signals(query.detach(), key.detach(), packing)
                     packing.scores = packing.scorer.attention(signals, packing.layout, self.layer_number - 1)
                     packing.pooling = packing.scorer.attention_pooling
             return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     ScoringAttention.__name__ = f"Scoring{core_attention.__name__}"
     return ScoringAttention
+
+
+def _attention_signals(query: Tensor, key: Tensor, packing: LayerPacking) -> AttentionSignals:
+    """From this rank's tokens: the query tokens' rows of all ranks, and the keys that are here."""
+    layout, shard = packing.layout, packing.shard
+    if shard is None:
+        return AttentionSignals.of(query, key, layout)
+    rows = shard.rows_everywhere(query, layout.query_index, layout.num_tokens)
+    return AttentionSignals(rows, key, shard.keys(layout.num_tokens, key.device))
 
 
 class GatedRMSNorm(nn.Module):
@@ -135,6 +144,9 @@ class ReductionMambaMixer(MambaMixer):
         )
         self.in_proj.weight.partition_sizes = self.in_proj_sizes
         self._build_state_parameters()
+        self.context = pg_collection.cp.size()
+        if self.context > 1:
+            self._share_heads(pg_collection.cp.rank())
         self.norm = GatedRMSNorm(
             config, self.d_inner_local_tp, self.d_inner_local_tp // self.ngroups_local_tp, self.tp_group
         )
@@ -180,6 +192,32 @@ class ReductionMambaMixer(MambaMixer):
             _mark_sharded(parameter)
         self.conv1d_weight.partition_sizes = self.conv1d_bias.partition_sizes = sizes[1:4]  # type: ignore[attr-defined]
 
+    def _share_heads(self, rank: int) -> None:
+        """Which channels each context-parallel rank convolves and scans: its heads, and the groups that they read."""
+        ranks, heads, groups = self.context, self.nheads_local_tp, self.ngroups_local_tp
+        inner, state = self.d_inner_local_tp, self.ngroups_local_tp * self.d_state
+        # Of x, B, C, dt side by side; two ranks may read the same group.
+        starts = (0, inner, inner + state, inner + 2 * state)
+        each_groups = max(groups // ranks, 1)
+        columns = []
+        for each in range(ranks):
+            group = each * groups // ranks
+            for start, unit, first, count in (
+                (starts[0], self.headdim, each * heads // ranks, heads // ranks),
+                (starts[1], self.d_state, group, each_groups),
+                (starts[2], self.d_state, group, each_groups),
+                (starts[3], 1, each * heads // ranks, heads // ranks),
+            ):
+                columns.append(torch.arange(start + first * unit, start + (first + count) * unit))
+        device = parameter_device(self.config)
+        self.register_buffer("exchanged", torch.cat(columns).to(device), persistent=False)
+        # Of this rank: channels of the convolution, and heads.
+        own = torch.cat(columns[4 * rank : 4 * rank + 3]).to(device)
+        self.register_buffer("own_channels", own, persistent=False)
+        self.own_heads = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
+        width = self.headdim * heads // ranks
+        self.own_sizes = [width, each_groups * self.d_state, each_groups * self.d_state, heads // ranks]
+
     def train(self, mode: bool = True) -> MegatronModule:
         """Skips the stock mixer's decode cache, which does not exist here."""
         return nn.Module.train(self, mode)
@@ -201,13 +239,39 @@ class ReductionMambaMixer(MambaMixer):
         packing = packed_seq_params
         projected, _ = self.in_proj(hidden_states)
         sizes = self.in_proj_sizes
-        z, x_B_C, raw_dt = projected.squeeze(1).split([sizes[0], sum(sizes[1:4]), sizes[4]], dim=-1)
-        x_B_C = self.ops.conv(x_B_C, self.conv1d_weight.squeeze(1), self.conv1d_bias, packing)
-        x, B, C = x_B_C.split(sizes[1:4], dim=-1)
+        z, x_B_C_dt = projected.squeeze(1).split([sizes[0], sum(sizes[1:])], dim=-1)
+        if self.context == 1:
+            y = self._mix(x_B_C_dt, sizes[1:], slice(None), slice(None), packing)
+        else:
+            assert packing.shard is not None, "context parallelism comes with shards"
+            packing.heads_group = self.pg_collection.tp_cp
+            whole = packing.shard.to_heads(x_B_C_dt.index_select(1, self.exchanged))
+            y = self._mix(whole, self.own_sizes, self.own_channels, self.own_heads, packing)
+            y = packing.shard.to_tokens(y)
+        return self.out_proj(self.norm(y, z).unsqueeze(1))
+
+    def _mix(
+        self, x_B_C_dt: Tensor, sizes: list[int], channels: slice | Tensor, heads: slice, packing: LayerPacking
+    ) -> Tensor:
+        """Convolution, scores and scan of all tokens.
+
+        Args:
+            x_B_C_dt: [L, sum of sizes].
+            sizes: channels of x, B, C and dt.
+            channels: which of the convolution's channels these are.
+            heads: which heads these are.
+            packing: the packing; gets the scores.
+
+        Returns:
+            [L, channels of x].
+        """
+        x_B_C, raw_dt = x_B_C_dt.split([sum(sizes[:3]), sizes[3]], dim=-1)
+        conv_weight, conv_bias = self.conv1d_weight.squeeze(1)[channels], self.conv1d_bias[channels]
+        x, B, C = self.ops.conv(x_B_C, conv_weight, conv_bias, packing).split(sizes[:3], dim=-1)
         x = x.unflatten(-1, (-1, self.headdim))
         B, C = B.unflatten(-1, (-1, self.d_state)), C.unflatten(-1, (-1, self.d_state))
-        dt = nn.functional.softplus(raw_dt.float() + self.dt_bias.float())
-        A = -torch.exp(self.A_log.float())
+        dt = nn.functional.softplus(raw_dt.float() + self.dt_bias[heads].float())
+        A = -torch.exp(self.A_log[heads].float())
         if packing.dt_filter is not None:
             dt = filtered_steps(dt, A, packing.layout, packing.dt_filter)
         if packing.scorer is not None:
@@ -215,8 +279,7 @@ class ReductionMambaMixer(MambaMixer):
                 signals = MambaSignals(B.detach(), C.detach(), dt.detach(), A.detach())
                 packing.scores = packing.scorer.mamba(signals, packing.layout, self.layer_number - 1)
                 packing.pooling = packing.scorer.mamba_pooling
-        y = self.ops.scan(x, dt, A, B, C, self.D, packing, self.chunk_size)
-        return self.out_proj(self.norm(y.flatten(1), z).unsqueeze(1))
+        return self.ops.scan(x, dt, A, B, C, self.D[heads], packing, self.chunk_size).flatten(1)
 
 
 def _mark_sharded(parameter: nn.Parameter) -> None:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.scorers import Scorer
+from hybridprune_megatron.models.context import ContextShard
 
 
 @dataclass(kw_only=True)
@@ -24,8 +26,10 @@ class LayerPacking(PackedSeqParams):
         sample_position: int64 [L] distance of every token from the start of its sample, counting present tokens only.
         scorer: asks the mixer for scores; None: nobody wants them.
         dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps; None: all.
+        shard: this rank's part of the packed sequence; the indices above are of all of it.
         scores: float32 [V], written by the mixer: over this rank's heads.
         pooling: written by the mixer: "mean" where they are the mean over its heads, else they are the highest.
+        heads_group: written by the mixer: the ranks that share its heads; None: the tensor-parallel ones.
     """
 
     layout: TokenLayout
@@ -33,12 +37,18 @@ class LayerPacking(PackedSeqParams):
     sample_position: Tensor
     scorer: Scorer | None = None
     dt_filter: float | None = None
+    shard: ContextShard | None = None
     scores: Tensor | None = None
     pooling: str = "mean"
+    heads_group: ProcessGroup | None = None
 
 
 def pack_for_layer(
-    layout: TokenLayout, scorer: Scorer | None, dt_filter: float | None, previous: LayerPacking | None
+    layout: TokenLayout,
+    scorer: Scorer | None,
+    dt_filter: float | None,
+    previous: LayerPacking | None,
+    shard: ContextShard | None = None,
 ) -> LayerPacking:
     """Packing of a layer; device indices are shared with the layer before as long as nothing was dropped."""
     if previous is not None and previous.layout is layout:
@@ -60,6 +70,7 @@ def pack_for_layer(
         sample_position=position,
         scorer=scorer,
         dt_filter=dt_filter,
+        shard=shard,
     )
     packing.seq_idx = seq_idx
     return packing

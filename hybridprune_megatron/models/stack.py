@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction, counts_after
-from hybridprune_megatron.models.packed import pack_for_layer
+from hybridprune_megatron.models.context import ContextShard
+from hybridprune_megatron.models.packed import LayerPacking, pack_for_layer
 
 
 class ReductionStack(HybridStack):
@@ -36,8 +37,14 @@ class ReductionStack(HybridStack):
         **kwargs: Any,
     ) -> None:
         super().__init__(config, submodules, **(kwargs | {"post_layer_norm": False}))
+        self.shard = ContextShard(self.pg_collection.cp)
         if self.post_process:
             self.final_norm = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+    @property
+    def multiple_of(self) -> int:
+        """What the length of a packed sequence must divide by for ranks to share it evenly."""
+        return self.shard.multiple_of * (self.tp_group.size() if self.config.sequence_parallel else 1)
 
     def forward(
         self,
@@ -49,16 +56,15 @@ class ReductionStack(HybridStack):
         """Runs the layers and drops visual tokens between them.
 
         Args:
-            hidden_states: [L, 1, hidden], or this rank's part under sequence parallelism.
-            layout: the packed sequence that enters the first layer of the model.
+            hidden_states: [L, 1, hidden], or this rank's part under context and sequence parallelism.
+            layout: the packed sequence that enters the first layer of this stage.
             reduction: what to drop; None: nothing.
             trace: gets the layout that enters every layer, for measuring.
 
         Returns:
             Hidden states of the tokens that are left and their layout.
         """
-        ranks = self.tp_group.size() if self.config.sequence_parallel else 1
-        by_layer = reduction.counts_by_layer(layout, ranks) if reduction is not None else None
+        by_layer = reduction.counts_by_layer(layout, self.multiple_of) if reduction is not None else None
         packing = None
         for layer in self.layers:
             if trace is not None:
@@ -67,10 +73,11 @@ class ReductionStack(HybridStack):
             # The reduction, where this layer is to hand on fewer tokens than it gets.
             dropping = reduction if counts != layout.visual_counts else None
             scorer = dropping.scorer if dropping is not None else None
-            packing = pack_for_layer(layout, scorer, reduction.dt_filter if reduction is not None else None, packing)
+            dt_filter = reduction.dt_filter if reduction is not None else None
+            packing = pack_for_layer(layout, scorer, dt_filter, packing, self.shard)
             hidden_states = self._run_layer(layer, hidden_states, packing)
             if dropping is not None:
-                scores = self._over_tensor_parallel(packing.scores, packing.pooling)
+                scores = _over_heads(packing, packing.heads_group or self.tp_group)
                 hidden_states, layout = self._drop(dropping, hidden_states, layout, counts, scores)
         if self.post_process:
             hidden_states = self.final_norm(hidden_states)
@@ -93,16 +100,6 @@ class ReductionStack(HybridStack):
             return tensor_parallel.checkpoint(run, False, hidden_states)
         return run(hidden_states)
 
-    def _over_tensor_parallel(self, scores: Tensor | None, pooling: str) -> Tensor | None:
-        """Scores over all heads from those over each rank's heads, of which all have as many: one all-reduce."""
-        if scores is None or self.tp_group.size() == 1:
-            return scores
-        if pooling != "mean":
-            torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX, group=self.tp_group)
-            return scores
-        torch.distributed.all_reduce(scores, group=self.tp_group)
-        return scores / self.tp_group.size()
-
     def _drop(
         self,
         reduction: Reduction,
@@ -111,12 +108,42 @@ class ReductionStack(HybridStack):
         counts: tuple[int, ...],
         scores: Tensor | None,
     ) -> tuple[Tensor, TokenLayout]:
-        """Rows that stay; under sequence parallelism the sequence is gathered, cut and scattered again."""
+        """Rows that stay, every rank as many; under sequence parallelism its part is gathered, cut and scattered."""
+        hidden_states = self.gathered(hidden_states)
+        if self.shard.size == 1:
+            left, layout = reduction.drop(hidden_states, layout, counts, scores)
+        elif reduction.looks_at_rows:
+            left, layout = reduction.drop(self.shard.joined(hidden_states), layout, counts, scores)
+            left = self.shard.cut(left)
+        else:
+            assert scores is not None, "a layer was asked to score and did not"
+            plan = reduction.plan(scores, layout, counts)
+            left, layout = self.shard.exchange(hidden_states, plan.kept, layout.num_tokens), plan.layout
+        return self.scattered(left), layout
+
+    def gathered(self, hidden_states: Tensor) -> Tensor:
+        """All rows of this context-parallel rank, from those of this tensor-parallel rank."""
         if not self.config.sequence_parallel:
-            return reduction.drop(hidden_states, layout, counts, scores)
-        # Every rank cuts the same full sequence, so backward may split the gradient instead of summing it over ranks.
-        full = gather_from_sequence_parallel_region(
+            return hidden_states
+        # Every rank goes on with the same rows, so backward may split the gradient instead of summing it over ranks.
+        return gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )
-        left, layout = reduction.drop(full, layout, counts, scores)
-        return scatter_to_sequence_parallel_region(left, group=self.tp_group), layout
+
+    def scattered(self, hidden_states: Tensor) -> Tensor:
+        """The reverse of ``gathered``."""
+        if not self.config.sequence_parallel:
+            return hidden_states
+        return scatter_to_sequence_parallel_region(hidden_states, group=self.tp_group)
+
+
+def _over_heads(packing: LayerPacking, group: torch.distributed.ProcessGroup) -> Tensor | None:
+    """Scores over all heads from those over each rank's heads, of which all have as many: one all-reduce."""
+    scores = packing.scores
+    if scores is None or group.size() == 1:
+        return scores
+    if packing.pooling != "mean":
+        torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX, group=group)
+        return scores
+    torch.distributed.all_reduce(scores, group=group)
+    return scores / group.size()

@@ -11,7 +11,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor, nn
 
 from hybridprune_megatron.models.packed import LayerPacking
-from hybridprune_megatron.ops.attention import packed_attention
+from hybridprune_megatron.ops.attention import packed_attention, shared_attention
 from hybridprune_megatron.ops.norm import rms_norm
 
 
@@ -85,7 +85,7 @@ class PackedAttention(nn.Module):
         """Attends within samples.
 
         Args:
-            query: [L, H, E].
+            query: [L, H, E], of this context-parallel rank's tokens; key and value likewise.
             key: [L, K, E].
             value: [L, K, E].
             attention_mask: unused; the packing says who sees whom.
@@ -94,8 +94,12 @@ class PackedAttention(nn.Module):
         Returns:
             [L, H * E].
         """
-        layout = packed_seq_params.layout
-        return packed_attention(query, key, value, layout.sample_lengths)
+        layout, shard = packed_seq_params.layout, packed_seq_params.shard
+        if shard is None or shard.size == 1:
+            return packed_attention(query, key, value, layout.sample_lengths)
+        # Key-value heads are few: gathering them is cheaper than passing them round, and their layout stays free.
+        key, value = shard.joined(torch.cat([key, value], -1)).chunk(2, -1)
+        return shared_attention(query, key, value, shard.parts(layout.num_tokens), layout.sample_starts())
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:

@@ -84,8 +84,8 @@ class VideoLanguageModel(MegatronModule):
             batch: packed samples on this model's device.
 
         Returns:
-            On the last stage float32 [R], one loss per token with a label (their number is ``batch.num_loss_tokens``,
-            for text is never dropped); on other stages hidden states [L', 1, hidden].
+            On the last stage float32 [R], one loss per token with a label (their number is ``batch.num_loss_tokens``
+            over the context-parallel ranks, for text is never dropped); on other stages what crosses the stage cut.
         """
         rows = loss_rows(batch)
         return self._run(batch, rows, batch.labels[rows])[0]
@@ -110,15 +110,22 @@ class VideoLanguageModel(MegatronModule):
     ) -> tuple[Tensor, TokenLayout]:
         layout = TokenLayout.from_samples(batch.layouts, batch.input_ids.device)
         embeddings = self._embed(batch, layout) if self.pre_process else None
-        reduction = self.reduction
-        if batch.retention is not None:
-            assert reduction is not None, "a batch with a retention of its own, and a model without a scorer"
-            reduction = replace(reduction, by_sample=batch.retention)
+        reduction = self._reduction_of(batch)
         if reduction is not None and embeddings is not None:
             pixels = batch.pixel_values if batch.frame_features is None else None
-            ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-            embeddings, layout = reduction.in_front(embeddings, layout, pixels, ranks)
+            multiple_of = self.language_model.decoder.multiple_of
+            embeddings, layout = reduction.in_front(embeddings, layout, pixels, multiple_of)
         return self.language_model(embeddings, layout, reduction, rows, labels, trace)
+
+    def _reduction_of(self, batch: PackedBatch) -> Reduction | None:
+        if batch.retention is None:
+            return self.reduction
+        assert self.reduction is not None, "a batch with a retention of its own, and a model without a scorer"
+        return replace(self.reduction, by_sample=batch.retention)
+
+    def input_shape(self, batch: PackedBatch) -> tuple[int, int, int]:
+        """Shape of what the pipeline stage before this one sends for a batch; known without asking it."""
+        return self.language_model.input_shape(TokenLayout.from_samples(batch.layouts), self._reduction_of(batch))
 
     def _embed(self, batch: PackedBatch, layout: TokenLayout) -> Tensor:
         """[L, 1, hidden]: embedded text with the projected frames at the visual positions."""
@@ -144,17 +151,19 @@ class VideoLanguageModel(MegatronModule):
             raise ValueError(
                 f"samples {batch.keys} show videos: model.vision is null; choose a model with vision or text-only data"
             )
-        features = batch.frame_features
+        features, shard = batch.frame_features, self.language_model.decoder.shard
         if features is None:
             tower, pixels = self.vision_model, batch.pixel_values
-            return encode_frames(tower, self.mlp1, pixels, self.pixel_shuffle, self.train_vision)
+            return shard.shared_work(
+                lambda part: encode_frames(tower, self.mlp1, part, self.pixel_shuffle, self.train_vision), pixels
+            )
         own = self._tower_fingerprint(self.vision_model)
         if features.tower != own:
             raise ValueError(
                 f"features of tower {features.tower}, the model's is {own}: precompute them with this model's weights "
                 "(scripts/precompute_features.py), or set data.train and data.validation to the videos"
             )
-        return self.mlp1(features.values.to(next(self.mlp1.parameters()).dtype))
+        return shard.shared_work(self.mlp1, features.values.to(next(self.mlp1.parameters()).dtype))
 
     def _tower_fingerprint(self, tower: RadioModel) -> str:
         # Weights are loaded in place after the model is built, which raises their version.

@@ -1,0 +1,130 @@
+"""One step of the real engine under any layout: what was kept, the loss, and every gradient under its global name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.models.tiny import tiny_batch, tiny_config
+
+#: Frames of the samples of each packed sequence; 1 sample, several, and one without a video.
+BATCHES = ((17, 25), (22, 9, 12), (40,), (15, 0, 23))
+#: Every layout here shares a sequence evenly if its length divides by this.
+MULTIPLE_OF = 8
+PATTERN = "M*M-M*M-"
+#: Drops behind layers 0 (M), 1 (*), 2 (M), 4 (M) and 5 (*), on both sides of the stage cut in the middle.
+RETENTION = "reduction.retention=[1.0,0.3,0.2,0.15,0.15,0.1,0.05,0.05]"
+
+
+def step(
+    weights: str, gradients: str, sizes: dict[str, int], overrides: list[str], pattern: str
+) -> tuple[float, list[tuple[str, int, list[int]]]]:
+    """Forward and backward of all packed sequences, no update.
+
+    Args:
+        weights: file to start from.
+        gradients: folder to write the gradients to, as a checkpoint of the model.
+        sizes: of ``parallel``.
+        overrides: of the configuration.
+        pattern: layers, with a | where a stage ends.
+
+    Returns:
+        The loss, and what this rank saw enter its layers: name of the packed sequence, layer, original indices.
+    """
+    import torch
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
+    from hybridprune_megatron.engine.optimization import build_train_state
+    from hybridprune_megatron.engine.parallel import data_rank, init_model_parallel
+    from hybridprune_megatron.engine.train_step import _Recorder, _run_schedule
+    from hybridprune_megatron.engine.weights import load_initial_weights
+    from hybridprune_megatron.models.build import build_model
+
+    cfg = config_of(sizes, overrides, pattern)
+    init_model_parallel(cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.context, seed=1)
+    model = build_model(cfg, parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
+    load_initial_weights(model, weights)
+    seen = _watch(model)
+    state = build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
+    where = data_rank()
+    batches = [tiny_batch(*frames, pad_to_multiple_of=MULTIPLE_OF) for frames in BATCHES[where.rank :: where.size]]
+    state.ddp.train()
+    state.ddp.zero_grad_buffer()
+    total, tokens, *_ = _run_schedule(
+        state.ddp, _Recorder(iter(batches), torch.device("cpu")), len(batches), cfg.data.sequence_length, False
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
+    if torch.distributed.get_rank() == 0:
+        Path(gradients).mkdir()
+    torch.distributed.barrier()
+    sharded = model.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
+    dist_checkpointing.save(sharded, gradients, content_metadata=dict(SHARDED_FORMAT))
+    return total / tokens, seen
+
+
+def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:
+    """The tiny configuration under a layout."""
+    devices = 1
+    for size in sizes.values():
+        devices *= size
+    split = [f"parallel.{name}={size}" for name, size in sizes.items() if name != "data"]
+    return tiny_config(
+        *split,
+        f"trainer.devices={devices}",
+        f"parallel.sequence_parallel={sizes.get('tensor', 1) > 1}",
+        # Gradients whole on every replica, to look at.
+        "parallel.distributed_optimizer=false",
+        "trainer.global_batch_size=4",
+        "data.sequence_length=1024",
+        RETENTION,
+        f"reduction.multiple_of={MULTIPLE_OF}",
+        *overrides,
+        pattern=pattern,
+        budget=0.25,
+    )
+
+
+def _watch(model: Any) -> list[tuple[str, int, list[int]]]:
+    """Fills a list with what enters every layer."""
+    from hybridprune_megatron.models import stack
+
+    seen: list[tuple[str, int, list[int]]] = []
+    keys: list[str] = []
+    model.register_forward_pre_hook(lambda _, inputs: keys.append(f"{len(inputs[0].pixel_values)} frames"))
+    first = model.language_model.decoder.layers[0].layer_number - 1
+    calls = {"count": 0}
+    layers = len(model.language_model.decoder.layers)
+    original = stack.pack_for_layer
+
+    def watched(layout: Any, *args: Any) -> Any:
+        seen.append((keys[-1], first + calls["count"] % layers, layout.origin.tolist()))
+        calls["count"] += 1
+        return original(layout, *args)
+
+    stack.pack_for_layer = watched
+    return seen
+
+
+def write_weights(path: str) -> None:
+    """Random weights of the tiny model."""
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.engine.weights import save_weights
+    from hybridprune_megatron.models.build import build_model
+
+    init_model_parallel(seed=1)
+    save_weights(build_model(tiny_config(pattern=PATTERN)), path)
+
+
+def read(folder: str) -> dict[str, Any]:
+    """Gradients by their global names, whole, as numpy arrays."""
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.engine.weights import load_initial_weights
+    from hybridprune_megatron.models.build import build_model
+
+    init_model_parallel(seed=1)
+    model = build_model(config_of({}, [], PATTERN))
+    load_initial_weights(model, folder)
+    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}

@@ -1,0 +1,78 @@
+"""Every layout drops what one process drops, and gives its loss and every one of its gradients."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel.run import PATTERN, read, step, write_weights
+from tests.worlds import run_world
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "TP2+SP": {"tensor": 2},
+    "PP2": {"pipeline": 2},
+    "CP2": {"context": 2},
+    "DP2": {"data": 2},
+    "TP2 PP2": {"tensor": 2, "pipeline": 2},
+    "TP2 CP2": {"tensor": 2, "context": 2},
+    "TP2 DP2": {"tensor": 2, "data": 2},
+    "PP2 CP2": {"pipeline": 2, "context": 2},
+    "PP2 DP2": {"pipeline": 2, "data": 2},
+    "CP2 DP2": {"context": 2, "data": 2},
+    "CP4": {"context": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("weights") / "model.safetensors")
+    run_world(1, write_weights, path)
+    return path
+
+
+def run(folder: Path, weights: str, sizes: dict[str, int], overrides: list[str] | None = None) -> Any:
+    """Loss, tokens that enter each layer by sequence and layer, and gradients."""
+    world = int(np.prod(list(sizes.values()) or [1]))
+    pattern = "M*M-|M*M-" if sizes.get("pipeline", 1) > 1 else PATTERN
+    gradients = folder / "gradients"
+    ranks = run_world(world, step, weights, str(gradients), sizes, overrides or [], pattern)
+    losses = {loss for loss, _ in ranks}
+    assert len(losses) == 1, "ranks report different losses"
+    kept: dict[tuple[str, int], list[int]] = {}
+    for _, seen in ranks:
+        for name, layer, origin in seen:
+            # Every rank that runs a layer on a sequence has the same plan.
+            assert kept.setdefault((name, layer), origin) == origin
+    return losses.pop(), kept, run_world(1, read, str(gradients))[0]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Any:
+    return run(tmp_path_factory.mktemp("alone"), weights, {})
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    """Same tokens in every layer, loss within 1e-5 relative, every gradient within 1e-4 relative."""
+    assert found[1] == expected[1]
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[2].keys() == expected[2].keys()
+    for name, gradient in expected[2].items():
+        error = np.linalg.norm(found[2][name] - gradient)
+        assert error <= 1e-4 * np.linalg.norm(gradient), (name, error, np.linalg.norm(gradient))
+
+
+def test_the_reference_drops_in_every_kind_of_layer(alone: Any):
+    loss, kept, gradients = alone
+    assert 3 < loss < 6
+    lengths = [len(kept["42 frames", layer]) for layer in range(len(PATTERN))]
+    assert [a > b for a, b in pairwise(lengths)] == [True, True, True, False, True, True, False], lengths
+    assert sum(np.abs(gradient).sum() > 0 for gradient in gradients.values()) > 20
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_equals_one_process(tmp_path: Path, weights: str, alone: Any, layout: str):
+    assert_same(run(tmp_path, weights, LAYOUTS[layout]), alone)

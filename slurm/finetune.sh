@@ -3,30 +3,37 @@
 #
 #   sbatch slurm/finetune.sh experiment=demo
 #   sbatch --nodes=4 slurm/finetune.sh experiment=nemotron_nano_12b_v2_vl data.train=/data/mix.yaml
+#   sbatch --nodes=2 --ntasks-per-node=1 --gpus-per-node=0 slurm/finetune.sh experiment=demo    # no GPUs
 #
-# Submit from the checkout's root; options of sbatch given on the command line win over those below.
+# Submit from the checkout's root; options of sbatch given on the command line win over those below. docs/cluster.md has
+# more.
 
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
-# One task a GPU: srun starts the ranks, nothing else does.
+# One task a GPU: srun starts the ranks, nothing else does. Change both together.
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=04:00:00
-# Killed by a time limit or a preemption, the job goes back into the queue and on from its last complete checkpoint.
+# USR1 reaches this script (B:) this many seconds before the time limit. It must be enough for one step and one save.
+#SBATCH --signal=B:USR1@300
+# Stopped for whatever reason but its own failure, the job goes back into the queue and on from its newest checkpoint.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
-# USR1 reaches this script (B:) five minutes before the time limit; see below.
-#SBATCH --signal=B:USR1@300
 
 set -euo pipefail
 
 # ---- the environment of the ranks ---------------------------------------------------------------------------------
-# The checkout's virtual environment; inside a container set PYTHON=python.
-PYTHON="${PYTHON:-.venv/bin/python}"
+# What runs the recipe: the checkout's virtual environment, or words in front of a container's Python, as in
+# PYTHON="apptainer exec --nv image.sif python".
+read -ra python <<< "${PYTHON:-.venv/bin/python}"
+# More options for srun, e.g. SRUN_OPTIONS="--container-image=... --container-mounts=..." where Pyxis is installed.
+read -ra srun_options <<< "${SRUN_OPTIONS:-}"
+# srun does not take this over from sbatch by itself (since Slurm 22.05); without it a rank may get one core.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 # Rendezvous. Without these two, the ranks take the first node and a port made from the job's number
 # (hybridprune_megatron/engine/launch.py), which suits most clusters.
@@ -43,24 +50,37 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 # export NCCL_NVLS_ENABLE=0         # if NVLink SHARP runs out of memory
 # --------------------------------------------------------------------------------------------------------------------
 
-# The job ends itself before the time limit and queues itself again. What is lost are the steps since the last checkpoint
-# (trainer.save_every_n_steps); exp_manager.max_time_per_run makes it save at a time of its own instead.
-again() {
-  echo "time limit near: queueing job ${SLURM_JOB_ID} again"
-  scontrol requeue "${SLURM_JOB_ID}"
+# Asked to stop, the ranks finish their step, save, and exit with this status (hybridprune_megatron/engine/preemption.py).
+stopped=75
+warned=""
+ranks=""
+
+# Slurm signals this script only; srun hands USR1 on to the ranks. (TERM would make srun kill them.)
+warn() {
+  warned=yes
+  echo "job ${SLURM_JOB_ID}: told to end soon; the ranks save and stop"
+  [[ -z "${ranks}" ]] || kill -USR1 "${ranks}" 2> /dev/null || true
 }
-trap again USR1
+trap warn USR1
+# No trap on TERM, on purpose: Slurm sends it here only when it ends the whole job, by scancel or by its own requeue. Where
+# a preemption signals the ranks alone (TERM), they save and stop as well.
 
 echo "job ${SLURM_JOB_ID}: ${SLURM_JOB_NUM_NODES} nodes, ${SLURM_NTASKS} ranks, restart ${SLURM_RESTART_COUNT:-0}, $*"
 
 # In the background, so that the trap runs when the signal comes and not when srun ends. A failing rank ends the job.
-srun --kill-on-bad-exit=1 --cpu-bind=none "${PYTHON}" recipes/finetune.py "$@" &
+srun --kill-on-bad-exit=1 --cpu-bind=none ${srun_options[@]+"${srun_options[@]}"} "${python[@]}" recipes/finetune.py "$@" &
 ranks=$!
 status=0
 wait "${ranks}" || status=$?
 # wait also ends when a signal arrives; while srun still runs, wait for it again.
-while kill -0 "${ranks}" 2>/dev/null; do
+while kill -0 "${ranks}" 2> /dev/null; do
   status=0
   wait "${ranks}" || status=$?
 done
+
+# Warned before they could listen, the ranks die of the signal: no failure either.
+if [[ "${status}" == "${stopped}" || (-n "${warned}" && "${status}" != 0) ]]; then
+  echo "job ${SLURM_JOB_ID}: stopped with status ${status}; queued again"
+  scontrol requeue "${SLURM_JOB_ID}"
+fi
 exit "${status}"

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleDraft, SampleEncoder
 from hybridprune_megatron.data.shards import CONVERSATION_PART, stored_videos
+from hybridprune_megatron.data.worker_signals import obey_parent_only
 
 #: Samples in a row from one place of a shard before another place is read; the shuffle buffer mixes further.
 _MAX_SAMPLES_PER_SEQUENCE = 100
@@ -308,6 +310,7 @@ def _savable_loader(dataset: Any) -> Any:
     loader = get_savable_loader(dataset, watchdog_timeout_seconds=_SLOW_BATCH_SECONDS)
     # Energon always asks for pinned memory, and torch warns in every run that has no accelerator.
     loader.pin_memory = torch.cuda.is_available()
+    loader.worker_init_fn = partial(obey_parent_only, loader.worker_init_fn)
     return loader
 
 

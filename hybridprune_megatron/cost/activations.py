@@ -80,6 +80,23 @@ def layer_activations(
     return _norm(model, width) + _experts(model, experts, width)
 
 
+def context_activations(model: ModelConfig, symbol: str, width: int, tensor: int, context: int) -> Kept:
+    """What one layer keeps beside ``layer_activations`` under context parallelism, per token of a rank's shard.
+
+    Args:
+        model: dimensions.
+        symbol: M or *.
+        width: bytes of an activation.
+        tensor: ranks that share the heads.
+        context: ranks that share the sequence.
+    """
+    if symbol == "*":
+        return Kept("gathered k, v", 2 * attention_widths(model)[1] * context, width, "channels")
+    # A convolution's input and output for every group that goes to several ranks.
+    repeated = max(0, context - model.mamba_num_groups // tensor)
+    return Kept("repeated B, C", 2 * 2 * model.mamba_state_dim * repeated, width)
+
+
 def scan_workspace(model: ModelConfig, tokens: int, tensor: int) -> int:
     """Bytes of what the plain torch scan's backward computes of one block of chunks, all of it in fp32.
 

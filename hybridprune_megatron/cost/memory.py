@@ -5,8 +5,9 @@ Assumptions, beside those of ``activations``:
 - bf16 weights, or fp32 ones; gradients of what is trained in fp32; Adam's two moments in fp32, and with bf16 weights an
   fp32 copy of them. The distributed optimizer divides moments and copy by the data- and context-parallel ranks.
 - Tensor parallelism splits the layers, the embedding and the output layer; tower and projector lie whole on the first
-  pipeline stage. Context parallelism divides the tokens. A stage holds one micro-batch for every stage from it on, as
-  in one-forward-one-backward.
+  pipeline stage. Context parallelism divides tokens and frames; attention keeps the keys and values of all its ranks,
+  and B and C of a group lie on every rank that has heads of it. A stage holds one micro-batch for every stage from it
+  on, as in one-forward-one-backward.
 - A training step runs one packed sequence of ``data.sequence_length`` tokens, filled with the sample that is planned
   for. A frozen tower keeps nothing; the projector keeps its inputs for the whole step.
 - Full recomputation keeps every layer's input; a layer that is recomputed needs all of its tensors again.
@@ -14,7 +15,8 @@ Assumptions, beside those of ``activations``:
   torch scan computes of a block of chunks. A layer in prefill is
   counted as if all its tensors lived at once, which is an upper bound.
 - Not counted: the allocator's slack, communication buffers, CUDA's context, the loader's batch, a teacher's forward
-  pass (``tuning.distillation``), what adapters keep. Frozen layers are taken to keep what trained ones do.
+  pass (``tuning.distillation``), what adapters keep, the embedded sequence before it is sharded. Frozen layers are
+  taken to keep what trained ones do.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from hybridprune_megatron.cost.activations import (
     Kept,
     block_activations,
     block_peak,
+    context_activations,
     head_activations,
     layer_activations,
     layer_input,
@@ -258,8 +261,16 @@ class Stage:
     def _tokens(self, packed: Packed, layer: int) -> int:
         return -(-packed.tokens(layer) // self.cfg.parallel.context)
 
+    def _frames(self, packed: Packed) -> int:
+        """Frames that this rank encodes."""
+        return -(-packed.samples * packed.frames // self.cfg.parallel.context)
+
     def _layer(self, symbol: str) -> list[Kept]:
-        return layer_activations(self.cfg.model, symbol, self.width, self.fused, self.experts)
+        model, parallel = self.cfg.model, self.cfg.parallel
+        kept = layer_activations(model, symbol, self.width, self.fused, self.experts)
+        if symbol in "*M" and parallel.context > 1:
+            kept.append(context_activations(model, symbol, self.width, parallel.tensor, parallel.context))
+        return kept
 
     def _input(self) -> Kept:
         return layer_input(self.cfg.model, self.width)
@@ -287,7 +298,7 @@ class Stage:
         vision, learns = self.vision, self.cfg.model.trainable
         if vision is None or not packed.frames:
             return 0
-        frames, kept = packed.samples * packed.frames, 0
+        frames, kept = self._frames(packed), 0
         if learns.projector or learns.vision:
             kept += total_bytes(projector_activations(vision, self.width), frames * vision.tokens_per_frame)
         if learns.vision:
@@ -299,7 +310,7 @@ class Stage:
         """The moments of the tower, all frames at once, and of the projector behind it."""
         vision = self.vision
         assert vision is not None, "only the first stage of a model with a tower encodes"
-        frames, kept = packed.samples * packed.frames, self._encoder(packed)
+        frames, kept = self._frames(packed), self._encoder(packed)
         numbers = frames * 3 * vision.frame_size**2
         # Normalising the frames takes two fp32 copies; in the run's precision they stay, raw and normalised.
         pixels = numbers * (self.width + 2 * _FP32)
@@ -317,7 +328,7 @@ class Stage:
     def _projector_gradients(self, packed: Packed) -> int:
         assert self.vision is not None, "only the first stage of a model with a tower encodes"
         kept = projector_activations(self.vision, self.width)
-        tokens = packed.samples * packed.frames * self.vision.tokens_per_frame
+        tokens = self._frames(packed) * self.vision.tokens_per_frame
         return 2 * max(total_bytes([each], tokens) for each in kept)
 
     def _cache(self, symbol: str, tokens: int, samples: int) -> int:

@@ -21,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
 from hybridprune_megatron.config.checks import ConfigError, closest, fail
-from hybridprune_megatron.config.cross_checks import check_runnable
 from hybridprune_megatron.config.explain import explain_exception, explain_override
 from hybridprune_megatron.config.features import check_features
 from hybridprune_megatron.config.help import usage
@@ -146,13 +145,12 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
     Args:
         overrides: Hydra overrides.
         config_name: file of ``conf/`` to start from, without its ending.
-        need_files: also check that the run can start: everything asked for runs, its files are there, and
+        need_files: also check that the run can start: its files are there, and
             its folder holds no other run.
     """
     try:
         cfg = load_config(overrides, config_name)
         if need_files:
-            check_runnable(cfg)
             check_files(cfg)
             check_features(cfg)
             check_resume(cfg)

@@ -45,6 +45,7 @@ def check_config(cfg: Config) -> None:
     check_vision(cfg)
     check_stages(cfg.model, cfg.parallel)
     check_split(cfg)
+    check_combinations(cfg)
     check_batch(cfg)
     # Solving the schedule finds layers that cannot drop and budgets that cannot be reached.
     resolved_retention(cfg.reduction, cfg.model.hybrid_pattern)
@@ -137,12 +138,8 @@ def check_split(cfg: Config) -> None:
         divides("data.sequence_length", cfg.data.sequence_length, "parallel.tensor", tensor)
 
 
-def check_runnable(cfg: Config) -> None:
-    """Refuses what can be written down but does not run yet.
-
-    Raises:
-        ConfigError: the first such setting.
-    """
+def check_combinations(cfg: Config) -> None:
+    """What cannot be had together with stages or shards."""
     parallel = cfg.parallel
     for name in ("pipeline", "context"):
         size = getattr(parallel, name)

@@ -43,8 +43,8 @@ class DataConfig:
         validation: Energon dataset folder or metadataset .yaml with held-out samples; null = no evaluation.
         tokenizer: folder of a Hugging Face tokenizer.
         sequence_length: tokens that samples are packed to before reduction (one micro-batch).
-        num_workers: loader processes per rank; 0 loads in the training process.
-        shuffle_buffer: samples held in memory to shuffle among.
+        num_workers: loader processes per packed sequence of a rank's step; 0 loads in the training process.
+        shuffle_buffer: samples held in memory to shuffle among, over the whole job.
         packing_buffer: samples that the packing looks at together.
         sampling: frames taken from a video; uniform (num_frames), fps (frames per second), none (text only).
         num_frames: frames per video with uniform sampling.
@@ -173,7 +173,11 @@ class TrainerConfig:
         log_every_n_steps: steps between two log lines.
         save_every_n_steps: steps between two checkpoints (the last step is always saved).
         eval_samples: held-out samples in an evaluation; 0 = no evaluation.
-        recompute: activations computed again in the backward pass to save memory; none or full.
+        recompute: activations computed again in the backward pass to save memory; none, selective (convolution, scan
+            and attention's core) or full (whole layers).
+        async_save: write checkpoints in the background while training goes on.
+        nonfinite: what a loss or gradient that is not finite does; stop or skip (no update, logged with its samples).
+        timeout_minutes: how long a process waits for the others before the job fails.
     """
 
     max_steps: int
@@ -187,13 +191,18 @@ class TrainerConfig:
     save_every_n_steps: int = 100
     eval_samples: int = 0
     recompute: str = "none"
+    async_save: bool = False
+    nonfinite: str = "stop"
+    timeout_minutes: float = 30.0
 
     def __post_init__(self) -> None:
         at_least("trainer", self, 1, "max_steps", "num_nodes", "devices", "global_batch_size")
         at_least("trainer", self, 1, "log_every_n_steps", "save_every_n_steps")
         at_least("trainer", self, 0, "seed", "eval_samples")
         one_of("trainer", self, "precision", ("fp32", "bf16"))
-        one_of("trainer", self, "recompute", ("none", "full"))
+        one_of("trainer", self, "recompute", ("none", "selective", "full"))
+        one_of("trainer", self, "nonfinite", ("stop", "skip"))
+        above_zero("trainer", self, "timeout_minutes")
         if self.micro_batch_size != 1:
             raise fail(
                 "trainer.micro_batch_size",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.activations import squared_relu
@@ -131,15 +132,12 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
     on_gpu = torch.cuda.is_available()
     bf16 = cfg.trainer.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    recompute = (
-        {}
-        if cfg.trainer.recompute == "none"
-        else {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    )
+    recompute: dict[str, dict[str, Any]] = {
+        "none": {},
+        # Attention's core; our Mamba mixer reads the granularity itself.
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
     return TransformerConfig(
         num_layers=len(layer_symbols(model.hybrid_pattern)),
         hidden_size=model.hidden_size,
@@ -179,7 +177,7 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        **recompute,
+        **recompute[cfg.trainer.recompute],
     )
 
 

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -34,7 +35,7 @@ def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
             self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: LayerPacking, **kwargs: Any
         ) -> Tensor:
             packing = packed_seq_params
-            if packing.scorer is not None:
+            if packing.scores_wanted:
                 with torch.no_grad():
                     signals = _attention_signals(query.detach(), key.detach(), packing)
                     packing.scores = packing.scorer.attention(signals, packing.layout, self.layer_number - 1)
@@ -241,14 +242,20 @@ class ReductionMambaMixer(MambaMixer):
         sizes = self.in_proj_sizes
         z, x_B_C_dt = projected.squeeze(1).split([sizes[0], sum(sizes[1:])], dim=-1)
         if self.context == 1:
-            y = self._mix(x_B_C_dt, sizes[1:], slice(None), slice(None), packing)
+            y = self._mixed(x_B_C_dt, sizes[1:], slice(None), slice(None), packing)
         else:
             assert packing.shard is not None, "context parallelism comes with shards"
             packing.heads_group = self.pg_collection.tp_cp
             whole = packing.shard.to_heads(x_B_C_dt.index_select(1, self.exchanged))
-            y = self._mix(whole, self.own_sizes, self.own_channels, self.own_heads, packing)
+            y = self._mixed(whole, self.own_sizes, self.own_channels, self.own_heads, packing)
             y = packing.shard.to_tokens(y)
         return self.out_proj(self.norm(y, z).unsqueeze(1))
+
+    def _mixed(self, x_B_C_dt: Tensor, *how: Any) -> Tensor:
+        """``_mix``, of which backward keeps the input only where recomputation is selective."""
+        if self.config.recompute_granularity == "selective" and self.training:
+            return tensor_parallel.checkpoint(lambda inputs: self._mix(inputs, *how), False, x_B_C_dt)
+        return self._mix(x_B_C_dt, *how)
 
     def _mix(
         self, x_B_C_dt: Tensor, sizes: list[int], channels: slice | Tensor, heads: slice, packing: LayerPacking
@@ -274,7 +281,7 @@ class ReductionMambaMixer(MambaMixer):
         A = -torch.exp(self.A_log[heads].float())
         if packing.dt_filter is not None:
             dt = filtered_steps(dt, A, packing.layout, packing.dt_filter)
-        if packing.scorer is not None:
+        if packing.scores_wanted:
             with torch.no_grad():
                 signals = MambaSignals(B.detach(), C.detach(), dt.detach(), A.detach())
                 packing.scores = packing.scorer.mamba(signals, packing.layout, self.layer_number - 1)

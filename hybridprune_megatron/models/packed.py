@@ -42,6 +42,11 @@ class LayerPacking(PackedSeqParams):
     pooling: str = "mean"
     heads_group: ProcessGroup | None = None
 
+    @property
+    def scores_wanted(self) -> bool:
+        """Whether a mixer is to score: once; not again where its activations are recomputed."""
+        return self.scorer is not None and self.scores is None
+
 
 def pack_for_layer(
     layout: TokenLayout,

@@ -183,6 +183,23 @@ VALUE_CASES = {
         ["parallel.context=2", "trainer.devices=2", "data.sequence_length=2050"],
         r"data.sequence_length=2050: must be a multiple of 2\*parallel.context=4.*",
     ),
+    "a teacher and shards": (
+        ["parallel.context=2", "trainer.devices=2", "tuning.distillation.weight=0.5"],
+        r"parallel.context=2: must be 1 with tuning.distillation.weight=.*or tuning.distillation.weight=0",
+    ),
+    "stages that learn nothing": (
+        [
+            "parallel.pipeline=2",
+            "trainer.devices=2",
+            "model.hybrid_pattern=M-M*-|M-M*-",
+            "model.trainable.language=false",
+        ],
+        r"model.trainable.language=False: leaves stages behind the first without anything to learn.*",
+    ),
+    "groups that ranks share": (
+        ["parallel.context=4", "trainer.devices=4", "reduction.mamba_pooling=max_groups"],
+        r"reduction.mamba_pooling=max_groups: needs whole groups on a rank: 2 are shared by parallel.context=4.*",
+    ),
     "overlap alone": (["parallel.overlap_param_gather=true"], r".*needs parallel.distributed_optimizer=true.*"),
     "micro batches of 2": (["trainer.micro_batch_size=2"], r".*must be 1 .*make data.sequence_length longer.*"),
     "precision": (["trainer.precision=fp16"], r"trainer.precision=fp16: allowed are fp32, bf16.*"),

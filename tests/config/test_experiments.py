@@ -51,7 +51,7 @@ def language_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 
 def test_expected_experiments_are_shipped() -> None:
-    study = {"bench", "bench_base", "bench_base_clips"}
+    study = {"bench", "bench_base", "bench_base_clips", "bench_base_dense"}
     assert {"demo", "demo_base", "demo_base_clips", "twin", *study, *PUBLISHED} == set(EXPERIMENTS)
 
 

@@ -73,6 +73,16 @@ def test_the_reference_drops_in_every_kind_of_layer(alone: Any):
     assert sum(np.abs(gradient).sum() > 0 for gradient in gradients.values()) > 20
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("layout", ["one process", "CP2"])
+def test_recomputed_activations_give_the_same_gradients(
+    tmp_path: Path, weights: str, alone: Any, layout: str, recompute: str
+):
+    """And the plan is made once: what enters each layer is recorded in the first pass only."""
+    found = run(tmp_path, weights, LAYOUTS.get(layout, {}), [f"trainer.recompute={recompute}"])
+    assert_same(found, alone)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_one_process(tmp_path: Path, weights: str, alone: Any, layout: str):
     assert_same(run(tmp_path, weights, LAYOUTS[layout]), alone)

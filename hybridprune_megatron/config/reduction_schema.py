@@ -51,6 +51,7 @@ class ReductionConfig:
         min_tokens: fewest visual tokens that stay per sample.
         min_tokens_per_frame: tokens that every frame keeps while the count allows; 0 = frames compete freely.
         multiple_of: what the packed length divides by after every drop (16 for FP8).
+        local_choice: each context-parallel rank drops among the tokens it holds: no row moves, another choice.
         query_rows: text rows that score; question (all its tokens) or last (its last token).
         attention_pooling: scores of an attention layer over its heads; mean or max.
         attention_causal: false lets the question score visual tokens behind it, for questions in front of the video.
@@ -79,6 +80,7 @@ class ReductionConfig:
     min_tokens: int = 1
     min_tokens_per_frame: int = 0
     multiple_of: int = 1
+    local_choice: bool = False
     query_rows: str = "question"
     attention_pooling: str = "mean"
     attention_causal: bool = True
@@ -161,6 +163,14 @@ class ReductionConfig:
                     "reduction.scorer=utrc pairs the tokens that go with tokens that stay, which this would undo",
                     f"set reduction.{name}=0",
                 )
+        if self.local_choice and (self.scorer == "utrc" or self.front != "none"):
+            what = "reduction.scorer=utrc" if self.scorer == "utrc" else f"reduction.front={self.front}"
+            raise fail(
+                "reduction.local_choice",
+                True,
+                f"how many tokens each rank keeps must be known before any score, and {what} moves them",
+                "set reduction.local_choice=false",
+            )
 
 
 def _check_layers_type(layers: Any) -> None:

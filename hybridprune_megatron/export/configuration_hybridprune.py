@@ -12,7 +12,7 @@ from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolv
 from hybridprune_megatron.method.schedule import Shape, layer_symbols
 
 # Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
-TRAINING_ONLY = {"multiple_of"}
+TRAINING_ONLY = {"multiple_of", "local_choice"}
 _KEYS = [field.name for field in fields(ReductionConfig) if field.name not in TRAINING_ONLY]
 # What the solved retention per layer follows from.
 _SCHEDULE_KEYS = {"budget", "layers", "front_retention", *(field.name for field in fields(Shape))}
@@ -23,7 +23,7 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
 
     Args:
         pattern: hybrid layer pattern.
-        reduction: any keys of the training configuration's reduction group but ``multiple_of``; None: no reduction.
+        reduction: any keys of the training configuration's reduction group but ``TRAINING_ONLY``; None: no reduction.
 
     Raises:
         ValueError: an unknown key, a value that the key does not allow, a budget that cannot be met, or a retention of

@@ -10,9 +10,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint, read_run_file
 from hybridprune_megatron.config.compose import load_config
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.engine.checkpoint import RUN_FILE, latest_checkpoint, read_run_file
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel
 from hybridprune_megatron.engine.weights import load_initial_weights

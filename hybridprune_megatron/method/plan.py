@@ -28,7 +28,13 @@ class Plan:
         return values.index_select(dim, self.kept)
 
 
-def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int], min_per_frame: int = 0) -> Plan:
+def select(
+    scores: Tensor,
+    layout: TokenLayout,
+    counts: Sequence[int],
+    min_per_frame: int = 0,
+    runs: Sequence[tuple[int, int]] | None = None,
+) -> Plan:
     """Keeps the highest-scored visual tokens of every sample and all other tokens, in their original order.
 
     Ties keep the earlier token, so that a recomputation and every rank decide alike. Nothing here waits for the device:
@@ -41,6 +47,8 @@ def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int], min_per_f
         min_per_frame: the best tokens of every frame that go before all others: first the best of every frame, then the
             second best, up to this number. A count too small for that keeps as many rounds as fit, and of the round
             that does not fit the highest scores.
+        runs: lengths of runs of visual tokens that compete with each other, and how many of each stay (host); None: a
+            sample is one run. Both add up over a sample to what it has and to its count.
 
     Raises:
         ValueError: a count above what the sample has, or scores of another length.
@@ -52,14 +60,15 @@ def select(scores: Tensor, layout: TokenLayout, counts: Sequence[int], min_per_f
     for sample, (count, present) in enumerate(zip(counts, layout.visual_counts)):
         if not 0 <= count <= present:
             raise ValueError(f"sample {sample} is to keep {count} visual tokens: it has {present}")
-    ranked = [layout.visual_index[:0]]
-    for start, present, count in zip(layout.visual_starts(), layout.visual_counts, counts):
+    ranked, start = [layout.visual_index[:0]], 0
+    for present, count in runs or zip(layout.visual_counts, counts):
         order = torch.sort(scores[start : start + present], descending=True, stable=True).indices
         if min_per_frame:
             rounds = _place_in_frame(layout.visual_frame[start : start + present][order]).clamp(max=min_per_frame)
             order = order[torch.sort(rounds, stable=True).indices]
         ranked.append(start + order[:count])
-    # Indices of the kept visual tokens, rising again: samples are contiguous and in order.
+        start += present
+    # Indices of the kept visual tokens, rising again: runs are contiguous and in order.
     chosen = torch.cat(ranked).sort().values
     kept_visual = layout.visual_index[chosen]
     keep = torch.ones(layout.num_tokens, dtype=torch.bool, device=scores.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hybridprune_megatron.method.front import Front, build_front
 from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.local_choice import LocalChoice
 from hybridprune_megatron.method.merge import Ranking, take_merged
 from hybridprune_megatron.method.plan import Plan, select
 from hybridprune_megatron.method.schedule import packed_counts
@@ -36,6 +37,8 @@ class Reduction:
         dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps; None: no filter.
         output_scorer: ranks the visual tokens by the output of a layer; None: ``scorer`` does.
         by_sample: a retention of its own for every sample of the one pass this is for; None: ``retention`` for all.
+        local_choice: whether context-parallel ranks drop among the tokens that they hold.
+        local: how many, for the one packed sequence this is for; None: the choice is global.
     """
 
     scorer: Scorer | None
@@ -49,6 +52,8 @@ class Reduction:
     dt_filter: float | None = None
     output_scorer: OutputScorer | None = None
     by_sample: tuple[tuple[float, ...], ...] | None = None
+    local_choice: bool = False
+    local: LocalChoice | None = None
 
     @staticmethod
     def of(settings: Mapping[str, Any], retention: Sequence[float], by_sample: bool = False) -> Reduction | None:
@@ -85,6 +90,8 @@ class Reduction:
         Raises:
             ValueError: the packed length before any reduction does not divide either.
         """
+        if self.local is not None:
+            return self.local.counts_by_layer()
         visual_counts = layout.original_visual_counts
         retentions = self.by_sample if self.by_sample is not None else (self.retention,) * len(visual_counts)
         if self.front is not None:
@@ -157,7 +164,8 @@ class Reduction:
     def plan(self, scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
         """Which tokens stay; arguments as for ``drop``."""
         scores = smoothed(scores, layout, self.smoothing_frames)
-        return select(scores, layout, counts, self.min_tokens_per_frame)
+        runs = self.local.runs(layout.visual_counts, counts) if self.local is not None else None
+        return select(scores, layout, counts, self.min_tokens_per_frame, runs)
 
 
 def _at_least(retention: tuple[float, ...], fewest: int, num_visual: int) -> tuple[float, ...]:

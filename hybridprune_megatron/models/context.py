@@ -111,6 +111,11 @@ class ContextShard:
         place = torch.empty_like(arrival).scatter_(0, arrival, torch.arange(len(arrival), device=arrival.device))
         return received.index_select(0, place)
 
+    def kept_here(self, values: Tensor, kept: Tensor, length: int) -> Tensor:
+        """``exchange`` where every rank keeps as many of its tokens as the others, so that none moves."""
+        _, rows = self._place(self.cut(kept), length)
+        return values.index_select(0, rows)
+
     def _place(self, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """int64: the rank that holds each token of a sequence of a length, and its row there."""
         chunk = self._chunk(length)

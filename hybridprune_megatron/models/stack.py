@@ -46,6 +46,11 @@ class ReductionStack(HybridStack):
         """What the length of a packed sequence must divide by for ranks to share it evenly."""
         return self.shard.multiple_of * (self.tp_group.size() if self.config.sequence_parallel else 1)
 
+    @property
+    def local_chunks(self) -> int:
+        """Chunks of a packed sequence within which tokens compete where the choice is local."""
+        return self.shard.multiple_of
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -118,7 +123,8 @@ class ReductionStack(HybridStack):
         else:
             assert scores is not None, "a layer was asked to score and did not"
             plan = reduction.plan(scores, layout, counts)
-            left, layout = self.shard.exchange(hidden_states, plan.kept, layout.num_tokens), plan.layout
+            move = self.shard.exchange if reduction.local is None else self.shard.kept_here
+            left, layout = move(hidden_states, plan.kept, layout.num_tokens), plan.layout
         return self.scattered(left), layout
 
     def gathered(self, hidden_states: Tensor) -> Tensor:

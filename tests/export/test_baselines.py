@@ -44,7 +44,7 @@ def reduced(request, world):
     saved, trained = world.hf.config.reduction, world.model.reduction
     world.model.reduction = build_reduction(replace(world.cfg, reduction=settings))
     given = asdict(settings)
-    del given["multiple_of"]
+    del given["multiple_of"], given["local_choice"]
     world.hf.set_reduction(given)
     yield world
     world.model.reduction = trained

@@ -17,7 +17,7 @@ RETENTION = "reduction.retention=[1.0,0.3,0.2,0.15,0.15,0.1,0.05,0.05]"
 
 
 def step(
-    weights: str, gradients: str, sizes: dict[str, int], overrides: list[str], pattern: str
+    weights: str, gradients: str, sizes: dict[str, int], overrides: list[str], pattern: str, local_chunks: int = 0
 ) -> tuple[float, list[tuple[str, int, list[int]]]]:
     """Forward and backward of all packed sequences, no update.
 
@@ -27,6 +27,7 @@ def step(
         sizes: of ``parallel``.
         overrides: of the configuration.
         pattern: layers, with a | where a stage ends.
+        local_chunks: chunks that a local choice has whatever the layout; 0: those of the layout.
 
     Returns:
         The loss, and what this rank saw enter its layers: name of the packed sequence, layer, original indices.
@@ -40,11 +41,15 @@ def step(
     from hybridprune_megatron.engine.train_step import _Recorder, _run_schedule
     from hybridprune_megatron.engine.weights import load_initial_weights
     from hybridprune_megatron.models.build import build_model
+    from hybridprune_megatron.models.stack import ReductionStack
 
     cfg = config_of(sizes, overrides, pattern)
     init_model_parallel(cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.context, seed=1)
     model = build_model(cfg, parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
     load_initial_weights(model, weights)
+    if local_chunks:
+        # One process in the place of ranks that each hold two chunks.
+        ReductionStack.local_chunks = local_chunks
     seen = _watch(model)
     state = build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
     where = data_rank()

@@ -34,12 +34,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def run(folder: Path, weights: str, sizes: dict[str, int], overrides: list[str] | None = None) -> Any:
+def run(
+    folder: Path, weights: str, sizes: dict[str, int], overrides: list[str] | None = None, local_chunks: int = 0
+) -> Any:
     """Loss, tokens that enter each layer by sequence and layer, and gradients."""
     world = int(np.prod(list(sizes.values()) or [1]))
     pattern = "M*M-|M*M-" if sizes.get("pipeline", 1) > 1 else PATTERN
     gradients = folder / "gradients"
-    ranks = run_world(world, step, weights, str(gradients), sizes, overrides or [], pattern)
+    ranks = run_world(world, step, weights, str(gradients), sizes, overrides or [], pattern, local_chunks)
     losses = {loss for loss, _ in ranks}
     assert len(losses) == 1, "ranks report different losses"
     kept: dict[tuple[str, int], list[int]] = {}
@@ -71,6 +73,19 @@ def test_the_reference_drops_in_every_kind_of_layer(alone: Any):
     lengths = [len(kept["42 frames", layer]) for layer in range(len(PATTERN))]
     assert [a > b for a, b in pairwise(lengths)] == [True, True, True, False, True, True, False], lengths
     assert sum(np.abs(gradient).sum() > 0 for gradient in gradients.values()) > 20
+
+
+@pytest.mark.parametrize("layout", ["CP2", "TP2 CP2", "PP2 CP2"])
+def test_a_local_choice_moves_no_row_and_equals_one_process_with_its_chunks(
+    tmp_path: Path, weights: str, alone: Any, layout: str
+):
+    local = ["reduction.local_choice=true"]
+    folders = [tmp_path / name for name in ("one", "shared")]
+    for folder in folders:
+        folder.mkdir()
+    expected = run(folders[0], weights, {}, local, local_chunks=4)
+    assert expected[1] != alone[1]
+    assert_same(run(folders[1], weights, LAYOUTS[layout], local), expected)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.checkpoint_folder import latest_checkpoint, read_run_file
 from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
 
@@ -15,9 +16,12 @@ from hybridprune_megatron.config.schema import Config
 _FREE = {
     *("trainer.max_steps", "trainer.num_nodes", "trainer.devices", "trainer.recompute", "trainer.eval_samples"),
     *("trainer.log_every_n_steps", "trainer.save_every_n_steps", "data.validation", "model.spec"),
-    *("output_dir", "name", "model.init_checkpoint"),
+    *("output_dir", "name", "model.init_checkpoint", "trainer.async_save", "trainer.timeout_minutes"),
+    *("trainer.nonfinite",),
 }
 _FREE_GROUPS = ("parallel.", "exp_manager.")
+# The two optimizers keep their states under different names.
+_FIXED = {"parallel.distributed_optimizer"}
 
 
 def check_resume(cfg: Config) -> None:
@@ -26,16 +30,21 @@ def check_resume(cfg: Config) -> None:
     Raises:
         ConfigError: naming the first setting that differs from the newest checkpoint below ``output_dir``.
     """
-    checkpoints = sorted(Path(cfg.output_dir).glob("checkpoints/step_*/run.json"))
-    if not checkpoints:
+    newest = latest_checkpoint(Path(cfg.output_dir) / "checkpoints")
+    if newest is None:
         return
     distillation = cfg.tuning.distillation
     # The weights of a checkpoint replace the initial ones, unless those teach.
     teaches = distillation.weight > 0 and distillation.teacher == "initial"
     free = _FREE - {"model.init_checkpoint"} if teaches else _FREE
-    saved = dict(_leaves(json.loads(checkpoints[-1].read_text(encoding="utf-8"))["config"]))
+    saved = dict(_leaves(read_run_file(newest)["config"]))
     for key, value in _leaves(json.loads(json.dumps(asdict(cfg)))):
-        if key in free or key.startswith(_FREE_GROUPS) or key not in saved or saved[key] == value:
+        if key in free or (key.startswith(_FREE_GROUPS) and key not in _FIXED):
+            continue
+        if key not in saved or saved[key] == value:
+            continue
+        if key == "model.hybrid_pattern" and saved[key].replace("|", "") == value.replace("|", ""):
+            # A | only says where pipeline stages are cut.
             continue
         raise ConfigError(
             f"{key}={value}: {cfg.output_dir} holds a run with {key}={saved[key]}; give the same value to continue "

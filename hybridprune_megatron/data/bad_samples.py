@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+import tarfile
 from collections import Counter
+from typing import Any
 
 from megatron.energon.errors import FatalSampleError, SkipSample
+from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 
 from hybridprune_megatron.data.sample_encoder import BadSampleError
 
@@ -70,3 +73,37 @@ class BadSampleTally:
     def snapshot(self) -> dict[str, int]:
         """Counts so far: samples seen, and left out by reason."""
         return {"seen": self.seen, **self.bad}
+
+
+class _TolerantReader:
+    """An Energon reader of shards that gives None, which Energon skips, for a sample that it cannot read."""
+
+    def __init__(self, reader: Any, tally: BadSampleTally) -> None:
+        self._reader = reader
+        self._tally = tally
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._reader[index]
+        except (tarfile.TarError, ValueError, OSError) as error:
+            self._tally.seen += 1
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            self._tally.skip(BadSampleError("shard", f"number {index} of {self._reader.base_path}", what))
+            return None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+
+def count_broken_shards(dataset: Any, tally: BadSampleTally) -> None:
+    """Lets an Energon dataset skip and count what it cannot read of cut or overwritten shards; changes it in place.
+
+    Without it such a sample ends the job: Energon's error handlers see only what comes behind the reader.
+    """
+    if isinstance(dataset, WebdatasetSampleLoaderDataset):
+        dataset.join_readers = [_TolerantReader(reader, tally) for reader in dataset.join_readers]
+    for inner in getattr(dataset, "datasets", ()):
+        count_broken_shards(inner, tally)

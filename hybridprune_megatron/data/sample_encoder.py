@@ -20,7 +20,7 @@ from hybridprune_megatron.data.prompt import Conversation, EncodedPrompt, Prompt
 from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
 
 #: Why a sample may be left out.
-BAD_REASONS = ("malformed", "video", "too_long")
+BAD_REASONS = ("malformed", "video", "too_long", "shard")
 
 
 class BadSampleError(ValueError):

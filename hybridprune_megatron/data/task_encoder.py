@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,12 +33,13 @@ from megatron.energon.errors import FatalSampleError, reraise_exception
 
 from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.bad_samples import BadSampleTally, fatal, fatal_line
+from hybridprune_megatron.data.bad_samples import BadSampleTally, count_broken_shards, fatal, fatal_line
 from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleDraft, SampleEncoder
 from hybridprune_megatron.data.shards import CONVERSATION_PART, stored_videos
+from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.data.worker_signals import obey_parent_only
 
 #: Samples in a row from one place of a shard before another place is read; the shuffle buffer mixes further.
@@ -177,81 +178,118 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
         self.tally.skip(BadSampleError("too_long", sample.key, message))
 
 
-class TrainLoader:
-    """Endless packed batches of one data-parallel rank, in an order that can be saved.
-
-    A saved state describes what comes behind the last batch that was handed out, and is plain values. It fits a loader
-    of the same data, settings, rank, number of ranks and number of workers.
-
-    Args:
-        cfg: uses ``data``, ``model.vision``, ``trainer.seed`` and ``parallel``.
-        rank: data-parallel rank.
-        world_size: number of data-parallel ranks.
-        pad_to_multiple_of: of the length of every batch; None takes what parallelism and reduction need.
+class _Stream:
+    """One of the ``num_streams`` streams of packed batches; for Energon, a rank of a job with so many ranks.
 
     Attributes:
-        counts: samples seen and left out by reason, over all loader processes of this rank, since the run began (a
-            resumed run reads the samples of its buffers again, and counts them again).
+        counts: samples seen and left out by reason, over all loader processes, since the run began (a resumed run reads
+            the samples of its buffers again, and counts them again).
     """
 
-    def __init__(self, cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> None:
-        path = _dataset_path(cfg.data.train, "data.train")
-        multiple = pad_to_multiple_of or length_multiple(cfg)
-        data = cfg.data
-        self._shape = {"rank": rank, "world_size": world_size, "num_workers": data.num_workers}
+    def __init__(self, cfg: Config, encoder: SampleEncoder, number: int, pad_to_multiple_of: int) -> None:
+        data, num_streams = cfg.data, cfg.trainer.global_batch_size
+        self._shape = {"num_streams": num_streams, "num_workers": data.num_workers}
+        task_encoder = VideoTaskEncoder(encoder, data.max_bad_share, pad_to_multiple_of)
         dataset = get_train_dataset(
-            path,
-            worker_config=_worker_config(rank, world_size, data.num_workers, cfg.trainer.seed),
+            _dataset_path(data.train, "data.train"),
+            worker_config=_worker_config(number, num_streams, data.num_workers, cfg.trainer.seed),
             batch_size=None,
             packing_buffer_size=data.packing_buffer,
-            shuffle_buffer_size=data.shuffle_buffer,
+            shuffle_buffer_size=-(-data.shuffle_buffer // num_streams),
             max_samples_per_sequence=_MAX_SAMPLES_PER_SEQUENCE,
-            task_encoder=VideoTaskEncoder(SampleEncoder(cfg), data.max_bad_share, multiple),
+            task_encoder=task_encoder,
         )
+        count_broken_shards(dataset, task_encoder.tally)
         self._loader = _savable_loader(dataset)
         self._earlier: dict[str, int] = {}
         self._by_worker: dict[int, dict[str, int]] = {}
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        """Batches without end.
+        for packed in self._loader:
+            self._by_worker[packed.worker] = packed.counts
+            yield packed.batch
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return _sum_counts([self._earlier, *self._by_worker.values()])
+
+    def save_state(self) -> dict[str, Any]:
+        return {**self._shape, "counts": self.counts, "energon": to_plain(self._loader.save_state_rank())}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for (name, value), key in zip(self._shape.items(), ("trainer.global_batch_size", "data.num_workers")):
+            if state[name] != value:
+                raise ValueError(
+                    f"{key}={value}: the data loader's state was saved with {key}={state[name]}; resume with the same "
+                    "value"
+                )
+        self._earlier = dict(state["counts"])
+        self._loader.restore_state_rank(from_plain(state["energon"]))
+
+
+def _sum_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for counts in parts:
+        for name, count in counts.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+class TrainLoader:
+    """Endless packed batches of one data-parallel rank, in an order that can be saved and does not depend on the ranks.
+
+    Energon's own state belongs to a rank among a number of ranks, and fits no other number. So the data are cut into
+    ``trainer.global_batch_size`` streams, each an Energon loader of its own with a share of the samples, and stream j
+    makes micro batch j of every step (see ``data.streams``). A rank reads the streams of its micro batches. Another
+    number of ranks hands the same streams to other ranks: every step sees the samples that it would have seen, none is
+    lost and none comes twice. A single order of all samples, of which rank r of n takes every n-th, would need only one
+    number as its state, but every rank would read and tokenize everything, because packing decides where a batch ends.
+
+    Args:
+        cfg: uses ``data``, ``model.vision``, ``trainer.seed``, ``trainer.global_batch_size`` and ``parallel``.
+        rank: data-parallel rank.
+        world_size: number of data-parallel ranks.
+        pad_to_multiple_of: of the length of every batch; None takes what parallelism and reduction need.
+    """
+
+    def __init__(self, cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> None:
+        multiple = pad_to_multiple_of or length_multiple(cfg)
+        encoder = SampleEncoder(cfg)
+        numbers = streams_of(rank, world_size, cfg.trainer.global_batch_size)
+        self._streams = {number: _Stream(cfg, encoder, number, multiple) for number in numbers}
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        """Batches without end, from the rank's streams in turn.
 
         Raises:
             ValueError: more samples were bad than ``data.max_bad_share`` allows, or features do not fit the model or
                 the sampling.
         """
+        iterators = [iter(stream) for stream in self._streams.values()]
         try:
-            for packed in self._loader:
-                self._by_worker[packed.worker] = packed.counts
-                yield packed.batch
+            while True:
+                for iterator in iterators:
+                    yield next(iterator)
         except FatalSampleError as error:
             raise ValueError(fatal_line(error)) from error
 
     @property
     def counts(self) -> dict[str, int]:
-        total = dict(self._earlier)
-        for counts in self._by_worker.values():
-            for name, count in counts.items():
-                total[name] = total.get(name, 0) + count
-        return total
+        """Samples seen and left out by reason, over the rank's streams, since the run began."""
+        return _sum_counts(stream.counts for stream in self._streams.values())
 
-    def save_state(self) -> dict[str, Any]:
-        """The state as of now, as plain values."""
-        return {**self._shape, "counts": self.counts, "energon": to_plain(self._loader.save_state_rank())}
+    def save_state(self) -> dict[int, Any]:
+        """The state of each of the rank's streams as of now, as plain values; between two steps."""
+        return {number: stream.save_state() for number, stream in self._streams.items()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continues from a saved state; call it before iterating.
+    def load_state(self, states: dict[int, Any]) -> None:
+        """Continues from saved states, one for each of the rank's streams; call it before iterating.
 
         Raises:
-            ValueError: the state comes from another number of ranks or workers.
+            ValueError: a state comes from another number of streams or workers.
         """
-        for name, value in self._shape.items():
-            if state[name] != value:
-                raise ValueError(
-                    f"the data loader's state was saved with {name}={state[name]}, now {name}={value}: resume with the "
-                    "same number of data-parallel ranks and the same data.num_workers"
-                )
-        self._earlier = dict(state["counts"])
-        self._loader.restore_state_rank(from_plain(state["energon"]))
+        for number, stream in self._streams.items():
+            stream.load_state(states[number])
 
 
 def build_train_loader(cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> TrainLoader:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
 from tqdm import tqdm
 
-from hybridprune_megatron.engine.checkpoint import checkpoint_name
+from hybridprune_megatron.config.checkpoint_folder import checkpoint_name
 from hybridprune_megatron.engine.module import HybridPruneModule
 from hybridprune_megatron.engine.preemption import STOPPED, stop_requested
 from hybridprune_megatron.engine.strategy import MegatronStrategy
@@ -43,17 +43,21 @@ class StepCheckpoint(Checkpoint):
         self._saved_at = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Saves the step before this one.
+        """Saves the step before this one, and completes a save that is written by now.
 
         Not in on_train_batch_end: there Lightning has counted the optimizer step but not yet the batch, and a
         resumed run would start with its counters one apart.
         """
         if trainer.global_step % self._every == 0:
             self.save(trainer)
+        assert isinstance(trainer.strategy, MegatronStrategy), type(trainer.strategy)
+        trainer.strategy.finish_save(wait=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step."""
         self.save(trainer)
+        assert isinstance(trainer.strategy, MegatronStrategy), type(trainer.strategy)
+        trainer.strategy.finish_save(wait=True)
 
     def save(self, trainer: Trainer) -> None:
         """Saves now, unless this step is saved already."""

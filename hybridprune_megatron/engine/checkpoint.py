@@ -1,13 +1,13 @@
-"""Distributed checkpoints of a whole run: complete or not there.
+"""Distributed checkpoints of a whole run: complete or not there, and good for any parallel layout.
 
-Layout of ``<output_dir>/checkpoints``::
+All ranks write into a ``.incomplete`` folder (names: :mod:`hybridprune_megatron.config.checkpoint_folder`); behind a
+barrier rank 0 writes ``run.json``, syncs everything to disk and renames the folder, which is one step for the file
+system.
 
-    step_00000050/              a complete checkpoint: megatron's shards, its metadata.json, and run.json
-    (readable without torch) step_00000100.incomplete/   being written, or what a killed run left; never
-    loaded, removed at the next start
-
-All ranks write into the ``.incomplete`` folder; behind a barrier rank 0 syncs it to disk and renames it,
-which is one step for the file system.
+What follows a change of layout: weights and optimizer states are stored whole, a parameter a tensor, so every rank
+reads its own part of them under any tensor, pipeline, context and data-parallel size. The loader's state is stored by
+stream (:mod:`hybridprune_megatron.data.streams`), which no layout changes. Generators are stored by rank: the same
+layout continues them digit for digit, another one seeds them anew from the run's seed and the step.
 
 What is stored how (megatron-core 0.19.2): tensors as raw shards; everything else is ``torch.save``d bytes.
 The common part is read back with ``weights_only``, but per-rank objects and the ``.metadata`` index go
@@ -19,28 +19,38 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import re
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
-from hybridprune_megatron.engine.optimization import TrainState, allocate_state, restore_steps
+from hybridprune_megatron.config.checkpoint_folder import (
+    INCOMPLETE,
+    RUN_FILE,
+    checkpoint_name,
+    complete_checkpoints,
+    damage,
+    file_sizes,
+    latest_checkpoint,
+    read_run_file,
+)
+from hybridprune_megatron.engine.optimization import TrainState, allocate_state, load_optimizer_state
+from hybridprune_megatron.engine.rng_state import rng_state
 
-RUN_FILE = "run.json"
-_INCOMPLETE = ".incomplete"
-_NAME = re.compile(r"step_(\d+)")
-# dp_reshardable: every replica writes its own part of the optimizer, nothing is gathered. A resumed run has
-# the same tensor and pipeline sizes; weights alone load into any (see weights.py).
 SHARDED_FORMAT = {
-    "distrib_optim_sharding_type": "dp_reshardable",
+    # Gathers the optimizer's parts over replicas when saving, and gives one tensor a parameter and moment. The other
+    # format, dp_reshardable, gathers nothing and fits no other tensor or pipeline size.
+    "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
     # One entry a layer and weight, named as in state_dict().
@@ -48,207 +58,243 @@ SHARDED_FORMAT = {
 }
 
 
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after ``step`` optimizer steps."""
-    return f"step_{step:08d}"
-
-
-def checkpoint_step(path: Path) -> int:
-    """The step in a checkpoint's folder name.
-
-    Raises:
-        ValueError: if the folder is not named like a checkpoint.
-    """
-    match = _NAME.fullmatch(path.name)
-    if match is None:
-        raise ValueError(f"{path} is not a checkpoint: its folder is named step_<number>; name one of those")
-    return int(match.group(1))
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints in a folder, oldest first; empty if the folder does not exist."""
-    if not directory.is_dir():
-        return []
-    # The name alone says complete; the files are asked for too, for folders that something else has thinned
-    # out.
-    found = [
-        path
-        for path in directory.iterdir()
-        if _NAME.fullmatch(path.name) and (path / "metadata.json").is_file() and (path / RUN_FILE).is_file()
-    ]
-    return sorted(found, key=checkpoint_step)
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a folder, or None."""
-    found = complete_checkpoints(directory)
-    return found[-1] if found else None
-
-
-def read_run_file(checkpoint: Path) -> dict[str, Any]:
-    """``run.json`` of a checkpoint: step, consumed_samples, the resolved configuration, versions."""
-    return json.loads((checkpoint / RUN_FILE).read_text())
-
-
-def remove_incomplete(directory: Path) -> None:
-    """Deletes what killed runs left. Rank 0 only, before anything is saved."""
-    if directory.is_dir():
-        for path in directory.glob(f"*{_INCOMPLETE}"):
-            shutil.rmtree(path)
-
-
-def _rng_state() -> dict[str, Any]:
-    """Every generator of this process, as tensors and plain values."""
-    version, numbers, gauss = random.getstate()
-    # numpy's newest form is a dict of plain values and one array.
-    generator: Any = np.random.get_state(legacy=False)
-    generator["state"]["key"] = torch.from_numpy(generator["state"]["key"].astype(np.int64))
+def layout() -> dict[str, int]:
+    """Sizes of the parallel layout in force."""
     return {
-        "python": [version, list(numbers), gauss],
-        "numpy": generator,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
     }
 
 
-def restore_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what :func:`save_checkpoint` stored of the generators. Do it last, right before the first step."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    numpy_state = {**state["numpy"], "state": {**state["numpy"]["state"]}}
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].numpy().astype(np.uint32)
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(dict(state["tracker"]))
+def _rng_entry(state: Any) -> ShardedObject:
+    return ShardedObject("rng", state, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def _sharded_state(state: TrainState, per_rank: Any, loader: Any, common: Mapping[str, Any], loading: bool) -> dict:
-    """Megatron's description of what to save or load; ``per_rank`` and ``loader`` are None when loading."""
-    model = state.module.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    # Processes of one replica read the same data: the first of them stores the loader's state.
+def _loader_entries(states: Mapping[int, Any]) -> dict[str, ShardedObject]:
+    """One entry a stream. Processes of one replica read the same data: the first of them stores it."""
     replica = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_context_parallel_rank(),
     )
     return {
-        "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDED_FORMAT)),
-        "rng": ShardedObject("rng", per_rank, (dist.get_world_size(),), (dist.get_rank(),)),
-        "loader": ShardedObject("loader", loader, (size,), (rank,), replica_id=replica),
-        **common,
+        str(stream): ShardedObject(f"loader/{stream}", state, (1,), (0,), replica_id=replica)
+        for stream, state in states.items()
     }
+
+
+def _model_and_optimizer(state: TrainState, loading: bool) -> dict[str, Any]:
+    model = state.module.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
+    optimizer = state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDED_FORMAT))
+    return {"model": model, "optimizer": optimizer}
 
 
 def _sync_to_disk(directory: Path) -> None:
     """fsync of every file and folder, so that the rename cannot reach the disk before the data."""
     for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_entry(path)
 
 
-def _retire(path: Path) -> None:
-    """Deletes a checkpoint so that no half of it is ever taken for a whole one."""
-    doomed = path.with_name(path.name + ".old" + _INCOMPLETE)
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    state: TrainState,
-    loader_state: Any,
-    common: Mapping[str, Any],
-    run: Mapping[str, Any],
-    keep_last: int = 2,
-) -> Path:
-    """Writes ``directory/step_<step>`` and then deletes older checkpoints. Every rank calls it.
-
-    Args:
-        directory: the run's checkpoint folder.
-        step: optimizer steps done.
-        state: model, optimizer and schedule.
-        loader_state: of this rank's loader; plain values (str, numbers, lists, dicts, tensors).
-        common: plain values, equal on all ranks, that :func:`load_checkpoint` gives back.
-        run: JSON values for ``run.json``; "step" is added.
-        keep_last: complete checkpoints that stay, this one included.
-
-    Returns:
-        The folder of the checkpoint.
-    """
-    final = directory / checkpoint_name(step)
-    scratch = final.with_name(final.name + _INCOMPLETE)
-    if dist.get_rank() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    dist.barrier()
-    scheduler = state.scheduler.state_dict()
-    common = {"trainer": dict(common), "scheduler": scheduler, "step": step}
-    sharded = _sharded_state(state, _rng_state(), loader_state, common, loading=False)
-    dist_checkpointing.save(sharded, str(scratch), content_metadata=dict(SHARDED_FORMAT))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (scratch / RUN_FILE).write_text(json.dumps({"step": step, **run}, indent=2) + "\n")
-        _sync_to_disk(scratch)
-        if final.exists():
-            _retire(final)
-        scratch.rename(final)
-        _sync_to_disk_entry(directory)
-        for old in complete_checkpoints(directory)[:-keep_last]:
-            _retire(old)
-    dist.barrier()
-    return final
-
-
-def _sync_to_disk_entry(directory: Path) -> None:
-    """fsync of the folder itself: makes the rename durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def load_checkpoint(path: Path, state: TrainState) -> dict[str, Any]:
+def _retire(path: Path) -> None:
+    """Deletes a checkpoint so that no half of it is ever taken for a whole one."""
+    doomed = path.with_name(path.name + ".old" + INCOMPLETE)
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what went wrong, out of what torch wraps around it."""
+    if isinstance(error, CheckpointException):
+        reasons = [str(reason) for reason, _ in error.failures.values()]
+        error_text = reasons[0] if reasons else "another process could not write, see rank 0"
+    else:
+        error_text = f"{type(error).__name__}: {error}"
+    return " ".join(error_text.split())
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run into one folder. Every rank has one and makes the same calls.
+
+    With ``asynchronous``, ``save`` returns when this process' values are copied, and a process of its own writes them
+    while training goes on; the checkpoint is not there until ``finish`` has found that all ranks are done.
+    """
+
+    def __init__(self, directory: Path, keep_last: int = 2, asynchronous: bool = False) -> None:
+        """Nothing is written yet.
+
+        Args:
+            directory: the run's checkpoint folder.
+            keep_last: complete checkpoints that stay, the newest included.
+            asynchronous: write in the background.
+        """
+        self._directory = directory
+        self._keep_last = keep_last
+        self._queue = AsyncCallsQueue() if asynchronous else None
+        self._scratch = directory
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        loader: Mapping[int, Any],
+        common: Mapping[str, Any],
+        run: Mapping[str, Any],
+    ) -> Path:
+        """Writes ``directory/step_<step>``, then deletes older checkpoints; waits for the save before it.
+
+        Args:
+            step: optimizer steps done.
+            state: model, optimizer and schedule.
+            loader: state of each stream that this rank reads; plain values (str, numbers, lists, dicts, tensors).
+            common: plain values, equal on all ranks, that :func:`load_checkpoint` gives back.
+            run: JSON values for ``run.json``; "step", "layout" and "files" are added.
+
+        Returns:
+            The folder of the checkpoint.
+
+        Raises:
+            RuntimeError: it could not be written; the checkpoints before it are untouched.
+        """
+        self.finish(wait=True)
+        final = self._directory / checkpoint_name(step)
+        # A name of its own: the writer of a killed run may still be at work in the folder of the same step.
+        token = [f"{time.time_ns():x}"]
+        dist.broadcast_object_list(token, src=0)
+        self._scratch = final.with_name(f"{final.name}.{token[0]}{INCOMPLETE}")
+        try:
+            if dist.get_rank() == 0:
+                self._scratch.mkdir(parents=True)
+            dist.barrier()
+            sharded = {
+                **_model_and_optimizer(state, loading=False),
+                "rng": _rng_entry(rng_state()),
+                "loader": _loader_entries(loader),
+                "trainer": dict(common),
+                "scheduler": state.scheduler.state_dict(),
+                "step": step,
+            }
+            request = dist_checkpointing.save(
+                sharded,
+                str(self._scratch),
+                # Replicas hold the same values: each writes a share.
+                FullyParallelSaveStrategyWrapper(
+                    TorchDistSaveShardedStrategy(),
+                    parallel_state.get_data_parallel_group(with_context_parallel=True),
+                ),
+                async_sharded_save=True,
+                content_metadata=dict(SHARDED_FORMAT),
+                async_strategy="mcore",
+            )
+            assert request is not None
+            header = {"step": step, "layout": layout(), **run}
+            request.add_finalize_fn(lambda: self._complete(final, header))
+            if self._queue is None:
+                request.execute_sync()
+            else:
+                self._queue.schedule_async_request(request)
+        except (CheckpointException, OSError) as error:
+            raise self._failure(error) from None
+        return final
+
+    def finish(self, wait: bool) -> None:
+        """Completes a save that all ranks have written by now; with ``wait``, waits until they have.
+
+        Raises:
+            RuntimeError: it could not be written.
+        """
+        if self._queue is None:
+            return
+        try:
+            self._queue.maybe_finalize_async_calls(blocking=wait)
+        except (CheckpointException, OSError) as error:
+            raise self._failure(error) from None
+
+    def _complete(self, final: Path, header: dict[str, Any]) -> None:
+        """Makes the written folder a checkpoint; every rank calls it when all have written."""
+        failure: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                content = {**header, "files": file_sizes(self._scratch)}
+                (self._scratch / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                _sync_to_disk(self._scratch)
+                if final.exists():
+                    _retire(final)
+                self._scratch.rename(final)
+                # Makes the rename durable.
+                _sync_entry(self._directory)
+                for old in complete_checkpoints(self._directory)[: -self._keep_last]:
+                    _retire(old)
+            except OSError as error:
+                failure = [str(error)]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise OSError(failure[0])
+
+    def _failure(self, error: BaseException) -> RuntimeError:
+        if dist.get_rank() == 0:
+            # What lies there takes the space that a later attempt needs.
+            shutil.rmtree(self._scratch, ignore_errors=True)
+        newest = latest_checkpoint(self._directory)
+        return RuntimeError(
+            f"checkpoint {self._scratch.name.partition('.')[0]} in {self._directory} could not be written: "
+            f"{_reason(error)}; the newest whole one is {newest.name if newest else 'none'}; make room or give another "
+            "output_dir, then start the same command again"
+        )
+
+
+def load_checkpoint(path: Path, state: TrainState, streams: Iterable[int] = ()) -> dict[str, Any]:
     """Loads a complete checkpoint into ``state``. Every rank calls it.
 
     Args:
-        path: a complete checkpoint of a run with the same process counts.
+        path: a complete checkpoint, of any parallel layout.
         state: freshly built; overwritten.
+        streams: the streams of data that this rank reads.
 
     Returns:
-        {"step", "trainer": the ``common`` values that were saved, "loader": this rank's loader state, "rng":
-        for :func:`restore_rng_state`}.
+        {"step", "trainer": the ``common`` values that were saved, "loader": states by stream, "rng": for
+        :func:`~hybridprune_megatron.engine.rng_state.restore_rng_state`, or None if the layout is another one}.
 
     Raises:
-        ValueError: if the folder is not a complete checkpoint, or the number of processes changed.
+        ValueError: if the folder is not a complete checkpoint of this version's format.
     """
-    if path not in complete_checkpoints(path.parent):
+    what = damage(path)
+    if what is not None:
         raise ValueError(
-            f"{path} is not a complete checkpoint; delete it, or name a folder step_<number> with {RUN_FILE}"
+            f"{path} is not a complete checkpoint: {what}; delete it, or name a folder step_<number> with {RUN_FILE}"
         )
-    saved = read_run_file(path).get("world_size", dist.get_world_size())
-    if saved != dist.get_world_size():
+    saved_layout = read_run_file(path).get("layout")
+    if saved_layout is None:
         raise ValueError(
-            f"{path} was written by {saved} processes, this job has {dist.get_world_size()}: resume with {saved}, or "
-            f"start a new run from its weights with model.init_checkpoint={path} and another output_dir"
+            f"{path} was written before checkpoints fitted any layout; start a new run from its weights with "
+            f"model.init_checkpoint={path} and another output_dir"
         )
+    same = saved_layout == layout()
     # fp32 parameters are the optimizer's own tensors: copying into them must not be recorded.
     with torch.no_grad():
         allocate_state(state.optimizer)
-        template = _sharded_state(state, None, None, {}, loading=True)
+        template = {
+            **_model_and_optimizer(state, loading=True),
+            "loader": _loader_entries(dict.fromkeys(streams)),
+            **({"rng": _rng_entry(None)} if same else {}),
+        }
         loaded = dist_checkpointing.load(template, str(path))
         state.module.load_state_dict(loaded["model"])
-        state.optimizer.load_state_dict(loaded["optimizer"])
-        restore_steps(state.optimizer)
+        load_optimizer_state(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
-    return {name: loaded[name] for name in ("step", "trainer", "loader", "rng")}
+    return {
+        "step": loaded["step"],
+        "trainer": loaded["trainer"],
+        "loader": {int(stream): value for stream, value in loaded.get("loader", {}).items()},
+        "rng": loaded["rng"] if same else None,
+    }

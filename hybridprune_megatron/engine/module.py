@@ -13,9 +13,9 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
 from hybridprune_megatron.engine.budgets import BudgetSampler
-from hybridprune_megatron.engine.checkpoint import restore_rng_state
 from hybridprune_megatron.engine.optimization import TrainState, build_train_state, micro_batches_per_step
-from hybridprune_megatron.engine.parallel import data_rank
+from hybridprune_megatron.engine.parallel import data_rank, seed_generators
+from hybridprune_megatron.engine.rng_state import restore_rng_state
 from hybridprune_megatron.engine.train_log import TrainLog
 from hybridprune_megatron.engine.train_step import StepResult, train_step
 from hybridprune_megatron.engine.weights import load_initial_weights
@@ -29,22 +29,26 @@ if TYPE_CHECKING:
 class TrainLoader(Protocol):
     """Endless packed batches of one data-parallel rank, in an order that can be saved.
 
-    A state is plain values (str, numbers, lists, dicts, tensors) and describes what comes behind the last
-    batch handed out.
+    They come from the rank's streams (:func:`~hybridprune_megatron.data.streams.streams_of`) in turn. A stream's state
+    is plain values (str, numbers, lists, dicts, tensors) and describes what comes behind its last batch handed out.
+    States are asked for between two steps.
     """
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Batches from the state on; called once a run."""
         ...
 
-    def save_state(self) -> Any:
-        """The state as of now."""
+    def save_state(self) -> dict[int, Any]:
+        """The states as of now, by stream."""
         ...
 
-    def load_state(self, state: Any) -> None:
-        """Continues from a saved state; called before ``iter``."""
+    def load_state(self, states: dict[int, Any]) -> None:
+        """Continues from saved states, one for each of the rank's streams; called before ``iter``."""
         ...
 
+
+#: A single bad batch is skipped; a model that has diverged must not run on until the job's time is up.
+_MAX_SKIPPED_IN_A_ROW = 10
 
 #: (pre_process, post_process) -> the model, or this pipeline stage of it, with frozen parameters marked.
 ModelFactory = Callable[[bool, bool], MegatronModule]
@@ -97,6 +101,7 @@ class HybridPruneModule(LightningModule):
         self.loader: TrainLoader | None = None
         self.consumed_samples = 0
         self.shown: dict[str, float] = {}
+        self._skipped_in_a_row = 0
 
     def build(self, device: torch.device) -> None:
         """Builds and wraps the model; called by the strategy when megatron's groups exist."""
@@ -135,9 +140,14 @@ class HybridPruneModule(LightningModule):
         if self.trainer.is_global_zero:
             self._log = TrainLog(self._log_path)
             self._log.truncate_after(step)
-        if self._resumed is not None:
+        if self._resumed is None:
+            return
+        if self._resumed["rng"] is not None:
             restore_rng_state(self._resumed["rng"])
-            self._resumed = None
+        else:
+            # Another layout has other generators: new ones, and not those of the run's first steps again.
+            seed_generators(self.cfg.trainer.seed + step)
+        self._resumed = None
 
     def training_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:
         """One optimizer step over a global batch; returns the mean loss per token (0-dim, detached).
@@ -148,7 +158,15 @@ class HybridPruneModule(LightningModule):
         step = self.trainer.global_step + 1
         # Lightning yields (batch, index, loader index).
         batches = (self._with_budgets(item[0], step) for item in dataloader_iter)
-        result = train_step(self.state, batches, self._num_microbatches, self.cfg.data.sequence_length, step)
+        result = train_step(
+            self.state,
+            batches,
+            self._num_microbatches,
+            self.cfg.data.sequence_length,
+            step,
+            self.cfg.trainer.nonfinite,
+        )
+        self._count_skipped(result)
         # Lightning counts steps by its own optimizers, of which there are none; the count ends the run and
         # names checkpoints.
         progress = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
@@ -157,6 +175,17 @@ class HybridPruneModule(LightningModule):
         self.consumed_samples += self.cfg.trainer.global_batch_size
         self._record(step, result, time.perf_counter() - start)
         return torch.tensor(result.loss)
+
+    def _count_skipped(self, result: StepResult) -> None:
+        """Says which update was left out; ends the run when it does nothing else any more."""
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if result.skipped else 0
+        if self._skipped_in_a_row >= _MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"{_MAX_SKIPPED_IN_A_ROW} updates in a row left out (trainer.nonfinite=skip), so it is not single "
+                f"samples; {result.skipped}; lower optim.lr or start again from an earlier checkpoint"
+            )
+        if result.skipped and self.trainer.is_global_zero:
+            print(f"update left out: {result.skipped}", flush=True)
 
     def _with_budgets(self, batch: PackedBatch, step: int) -> PackedBatch:
         return batch if self._budgets is None else self._budgets.assign(batch, step)
@@ -167,6 +196,7 @@ class HybridPruneModule(LightningModule):
             row: dict[str, Any] = {"step": step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
             row |= {"tokens": result.tokens, "loss_tokens": result.loss_tokens}
             row |= {"seconds": round(seconds, 4), "samples": result.samples}
+            row |= {"skipped": result.skipped} if result.skipped else {}
             self._log.append(row)
         # batch_size is given because Lightning cannot see it behind an iterator.
         self.shown = {"loss": result.loss, "lr": result.lr, "tokens/s": result.tokens / seconds}

@@ -190,7 +190,30 @@ def allocate_state(optimizer: MegatronOptimizer) -> None:
                     }
 
 
-def restore_steps(optimizer: MegatronOptimizer) -> None:
+def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict) -> None:
+    """Takes over what ``optimizer.sharded_state_dict`` asked for and a checkpoint gave.
+
+    Not ``optimizer.load_state_dict`` alone: megatron's fully reshardable format has no step count a parameter, and its
+    reader looks for one wherever torch's Adam keeps one. So the counts are taken out while it reads.
+
+    Args:
+        optimizer: with allocated state (:func:`allocate_state`).
+        loaded: changed.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    states = [loaded] if len(parts) == 1 else [loaded[index] for index in range(len(parts))]
+    for part, state in zip(parts, states, strict=True):
+        values = state.pop("param_state", None)
+        part.load_state_dict(state)
+        if values is not None:
+            for adam in _torch_adams(part):
+                for entry in adam.state.values():
+                    entry.pop("step")
+            part.load_parameter_state_from_fully_reshardable(values)
+    _restore_steps(optimizer)
+
+
+def _restore_steps(optimizer: MegatronOptimizer) -> None:
     """Puts back every parameter's step count after loading.
 
     Megatron's distributed optimizer stores the count of torch's Adam with the parameter groups, but on

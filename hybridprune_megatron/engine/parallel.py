@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from hybridprune_megatron.engine import ensure_device_backend
 from hybridprune_megatron.engine.launch import Launch
+from hybridprune_megatron.engine.watch import end_watch
 
 # torch's manual_seed and numpy's take at most 32 bits; megatron adds small offsets to the seed.
 _MAX_SEED = 2**31
@@ -98,7 +99,9 @@ def init_distributed(launch: Launch, timeout_minutes: float = 30.0, init_method:
     return device
 
 
-def init_model_parallel(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0) -> None:
+def init_model_parallel(
+    tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0, timeout_minutes: float = 30.0
+) -> None:
     """Builds megatron's groups and seeds every generator (python, numpy, torch, megatron's tracker).
     Idempotent in the groups.
 
@@ -107,6 +110,7 @@ def init_model_parallel(tensor: int = 1, pipeline: int = 1, context: int = 1, se
         pipeline: stages that split the layers.
         context: processes that split the sequence.
         seed: of the run; equal on every rank. Ranks of one tensor group draw different weights from it.
+        timeout_minutes: how long a collective of these groups waits for the others before the job fails.
 
     Raises:
         ValueError: if the sizes do not divide the number of processes, or the seed is out of range.
@@ -125,10 +129,16 @@ def init_model_parallel(tensor: int = 1, pipeline: int = 1, context: int = 1, se
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             context_parallel_size=context,
+            distributed_timeout_minutes=timeout_minutes,
             # Megatron wants a second, gloo set of groups beside nccl only for a gathering optimizer format
             # that is not used here.
             create_gloo_process_groups=False,
         )
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seeds python, numpy, torch and megatron's tracker, as far as ranks must differ: by stage and tensor rank."""
     # Stages draw different weights, replicas of a stage the same ones.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(stage_seed)
@@ -139,6 +149,7 @@ def init_model_parallel(tensor: int = 1, pipeline: int = 1, context: int = 1, se
 
 def shut_down() -> None:
     """Leaves megatron's groups and torch.distributed; does nothing if they were not started."""
+    end_watch()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():

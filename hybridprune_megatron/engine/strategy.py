@@ -17,10 +17,19 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from hybridprune_megatron.engine.checkpoint import load_checkpoint, remove_incomplete, save_checkpoint
+from hybridprune_megatron.config.checkpoint_folder import remove_incomplete
+from hybridprune_megatron.data.streams import streams_of
+from hybridprune_megatron.engine.agreement import check_agreement
+from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint
 from hybridprune_megatron.engine.launch import Launch, check_launch
 from hybridprune_megatron.engine.module import HybridPruneModule
-from hybridprune_megatron.engine.parallel import LaunchedEnvironment, init_distributed, init_model_parallel
+from hybridprune_megatron.engine.parallel import (
+    LaunchedEnvironment,
+    data_rank,
+    init_distributed,
+    init_model_parallel,
+)
+from hybridprune_megatron.engine.watch import report_failure, start_watch
 
 
 class MegatronStrategy(DDPStrategy):
@@ -31,11 +40,12 @@ class MegatronStrategy(DDPStrategy):
     ``engine.checkpoint``); Lightning's own loop counters travel in their common part.
     """
 
-    def __init__(self, launch: Launch, keep_last: int = 2) -> None:
-        """Args: launch: what started this process. keep_last: complete checkpoints that stay on disk."""
+    def __init__(self, launch: Launch, checkpoints: Path) -> None:
+        """Args: launch: what started this process. checkpoints: the run's folder of them."""
         super().__init__(cluster_environment=LaunchedEnvironment(launch))
         self._launch = launch
-        self._keep_last = keep_last
+        self._checkpoints = checkpoints
+        self._saver: CheckpointSaver | None = None
         self._device = torch.device("cpu")
 
     @property
@@ -70,13 +80,16 @@ class MegatronStrategy(DDPStrategy):
         """Starts torch.distributed and megatron's groups."""
         cfg = self._module().cfg
         check_launch(self._launch, cfg.trainer.num_nodes, cfg.trainer.devices)
-        self._device = init_distributed(self._launch)
+        self._device = init_distributed(self._launch, cfg.trainer.timeout_minutes)
+        check_agreement(cfg, versions())
+        start_watch(self._launch)
         assert self.accelerator is not None
         self.accelerator.setup_device(self._device)
         self.set_world_ranks()
         rank_zero_only.rank = fabric_rank_zero_only.rank = dist.get_rank()
         parallel = cfg.parallel
-        init_model_parallel(parallel.tensor, parallel.pipeline, parallel.context, cfg.trainer.seed)
+        timeout = cfg.trainer.timeout_minutes
+        init_model_parallel(parallel.tensor, parallel.pipeline, parallel.context, cfg.trainer.seed, timeout)
 
     def setup(self, trainer: Trainer) -> None:
         """Builds model and optimizer."""
@@ -88,6 +101,9 @@ class MegatronStrategy(DDPStrategy):
         """Writes a distributed checkpoint; ``filepath`` is its final folder. Called by ``trainer.save_checkpoint``."""
         module = self._module()
         assert module.loader is not None, "a checkpoint before training has no loader state"
+        assert Path(filepath).parent == self._checkpoints, (filepath, self._checkpoints)
+        if self._saver is None:
+            self._saver = CheckpointSaver(self._checkpoints, asynchronous=module.cfg.trainer.async_save)
         common = {name: checkpoint[name] for name in ("pytorch-lightning_version", "epoch", "global_step", "loops")}
         common["callbacks"] = plain(checkpoint.get("callbacks", {}), "callbacks")
         run = {
@@ -96,20 +112,20 @@ class MegatronStrategy(DDPStrategy):
             "config": asdict(module.cfg),
             "versions": versions(),
         }
-        save_checkpoint(
-            Path(filepath).parent,
-            checkpoint["global_step"],
-            module.state,
-            plain(module.loader.save_state(), "the loader's state"),
-            common,
-            run,
-            self._keep_last,
-        )
+        loader = {stream: plain(state, "the loader's state") for stream, state in module.loader.save_state().items()}
+        self._saver.save(checkpoint["global_step"], module.state, loader, common, run)
+
+    def finish_save(self, wait: bool) -> None:
+        """Completes a save that is written by now, or with ``wait`` when it is."""
+        if self._saver is not None:
+            self._saver.finish(wait)
 
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         """Loads everything of a checkpoint and gives Lightning its own part."""
         module = self._module()
-        loaded = load_checkpoint(Path(checkpoint_path), module.state)
+        where = data_rank()
+        streams = streams_of(where.rank, where.size, module.cfg.trainer.global_batch_size)
+        loaded = load_checkpoint(Path(checkpoint_path), module.state, streams)
         module.resume_from(loaded)
         return {**loaded["trainer"], "state_dict": {}, "lr_schedulers": []}
 
@@ -125,6 +141,10 @@ class MegatronStrategy(DDPStrategy):
         if dist.get_rank() == 0:
             remove_incomplete(directory)
         self.barrier()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tells the other ranks why this one ends."""
+        report_failure(exception)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Waits for all ranks."""

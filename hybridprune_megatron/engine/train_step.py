@@ -226,7 +226,8 @@ def train_step(
         finite = math.isfinite(grad_norm)
     problem = None
     if not finite:
-        problem = f"loss={loss} and gradient norm={grad_norm} at step {step}; {_named_samples(recorder, sums)}"
+        what = f"loss={loss}" if not math.isfinite(loss) else f"gradient norm={grad_norm} (loss={loss})"
+        problem = f"{what} at step {step}; {_named_samples(recorder, sums)}"
         if not skips:
             raise FloatingPointError(
                 f"{problem}; lower optim.lr or check those samples; the same command goes on from the last checkpoint, "

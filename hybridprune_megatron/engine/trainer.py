@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
+from hybridprune_megatron.config.checkpoint_folder import resume_point
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal
-from hybridprune_megatron.engine.checkpoint import latest_checkpoint
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
 from hybridprune_megatron.engine.strategy import MegatronStrategy
@@ -31,7 +31,7 @@ def build_trainer(cfg: Config, launch: Launch) -> Trainer:
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         num_nodes=launch.num_nodes,
         devices=launch.local_world_size,
-        strategy=MegatronStrategy(launch),
+        strategy=MegatronStrategy(launch, checkpoint_folder(cfg)),
         # Precision is megatron's business; anything but 32 would make Lightning wrap the forward pass.
         precision="32-true",
         max_steps=cfg.trainer.max_steps,
@@ -47,6 +47,23 @@ def build_trainer(cfg: Config, launch: Launch) -> Trainer:
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )
+
+
+def resume_checkpoint(cfg: Config, say: bool) -> Path | None:
+    """The checkpoint that a run goes on from, None at its start; tells what it leaves out and what it takes.
+
+    Args:
+        cfg: ``output_dir`` is read.
+        say: print (one rank does).
+
+    Raises:
+        ValueError: all checkpoints are damaged.
+    """
+    newest, damaged = resume_point(checkpoint_folder(cfg))
+    lines = [*damaged, *([f"resuming from {newest}"] if newest else [])]
+    if say and lines:
+        print("\n".join(lines), flush=True)
+    return newest
 
 
 def start_experiment(trainer: Trainer, cfg: Config) -> Path:
@@ -75,7 +92,7 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
         )
     settings["create_checkpoint_callback"] = False
     if settings.get("resume_if_exists"):
-        newest = latest_checkpoint(checkpoint_folder(cfg))
+        newest = resume_checkpoint(cfg, trainer.is_global_zero)
         # NeMo's own search knows other names ("*-last") and would warn that it finds none: ours is given as a path.
         settings["resume_from_checkpoint"] = None if newest is None else str(newest)
         settings["resume_if_exists"] = False
@@ -83,6 +100,4 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
     exp_manager(trainer, settings)
     # exp_manager lets megatron log at its own level.
     quiet_libraries()
-    if trainer.is_global_zero and settings.get("resume_from_checkpoint"):
-        print(f"resuming from {settings['resume_from_checkpoint']}", flush=True)
     return log_dir

@@ -98,6 +98,7 @@ def test_error_is_one_line_with_value_key_and_fix(case: str) -> None:
 def test_initial_weights_that_teach_may_not_change_on_resume(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_00000050"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "metadata.json").write_text("{}")
     for option, refused in (("default", False), ("distillation", True)):
         overrides = ["experiment=demo", f"output_dir={tmp_path}", f"tuning={option}"]
         saved = {"step": 50, "config": asdict(load_config(overrides))}

@@ -35,8 +35,8 @@ class Job:
     exp_manager: dict[str, Any] = field(default_factory=lambda: {"resume_if_exists": True, "seconds_to_sleep": 0})
 
 
-def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, **trainer: Any) -> Job:
-    """Eight steps, a checkpoint every three."""
+def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, context: int = 1, **trainer: Any) -> Job:
+    """Eight steps of two sequences, a checkpoint every three; sequence parallel where tensors are split."""
     settings = {
         "max_steps": 8,
         "precision": "fp32",
@@ -44,7 +44,7 @@ def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, **trainer: Any) -
         "save_every_n_steps": 3,
         "seed": 7,
     } | trainer
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, sequence_parallel=tensor > 1)
     return Job(str(folder), TrainerConfig(**settings), OptimConfig(lr=1e-2, warmup_steps=2), parallel)
 
 
@@ -72,7 +72,7 @@ def run_job(
     from hybridprune_megatron.engine.launch import Launch
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.train_log import read_train_log
-    from hybridprune_megatron.engine.trainer import build_trainer, checkpoint_folder, start_experiment
+    from hybridprune_megatron.engine.trainer import build_trainer, resume_checkpoint, start_experiment
     from hybridprune_megatron.models.build import build_model
     from tests.engine.tiny import ClipLoader, CountingLoader, tiny_model
 
@@ -92,14 +92,16 @@ def run_job(
             return super().training_step(dataloader_iter)
 
     job.trainer.devices = dist.get_world_size()
+    streams = job.trainer.global_batch_size
     if video:
-        module = DyingModule(job, partial(build_model, job), ClipLoader)
+        module = DyingModule(job, partial(build_model, job), partial(ClipLoader, streams=streams))
     else:
-        module = DyingModule(job, partial(tiny_model, dropout=dropout), CountingLoader)
+        model = partial(tiny_model, dropout=dropout, sequence_parallel=job.parallel.sequence_parallel)
+        module = DyingModule(job, model, partial(CountingLoader, streams=streams))
     trainer = build_trainer(job, Launch(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size()))
     if nemo:
         start_experiment(trainer, job)
         trainer.fit(module)
     else:
-        trainer.fit(module, ckpt_path=checkpoint.latest_checkpoint(checkpoint_folder(job)))
+        trainer.fit(module, ckpt_path=resume_checkpoint(job, trainer.is_global_zero))
     return read_train_log(Path(job.output_dir) / "train_log.jsonl")

@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from hybridprune_megatron.config.checkpoint_folder import (
+    complete_checkpoints,
+    latest_checkpoint,
+    remove_incomplete,
+)
 from hybridprune_megatron.engine.train_log import TrainLog, read_train_log
 from tests.worlds import run_world
 
@@ -18,9 +23,8 @@ def _fake(folder: Path, name: str, *files: str) -> None:
         (folder / name / file).write_text('{"step": 1}')
 
 
-def _selection(folder: Path) -> None:
-    from hybridprune_megatron.engine.checkpoint import complete_checkpoints, latest_checkpoint, remove_incomplete
-
+def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
+    folder = tmp_path
     assert latest_checkpoint(folder / "missing") is None
     assert latest_checkpoint(folder) is None
     whole = ("metadata.json", "run.json")
@@ -40,10 +44,6 @@ def _selection(folder: Path) -> None:
         "step_00000010",
         "step_00000011",
     ]
-
-
-def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
-    run_world(1, _selection, tmp_path)
 
 
 class _Bomb:
@@ -95,7 +95,7 @@ def _wrong_weights(folder: Path) -> None:
 def _wrong_checkpoint(folder: Path) -> None:
     import torch
 
-    from hybridprune_megatron.engine.checkpoint import load_checkpoint, save_checkpoint
+    from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint
     from hybridprune_megatron.engine.optimization import allocate_state, build_train_state
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.engine.weights import load_initial_weights
@@ -106,8 +106,9 @@ def _wrong_checkpoint(folder: Path) -> None:
     job = tiny_job(folder)
     state = build_train_state(tiny_model(), job.optim, job.trainer, job.parallel, torch.device("cpu"))
     allocate_state(state.optimizer)
-    path = save_checkpoint(folder, 4, state, {"any": 1}, {"thing": [1, 2.5]}, {"note": "x"})
-    assert load_checkpoint(path, state)["trainer"] == {"thing": [1, 2.5]}
+    path = CheckpointSaver(folder).save(4, state, {0: {"any": 1}, 1: [2]}, {"thing": [1, 2.5]}, {"note": "x"})
+    loaded = load_checkpoint(path, state, [1])
+    assert (loaded["trainer"], loaded["loader"]) == ({"thing": [1, 2.5]}, {1: [2]})
     with pytest.raises(ValueError, match=r"is of another model: .*mismatch.*position_embeddings.*check model"):
         load_initial_weights(tiny_model(length=8), path)
     (path / "run.json").unlink()

@@ -21,7 +21,7 @@ def _train(
     """Step results of the tiny model; can write the weights it starts from, as a checkpoint and as safetensors."""
     import torch
 
-    from hybridprune_megatron.engine.checkpoint import save_checkpoint
+    from hybridprune_megatron.engine.checkpoint import CheckpointSaver
     from hybridprune_megatron.engine.optimization import allocate_state, build_train_state, micro_batches_per_step
     from hybridprune_megatron.engine.parallel import data_rank, init_model_parallel
     from hybridprune_megatron.engine.train_step import evaluation_loss, train_step
@@ -34,7 +34,10 @@ def _train(
     from megatron.core import parallel_state
 
     module = tiny_model(
-        parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage(), bf16=precision == "bf16"
+        parallel_state.is_pipeline_first_stage(),
+        parallel_state.is_pipeline_last_stage(),
+        bf16=precision == "bf16",
+        sequence_parallel=job.parallel.sequence_parallel,
     )
     if weights is not None:
         load_initial_weights(module, weights)
@@ -43,7 +46,7 @@ def _train(
     state = build_train_state(module, job.optim, job.trainer, job.parallel, torch.device("cpu"))
     if save_to is not None:
         allocate_state(state.optimizer)
-        save_checkpoint(Path(save_to), 0, state, None, {}, {})
+        CheckpointSaver(Path(save_to)).save(0, state, {}, {}, {})
     where = data_rank()
     batches = iter(CountingLoader(where.rank, where.size))
     count = micro_batches_per_step(job.trainer.global_batch_size)
@@ -139,8 +142,8 @@ def _poisoned(where: str) -> None:
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("loss", r"FloatingPointError: loss=nan at step 17.*samples of this rank: 0/1, 0/2"),
-        ("gradient", r"FloatingPointError: gradient norm=(nan|inf) at step 17"),
+        ("loss", r"FloatingPointError: loss=nan at step 17; samples 0/1, 1/1; lower optim.lr"),
+        ("gradient", r"FloatingPointError: gradient norm=(nan|inf) \(loss=\d.*\) at step 17; samples 0/1, 1/1;"),
         ("data", r"ValueError: the training data ended"),
     ],
 )

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample, PackedBatch, no_pixels, pack
+from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 from tests.models.tiny import tiny_batch
 
@@ -28,11 +29,21 @@ class TinyModel(GPTModel):
         positions = torch.arange(ids.shape[1])[None]
         mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
         out = super().forward(ids, positions, mask, labels=labels.clamp(min=0))
-        return out[0] * batch.loss_mask if self.post_process else out
+        return out[0][batch.loss_mask > 0] if self.post_process else out
+
+    def input_shape(self, batch: PackedBatch) -> tuple[int, int, int]:
+        """What crosses the stage cut; see ``VideoLanguageModel.input_shape``."""
+        shares = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return batch.input_ids.numel() // shares, 1, self.config.hidden_size
 
 
 def tiny_model(
-    pre_process: bool = True, post_process: bool = True, dropout: float = 0.0, bf16: bool = False, length: int = LENGTH
+    pre_process: bool = True,
+    post_process: bool = True,
+    dropout: float = 0.0,
+    bf16: bool = False,
+    length: int = LENGTH,
+    sequence_parallel: bool = False,
 ) -> TinyModel:
     """A fresh model on the seeds and groups in force."""
     config = TransformerConfig(
@@ -47,6 +58,7 @@ def tiny_model(
         masked_softmax_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -77,41 +89,49 @@ def counting_sample(key: str, generator: torch.Generator) -> EncodedSample:
 
 
 class CountingLoader:
-    """Endless batches of one sample; its state is the generator's and a count."""
+    """Endless batches of one sample in ``streams`` streams; a stream's state is its generator's and a count."""
 
-    def __init__(self, rank: int, size: int, seed: int = 5) -> None:
-        self._generator = torch.Generator().manual_seed(seed + 1000 * rank)
-        self._rank = rank
-        self._count = 0
+    def __init__(self, rank: int, size: int, streams: int = 2, seed: int = 5) -> None:
+        own = streams_of(rank, size, streams)
+        self._generators = {stream: torch.Generator().manual_seed(seed + 1000 * stream) for stream in own}
+        self._counts = dict.fromkeys(own, 0)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
-            self._count += 1
-            yield pack([counting_sample(f"{self._rank}/{self._count}", self._generator)])
+            for stream, generator in self._generators.items():
+                self._counts[stream] += 1
+                yield pack([counting_sample(f"{stream}/{self._counts[stream]}", generator)])
 
-    def save_state(self) -> Any:
-        return {"generator": self._generator.get_state(), "count": self._count}
+    def save_state(self) -> dict[int, Any]:
+        return {
+            stream: {"generator": generator.get_state(), "count": self._counts[stream]}
+            for stream, generator in self._generators.items()
+        }
 
-    def load_state(self, state: Any) -> None:
-        self._generator.set_state(state["generator"])
-        self._count = state["count"]
+    def load_state(self, states: dict[int, Any]) -> None:
+        assert states.keys() == self._counts.keys()
+        for stream, state in states.items():
+            self._generators[stream].set_state(state["generator"])
+            self._counts[stream] = state["count"]
 
 
 class ClipLoader:
-    """Endless batches of a few small clips; its state is a count."""
+    """Endless batches of a few small clips in ``streams`` streams; a stream's state is a count."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
-        self._count = 0
+    def __init__(self, rank: int, size: int, streams: int = 2) -> None:
+        self._streams = streams
+        self._counts = dict.fromkeys(streams_of(rank, size, streams), 0)
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
-            number = self._count * self._size + self._rank
-            self._count += 1
-            yield tiny_batch(3 + number % 3, 2, 5)
+            for stream in self._counts:
+                number = self._counts[stream] * self._streams + stream
+                self._counts[stream] += 1
+                yield tiny_batch(3 + number % 3, 2, 5)
 
-    def save_state(self) -> Any:
-        return {"count": self._count}
+    def save_state(self) -> dict[int, Any]:
+        return {stream: {"count": count} for stream, count in self._counts.items()}
 
-    def load_state(self, state: Any) -> None:
-        self._count = state["count"]
+    def load_state(self, states: dict[int, Any]) -> None:
+        assert states.keys() == self._counts.keys()
+        self._counts = {stream: state["count"] for stream, state in states.items()}

@@ -118,7 +118,7 @@ def test_all_adapters_learn_and_nothing_else_recomputed_or_not():
 
 def _train(weights: str, tensor: int, sequence_parallel: bool, dropout: float, folder: str) -> tuple[list[float], dict]:
     """Losses of four steps, a checkpoint in ``folder``, and this rank's replicated adapters."""
-    from hybridprune_megatron.engine.checkpoint import save_checkpoint
+    from hybridprune_megatron.engine.checkpoint import CheckpointSaver
     from hybridprune_megatron.engine.optimization import build_train_state
     from hybridprune_megatron.engine.train_step import train_step
     from hybridprune_megatron.engine.weights import load_initial_weights
@@ -133,7 +133,7 @@ def _train(weights: str, tensor: int, sequence_parallel: bool, dropout: float, f
     state = build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
     batches = [tiny_batch(3, 5, pad_to_multiple_of=2), tiny_batch(4, 2, 1, pad_to_multiple_of=2)]
     losses = [train_step(state, iter(batches), 2, 64, step).loss for step in range(1, 5)]
-    save_checkpoint(Path(folder), 4, state, None, {}, {})
+    CheckpointSaver(Path(folder)).save(4, state, {}, {}, {})
     replicated = {
         name: p.detach().tolist()
         for name, p in model.named_parameters()
@@ -184,7 +184,7 @@ def test_replicated_adapters_stay_equal_under_dropout(weights, tmp_path):
 
 
 def _base_and_back(folder: str) -> None:
-    from hybridprune_megatron.engine.checkpoint import save_checkpoint
+    from hybridprune_megatron.engine.checkpoint import CheckpointSaver
     from hybridprune_megatron.engine.optimization import allocate_state, build_train_state
     from hybridprune_megatron.engine.weights import load_initial_weights, save_weights
 
@@ -192,7 +192,7 @@ def _base_and_back(folder: str) -> None:
         save_weights(model, f"{folder}/{name}.safetensors")
         state = build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
         allocate_state(state.optimizer)
-        return [Path(folder) / f"{name}.safetensors", save_checkpoint(Path(folder) / name, 0, state, None, {}, {})]
+        return [Path(folder) / f"{name}.safetensors", CheckpointSaver(Path(folder) / name).save(0, state, {}, {}, {})]
 
     base = _build(noise=False)
     with torch.no_grad():

@@ -1,0 +1,112 @@
+"""A run's folder of checkpoints: which are whole, and what the others lack. Reads names and sizes; nothing slow.
+
+Layout of ``<output_dir>/checkpoints``::
+
+    step_00000050/                      complete: megatron's shards, its metadata.json, and run.json
+    step_00000100.<token>.incomplete/   being written, or left by a killed run; removed at the next start
+
+``run.json`` is written last and holds the size of every other file, so that a file which was cut later is found without
+reading it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+RUN_FILE = "run.json"
+INCOMPLETE = ".incomplete"
+_METADATA = "metadata.json"
+_NAME = re.compile(r"step_(\d+)")
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after ``step`` optimizer steps."""
+    return f"step_{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int:
+    """The step in a checkpoint's folder name.
+
+    Raises:
+        ValueError: if the folder is not named like a checkpoint.
+    """
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"{path} is not a checkpoint: its folder is named step_<number>; name one of those")
+    return int(match.group(1))
+
+
+def file_sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint except ``run.json``, by name."""
+    return {path.name: path.stat().st_size for path in sorted(checkpoint.iterdir()) if path.name != RUN_FILE}
+
+
+def read_run_file(checkpoint: Path) -> dict[str, Any]:
+    """``run.json`` of a checkpoint: step, consumed_samples, layout, files, the resolved configuration, versions."""
+    return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What a checkpoint lacks, in a few words; None if it is whole as far as names and sizes tell."""
+    for name in (_METADATA, RUN_FILE):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+    try:
+        sizes = read_run_file(checkpoint).get("files", {})
+    except ValueError:
+        return f"{RUN_FILE} is cut off"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def _named_checkpoints(directory: Path) -> list[Path]:
+    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)] if directory.is_dir() else []
+    return sorted(found, key=checkpoint_step)
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Whole checkpoints in a folder, oldest first; empty if the folder does not exist."""
+    return [path for path in _named_checkpoints(directory) if damage(path) is None]
+
+
+def latest_checkpoint(directory: Path) -> Path | None:
+    """The newest whole checkpoint in a folder, or None."""
+    return next((path for path in reversed(_named_checkpoints(directory)) if damage(path) is None), None)
+
+
+def resume_point(directory: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a line for every newer one that is damaged.
+
+    Returns:
+        The newest whole checkpoint (None: a run that has not saved yet), and the lines, newest first.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    lines = []
+    for path in reversed(_named_checkpoints(directory)):
+        what = damage(path)
+        if what is None:
+            return path, lines
+        lines.append(f"{path} is damaged ({what}) and left out")
+    if lines:
+        raise ValueError(
+            f"{'; '.join(lines)}: no whole checkpoint is left in {directory}; delete that folder to start over"
+        )
+    return None, lines
+
+
+def remove_incomplete(directory: Path) -> None:
+    """Deletes what killed runs left. Rank 0 only, before anything is saved."""
+    if directory.is_dir():
+        for path in directory.glob(f"*{INCOMPLETE}"):
+            # A writer that outlived its run may still add files; it has its own folder and harms nobody.
+            shutil.rmtree(path, ignore_errors=True)

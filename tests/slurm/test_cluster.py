@@ -1,0 +1,141 @@
+"""The real script on a real Slurm: two nodes, a preemption, the digits of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridprune_megatron.engine.train_log import read_train_log
+from scripts.make_demo_data import main as make_demo_data
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Far above what any of the waits takes on a busy machine.
+PATIENCE_S = 1500
+STEPS = 40
+#: The job is preempted once it has done these.
+ENOUGH = 3
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(4 * PATIENCE_S)]
+
+
+class Cluster:
+    """Slurm's commands on the dev cluster in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.environment = {
+            **os.environ,
+            "DEV_CLUSTER_DIR": str(folder),
+            "SLURM_CONF": str(folder / "slurm.conf"),
+            "MASTER_ADDR": "127.0.0.1",
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def run(self, *command: str) -> str:
+        """Output of a command that must succeed."""
+        done = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        )
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+        return done.stdout.strip()
+
+    def submit(self, *arguments: str) -> str:
+        """Number of the submitted job."""
+        return self.run("sbatch", "--parsable", *arguments)
+
+    def job(self, number: str) -> dict[str, str]:
+        """What Slurm says about a job, by key."""
+        words = self.run("scontrol", "show", "job", "--oneliner", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # A short path: munge's socket lies in it.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        cluster = Cluster(Path(folder))
+        cluster.run("scripts/dev_cluster.sh", "up")
+        try:
+            yield cluster
+        finally:
+            cluster.run("scripts/dev_cluster.sh", "down")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_demo_data(f"--out {folder} --train 13 --validation 0 --frames 8 --fps 1 --workers 1 --seed 3".split())
+    return folder
+
+
+def _submit(cluster: Cluster, data: Path, folder: Path) -> str:
+    """A job of two nodes with one rank each, without GPUs."""
+    return cluster.submit(
+        *("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"),
+        f"--output={folder}.log",
+        "slurm/finetune.sh",
+        *("experiment=demo", "trainer.num_nodes=2", f"output_dir={folder}", f"data.train={data / 'train'}"),
+        *("data.num_frames=4", "data.sequence_length=320", "data.packing_buffer=4", "data.shuffle_buffer=6"),
+        *("model.init_checkpoint=null", "data.num_workers=1"),
+        # No checkpoint but the last, and the one that a signal asks for.
+        *(f"trainer.max_steps={STEPS}", "trainer.save_every_n_steps=1000", "trainer.eval_samples=0"),
+    )
+
+
+def _wait(until: Callable[[], bool], what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not until():
+        assert time.monotonic() < deadline, f"{PATIENCE_S} s and still waiting: {what()}"
+        time.sleep(0.5)
+
+
+def _finish(cluster: Cluster, number: str, log: Path) -> dict[str, str]:
+    """Waits for the end of a job, which must be a good one."""
+    running = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
+    _wait(lambda: cluster.job(number)["JobState"] not in running, log.read_text)
+    job = cluster.job(number)
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
+    return job
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "train_log.jsonl"
+    return read_train_log(path) if path.exists() else []
+
+
+def _digits(rows: list[dict[str, Any]]) -> list[tuple]:
+    return [(row["step"], repr(row["loss"]), repr(row["grad_norm"]), repr(row["lr"]), row["samples"]) for row in rows]
+
+
+def test_preempted_job_requeues_itself_and_ends_with_the_same_losses(
+    cluster: Cluster, data: Path, tmp_path: Path
+) -> None:
+    whole, preempted = tmp_path / "whole", tmp_path / "preempted"
+    assert _finish(cluster, _submit(cluster, data, whole), Path(f"{whole}.log"))["Restarts"] == "0"
+    expected = _digits(_rows(whole))
+    assert [row[0] for row in expected] == list(range(1, STEPS + 1))
+
+    log = Path(f"{preempted}.log")
+    number = _submit(cluster, data, preempted)
+    _wait(lambda: len(_rows(preempted)) >= ENOUGH, lambda: log.read_text() if log.exists() else "no log yet")
+    # Wants both nodes: Slurm warns our job, and would kill it after the partition's GraceTime.
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    job = _finish(cluster, number, log)
+
+    assert job["Restarts"] == "1"
+    assert cluster.job(urgent)["JobState"] == "COMPLETED"
+    text = log.read_text()
+    saved = preempted / "checkpoints"
+    stopped_at = text.split("asked to stop: saved after step ")[1].split(",")[0]
+    assert ENOUGH <= int(stopped_at) < STEPS
+    # Straight on from the step at which it stopped.
+    assert f"resuming from {saved / f'step_{int(stopped_at):08d}'}" in text
+    assert _digits(_rows(preempted)) == expected

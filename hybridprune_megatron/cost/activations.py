@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hybridprune_megatron.cost.layers import (
     Experts,
     attention_widths,
+    exchanged_channels,
     mamba_channels,
     mamba_inner,
     mamba_rows,
@@ -37,12 +38,14 @@ class Kept:
         numbers: numbers a token (of the tokens that the owner of the list names).
         width: bytes of a number.
         split: "channels" over tensor-parallel ranks, "sequence" over them under sequence parallelism, "" not at all.
+        core: inside of what selective recomputation computes again: convolution and scan, attention's core.
     """
 
     name: str
     numbers: float
     width: int
     split: str = ""
+    core: bool = False
 
     def bytes(self, tokens: int, tensor: int = 1, sequence_parallel: bool = False) -> int:
         """Bytes on one rank."""
@@ -80,21 +83,26 @@ def layer_activations(
     return _norm(model, width) + _experts(model, experts, width)
 
 
-def context_activations(model: ModelConfig, symbol: str, width: int, tensor: int, context: int) -> Kept:
+def context_activations(model: ModelConfig, symbol: str, width: int, tensor: int, context: int) -> list[Kept]:
     """What one layer keeps beside ``layer_activations`` under context parallelism, per token of a rank's shard.
 
     Args:
         model: dimensions.
-        symbol: M or *.
+        symbol: M, * or -.
         width: bytes of an activation.
         tensor: ranks that share the heads.
-        context: ranks that share the sequence.
+        context: ranks that share the sequence; 1: nothing.
     """
+    if context == 1 or symbol not in "M*":
+        return []
     if symbol == "*":
-        return Kept("gathered k, v", 2 * attention_widths(model)[1] * context, width, "channels")
+        return [Kept("gathered k, v", 2 * attention_widths(model)[1] * context, width, "channels", core=True)]
     # A convolution's input and output for every group that goes to several ranks.
     repeated = max(0, context - model.mamba_num_groups // tensor)
-    return Kept("repeated B, C", 2 * 2 * model.mamba_state_dim * repeated, width)
+    return [
+        Kept("exchanged x, B, C, dt", exchanged_channels(model, tensor, context), width),
+        Kept("repeated B, C", 2 * 2 * model.mamba_state_dim * repeated, width, core=True),
+    ]
 
 
 def scan_workspace(model: ModelConfig, tokens: int, tensor: int) -> int:
@@ -133,29 +141,29 @@ def _mamba(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
     inner, channels, heads = mamba_inner(model), mamba_channels(model), model.mamba_num_heads
     ends = [
         Kept("in_proj output", mamba_rows(model), width, "channels"),
-        Kept("raw dt", heads, _FP32, "channels"),
-        Kept("dt", heads, _FP32, "channels"),
+        Kept("raw dt", heads, _FP32, "channels", core=True),
+        Kept("dt", heads, _FP32, "channels", core=True),
         Kept("group rsqrt", model.mamba_num_groups, _FP32, "channels"),
         Kept("out_proj input", inner, width, "channels"),
     ]
     if fused:
         return [
             *ends,
-            Kept("conv input", channels, width, "channels"),
-            Kept("x, B, C", channels, width, "channels"),
-            Kept("sums of dt A", heads, _FP32, "channels"),
+            Kept("conv input", channels, width, "channels", core=True),
+            Kept("x, B, C", channels, width, "channels", core=True),
+            Kept("sums of dt A", heads, _FP32, "channels", core=True),
             Kept("scan output", inner, width, "channels"),
         ]
     states = heads * model.mamba_head_dim * model.mamba_state_dim / model.mamba_chunk_size
     return [
         *ends,
-        Kept("conv output", channels, width, "channels"),
+        Kept("conv output", channels, width, "channels", core=True),
         # The scan works in fp32; a bf16 run goes on with a copy of its output.
-        Kept("x, B, C", channels, _FP32, "channels"),
-        Kept("scan output", inner, _FP32, "channels"),
+        Kept("x, B, C", channels, _FP32, "channels", core=True),
+        Kept("scan output", inner, _FP32, "channels", core=width < _FP32),
         *([Kept("y", inner, width, "channels")] if width < _FP32 else []),
         # Those between chunks; each of the scan's blocks begins with one more, which is left out.
-        Kept("states", states, _FP32, "channels"),
+        Kept("states", states, _FP32, "channels", core=True),
     ]
 
 
@@ -165,11 +173,11 @@ def _attention(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
         # Keys and values are views of the projection; the queries of interleaved groups are copied out of it.
         Kept("q, k, v", queries + 2 * keys, width, "channels"),
         Kept("q", queries, width, "channels"),
-        Kept("log-sum-exp", model.num_attention_heads, _FP32, "channels"),
+        Kept("log-sum-exp", model.num_attention_heads, _FP32, "channels", core=True),
         Kept("output", queries, width, "channels"),
     ]
     # Plain torch attends sample by sample and concatenates.
-    return kept if fused else [*kept, Kept("outputs joined", queries, width, "channels")]
+    return kept if fused else [*kept, Kept("outputs by sample", queries, width, "channels", core=True)]
 
 
 def _experts(model: ModelConfig, experts: Experts, width: int) -> list[Kept]:

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.layers import attention_widths, mamba_inner
+from hybridprune_megatron.cost.layers import attention_widths, exchanged_channels, mamba_inner
 
 if TYPE_CHECKING:
-    from hybridprune_megatron.config.schema import Config, ModelConfig
+    from hybridprune_megatron.config.schema import Config
 
 _FP32 = 4
 #: Columns beside the hidden states that carry a token's index over a stage cut: as in models/stage_cut.py.
@@ -235,12 +235,3 @@ class Wires:
     def _stream(self, tokens: int) -> int:
         """Bytes of the residual stream of one context shard."""
         return self._local(tokens) * self.cfg.model.hidden_size * self.width
-
-
-def exchanged_channels(model: ModelConfig, tensor: int, context: int) -> int:
-    """Channels a token that a rank exchanges in front of the convolution: x, B, C and dt (z stays).
-
-    Where a rank has fewer groups than there are context ranks, B and C of a group go to each rank that has its heads.
-    """
-    groups = max(model.mamba_num_groups // tensor, context)
-    return (mamba_inner(model) + model.mamba_num_heads) // tensor + 2 * groups * model.mamba_state_dim

@@ -50,6 +50,15 @@ def mamba_rows(model: ModelConfig) -> int:
     return mamba_inner(model) + mamba_channels(model) + model.mamba_num_heads
 
 
+def exchanged_channels(model: ModelConfig, tensor: int, context: int) -> int:
+    """Channels a token that a rank exchanges in front of the convolution: x, B, C and dt (z stays).
+
+    Where a rank has fewer groups than there are context ranks, B and C of a group go to each rank that has its heads.
+    """
+    groups = max(model.mamba_num_groups // tensor, context)
+    return (mamba_inner(model) + model.mamba_num_heads) // tensor + 2 * groups * model.mamba_state_dim
+
+
 def attention_widths(model: ModelConfig) -> tuple[int, int]:
     """Widths of all queries, and of all keys (the values' is the same)."""
     return model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels

@@ -10,10 +10,11 @@ Assumptions, beside those of ``activations``:
   on, as in one-forward-one-backward.
 - A training step runs one packed sequence of ``data.sequence_length`` tokens, filled with the sample that is planned
   for. A frozen tower keeps nothing; the projector keeps its inputs for the whole step.
-- Full recomputation keeps every layer's input; a layer that is recomputed needs all of its tensors again.
+- Full recomputation keeps every layer's input, selective recomputation all but what convolution, scan and attention's
+  core keep; a layer that is recomputed needs all of its tensors again.
 - While a layer runs backward, gradients of its two widest tensors and of its input are there too, and what the plain
-  torch scan computes of a block of chunks. A layer in prefill is
-  counted as if all its tensors lived at once, which is an upper bound.
+  torch scan computes of a block of chunks. A layer in prefill is counted as if all its tensors lived at once, which is
+  an upper bound.
 - Not counted: the allocator's slack, communication buffers, CUDA's context, the loader's batch, a teacher's forward
   pass (``tuning.distillation``), what adapters keep, the embedded sequence before it is sharded. Frozen layers are
   taken to keep what trained ones do.
@@ -208,13 +209,11 @@ class Stage:
     def training(self, packed: Packed) -> Memory:
         """The worst moment of a step: encoding the frames, some layer's backward, or the loss."""
         in_flight = min(len(self.cfg.model.stages) - self.index, self.cfg.num_micro_batches)
-        recompute = self.cfg.trainer.recompute == "full"
         stored, needed = [], []
         for layer, symbol in enumerate(self.symbols, start=self.offset):
             kept, tokens = self._layer(symbol), self._tokens(packed, layer)
-            everything = self._bytes(kept, tokens)
-            stored.append(self._bytes([self._input()], tokens) if recompute else everything)
-            again = everything - self._bytes(kept[:1], tokens) if recompute else 0
+            stored.append(self._bytes(self._stored(kept), tokens))
+            again = self._bytes(kept, tokens) - stored[-1]
             scan = 0
             if symbol == "M" and not self.fused:
                 scan = scan_workspace(self.cfg.model, tokens, self.cfg.parallel.tensor)
@@ -268,9 +267,13 @@ class Stage:
     def _layer(self, symbol: str) -> list[Kept]:
         model, parallel = self.cfg.model, self.cfg.parallel
         kept = layer_activations(model, symbol, self.width, self.fused, self.experts)
-        if symbol in "*M" and parallel.context > 1:
-            kept.append(context_activations(model, symbol, self.width, parallel.tensor, parallel.context))
-        return kept
+        return kept + context_activations(model, symbol, self.width, parallel.tensor, parallel.context)
+
+    def _stored(self, kept: list[Kept]) -> list[Kept]:
+        """What stays of it until backward; the rest is computed again."""
+        if self.cfg.trainer.recompute == "full":
+            return [self._input()]
+        return [each for each in kept if not each.core] if self.cfg.trainer.recompute == "selective" else kept
 
     def _input(self) -> Kept:
         return layer_input(self.cfg.model, self.width)

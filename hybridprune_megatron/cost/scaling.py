@@ -154,7 +154,7 @@ class Scaling:
     def __init__(self, workload: Workload, assumptions: Assumptions, batch: int) -> None:
         self.workload, self.assumptions, self.batch = workload, assumptions, batch
         self._memories: dict[tuple[Layout, int, str, str], tuple[Config, Memory]] = {}
-        self._clocks: dict[tuple[int, ...], Clock] = {}
+        self._clocks: dict[tuple[int, int, int, str], Clock] = {}
         self._best: dict[tuple[Layout, int], Estimate] = {}
 
     def under(self, **changes: Any) -> Scaling:
@@ -170,7 +170,7 @@ class Scaling:
         Args:
             layout: the split.
             gpus: all GPUs.
-            recompute: none or full.
+            recompute: none, selective or full.
             pattern: layers with stage cuts.
 
         Raises:
@@ -211,7 +211,7 @@ class Scaling:
         if (layout, gpus) not in self._best:
             found = [
                 self.estimate(layout, gpus, recompute, pattern)
-                for recompute in ("none", "full")
+                for recompute in ("none", "selective", "full")
                 for pattern in self._patterns(layout, gpus, recompute)
             ]
             fitting = [each for each in found if each.fits]
@@ -219,14 +219,14 @@ class Scaling:
             self._best[layout, gpus] = chosen or min(found, key=lambda each: each.memory.total)
         return self._best[layout, gpus]
 
-    def fastest(self, gpus: int, layouts: Sequence[Layout] = LAYOUTS) -> Estimate:
+    def fastest(self, gpus: int) -> Estimate:
         """The fastest layout that fits.
 
         Raises:
             ValueError: none does.
         """
         found = []
-        for layout in layouts:
+        for layout in LAYOUTS:
             # Refused ones are for the table.
             with suppress(ConfigError):
                 found.append(self.best(layout, gpus))
@@ -237,7 +237,7 @@ class Scaling:
 
     def _clock(self, cfg: Config) -> Clock:
         """Pieces of a micro-batch, timed once for all stage cuts and numbers of GPUs."""
-        key = (cfg.parallel.tensor, cfg.parallel.context, cfg.trainer.devices, cfg.trainer.recompute == "full")
+        key = (cfg.parallel.tensor, cfg.parallel.context, cfg.trainer.devices, cfg.trainer.recompute)
         if key not in self._clocks:
             self._clocks[key] = Clock(cfg, self.workload.prefill, self.assumptions)
         return self._clocks[key]

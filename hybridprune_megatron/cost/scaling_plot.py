@@ -36,7 +36,7 @@ def plot_scaling(path: Path, compared: Comparison) -> None:
     series = {
         "no reduction": compared.full,
         f"budget {budget:g}": compared.reduced,
-        f"budget {budget:g}, frames over tensor ranks too": compared.reduced.under(frames_over="model"),
+        f"budget {budget:g}, frames over\ntensor ranks too": compared.reduced.under(frames_over="model"),
     }
     found = {name: [scaling.fastest(gpus) for gpus in SIZES] for name, scaling in series.items()}
     for colour, (name, line) in zip(_COLOURS, found.items()):
@@ -48,7 +48,7 @@ def plot_scaling(path: Path, compared: Comparison) -> None:
     for axes in (times, speeds):
         axes.set_xticks(SIZES, [f"{gpus:,}" for gpus in SIZES])
         axes.minorticks_off()
-    times.legend(frameon=False, fontsize=8)
+    times.legend(frameon=False, fontsize=8, loc="lower left")
     at = SIZES.index(REFERENCE)
     bars = {f"{name}\n{line[at].layout}": line[at].step.parts for name, line in found.items()}
     known = {part for _, parts in _KINDS.values() for part in parts}

@@ -1,7 +1,7 @@
 """Seconds of a training step: a roofline at stated utilisation, communication as far as nothing hides it, the bubble.
 
-Backward takes twice the operations and bytes of forward (attention as assumed), full recomputation one forward pass of
-the layers more. Every rank of a stage has the same share of the work: context parallelism by zigzag, data parallelism
+Backward takes twice the operations and bytes of forward (attention as assumed), and what is recomputed once more. Every
+rank of a stage has the same share of the work: context parallelism by zigzag, data parallelism
 by sequences of one length. Products of small shards are taken to be as well used as large ones.
 """
 
@@ -177,10 +177,11 @@ class Clock:
         transfers = self.wires.layer(row.symbol, self.tokens[layer])
         forward = self._operations(row.reduced, 1)
         backward = self._operations(row.reduced, _BACKWARD)
-        if self.cfg.trainer.recompute == "full":
-            # Sent again, in the backward pass.
-            transfers += [replace(each, phase="backward") for each in transfers if each.phase == "forward"]
-            backward += forward
+        again, sent_again = _again(self.cfg.trainer.recompute, row.symbol, row.reduced)
+        backward += self._operations(again, 1)
+        transfers += [
+            replace(each, phase="backward") for each in transfers if each.phase == "forward" and each.what in sent_again
+        ]
         if row.scoring:
             question = 1 if self.cfg.reduction.query_rows == "last" else self.prefill.prompt.question
             after = self.tokens[layer + 1]
@@ -254,3 +255,14 @@ class Clock:
             share = 1 if name in _WHOLE else self.cfg.parallel.context if name in _BY_CONTEXT else self.ranks
             seconds += max(cost.flops / self.fp32, cost.bytes / self.memory) / share
         return seconds
+
+
+def _again(recompute: str, symbol: str, operations: Mapping[str, Cost]) -> tuple[Mapping[str, Cost], set[str]]:
+    """What backward computes again of a layer, and what it sends again."""
+    if recompute == "full":
+        return operations, {"tensor", "context"}
+    if recompute == "none":
+        return {}, set()
+    core = {"M": {"conv", "scan"}, "*": {"attention"}}.get(symbol, set())
+    # Mamba's exchanges lie outside of its core, the gathered keys and values inside of attention's.
+    return {name: cost for name, cost in operations.items() if name in core}, {"context"} if symbol == "*" else set()

@@ -205,7 +205,7 @@ def _peak(recompute: str, budget: float) -> tuple[int, int]:
     return live.peak, counted.kept + counted.working + gradients
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("budget", [1.0, 0.5])
 def test_peak_of_a_step_is_near_what_is_counted(recompute: str, budget: float):
     ((measured, counted),) = run_world(1, _peak, recompute, budget)
@@ -292,3 +292,19 @@ def test_prefill_keeps_caches_of_what_is_left():
     # 6 attention layers keep 8 heads of 128 keys and values in bf16; the worst moment comes behind them.
     assert full.kept - few.kept == 6 * 2 * 8 * 128 * 2 * (8192 - 256)
     assert few.total < full.total < 40 * GIB
+
+
+def test_context_parallel_ranks_divide_tokens_and_frames():
+    # Tensor parallel 8 leaves a Mamba group a rank, which four context ranks share.
+    one, four = (
+        Stage(_memory_config("parallel=tp8_cp4", f"parallel.context={context}", "trainer.global_batch_size=4"), 0)
+        for context in (1, 4)
+    )
+    packed = Packed(1, (2048,) * 62, 2048, 8, 10)
+    whole, quarter = one.training(packed), four.training(packed)
+    assert whole.moment == quarter.moment == "backward of layer 61 (-)"
+    keys = 6 * 4096 * 2 * 8 * 128 * 2 // 8
+    exchanged = 28 * 1024 * 2 * ((128 * 80 + 128) // 8 + 4 * 2 * 128)
+    repeated = 28 * 1024 * 2 * 2 * 2 * 128 * 3
+    in_quarters = whole.kept / 4 + keys + exchanged + repeated
+    assert quarter.kept == pytest.approx(in_quarters, rel=1e-9)

@@ -9,8 +9,11 @@ SHELL := /bin/bash
 PYTHON ?= python$(shell cat .python-version)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
-# Tests that need no GPU, no Slurm, and no patience; `make test-all` runs the slow ones too.
-QUICK := not gpu and not slurm and not slow
+# Tests that need no GPU and no patience; `make test-all` runs the slow ones too.
+QUICK := not gpu and not slow
+# Sets $$skipped to what leaves the tests on a Slurm cluster out, where there is none and none can be installed: it says why.
+WITH_SLURM := skipped=""; scripts/dev_cluster.sh install || { \
+  skipped="and not slurm"; echo "Without Slurm, the tests marked slurm do not run."; }
 # Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
 ARGS ?=
 
@@ -37,13 +40,13 @@ $(INSTALLED): pyproject.toml .python-version
 demo: $(INSTALLED)
 	@$(VENV)/bin/python recipes/demo.py $(ARGS)
 
-# make test      lint and the tests that run anywhere
+# make test      lint and the tests that run here, on a Slurm of two nodes too where that can be had
 test: lint
-	@$(VENV)/bin/python -m pytest -m "$(QUICK)" $(ARGS)
+	@$(WITH_SLURM); $(VENV)/bin/python -m pytest -m "$(QUICK) $$skipped" $(ARGS)
 
 # make test-all  the slow tests too
 test-all: lint
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(WITH_SLURM); $(VENV)/bin/python -m pytest -m "not gpu $$skipped" $(ARGS)
 
 # make lint      ruff and mypy
 lint: $(INSTALLED)

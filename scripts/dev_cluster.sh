@@ -1,10 +1,10 @@
 #!/bin/bash
 # A Slurm cluster of two nodes on this one machine, to try slurm/finetune.sh and to test it:
 #
-#   scripts/dev_cluster.sh up         # start it; installs Debian's slurm-wlm and munge first where they are missing (root)
+#   scripts/dev_cluster.sh install    # Debian's slurm-wlm and munge where they are missing (root); or says why not
+#   scripts/dev_cluster.sh up         # start it, after `install`
 #   scripts/dev_cluster.sh status     # what runs, the nodes, the queue
 #   scripts/dev_cluster.sh down       # end every job and every daemon that `up` started
-#   scripts/dev_cluster.sh possible   # exit status 0 if `up` can work here without a change to a running system
 #
 # Everything lies in DEV_CLUSTER_DIR (default runs/dev_cluster): configuration, munge's key, spool folders, logs. No
 # systemd, nothing below /etc. Slurm's commands find the cluster by SLURM_CONF, which `up` prints. A job in the partition
@@ -32,24 +32,18 @@ missing() {
   done
 }
 
-# Says why not, if not. Where systemd runs, the packages would start daemons of their own: that is for the user to decide.
-possible() {
-  [[ -n "$(missing)" ]] || return 0
-  command -v apt-get > /dev/null || { echo "Slurm is not installed, and this is no Debian"; return 1; }
-  [[ "$(id -u)" == 0 ]] || { echo "Slurm is not installed; as root: apt-get install ${PACKAGES[*]}"; return 1; }
-  [[ ! -d /run/systemd/system ]] || { echo "Slurm is not installed; scripts/dev_cluster.sh up installs it"; return 1; }
-}
-
-install_packages() {
-  local lacking
-  lacking="$(missing | tr '\n' ' ')"
+install() {
+  local lacking by_hand="as root on Debian or Ubuntu: apt-get install ${PACKAGES[*]}" quickly="-oAcquire::http::Timeout=20"
+  lacking="$(missing | paste -sd ' ')"
   [[ -n "${lacking}" ]] || return 0
-  [[ "$(id -u)" == 0 ]] && command -v apt-get > /dev/null ||
-    fail "no ${lacking% }: as root on Debian or Ubuntu, apt-get install ${PACKAGES[*]}"
+  command -v apt-get > /dev/null && [[ "$(id -u)" == 0 ]] || fail "no ${lacking} here; ${by_hand}"
+  # There the packages start daemons of their own, which is for the machine's owner to decide.
+  [[ ! -d /run/systemd/system ]] || fail "no ${lacking} here, and systemd would start what is installed; ${by_hand}"
   echo "installing ${PACKAGES[*]}"
+  mkdir -p "${DIR}"
   export DEBIAN_FRONTEND=noninteractive
-  { apt-get update && apt-get install -y --no-install-recommends "${PACKAGES[@]}"; } > "${DIR}/apt.log" 2>&1 ||
-    fail "apt-get failed: $(tail -1 "${DIR}/apt.log"); all of it: ${DIR}/apt.log"
+  { apt-get "${quickly}" update && apt-get "${quickly}" install -y --no-install-recommends "${PACKAGES[@]}"; } \
+    > "${DIR}/apt.log" 2>&1 || fail "apt-get failed: $(tail -1 "${DIR}/apt.log"); all of it: ${DIR}/apt.log"
 }
 
 pid_of() { cat "${DIR}/$1.pid" 2> /dev/null || true; }
@@ -112,10 +106,9 @@ up() {
   for daemon in "${DAEMONS[@]}"; do
     ! running "${daemon}" || fail "${daemon} runs already in ${DIR}; stop it with: scripts/dev_cluster.sh down"
   done
-  mkdir -p "${DIR}"
-  install_packages
+  install
   # Nothing of an earlier cluster: its jobs would come back.
-  rm -rf "${DIR}"/{state,spool_n1,spool_n2,*.log}
+  rm -rf "${DIR}"/{state,spool_n1,spool_n2}
   mkdir -p "${DIR}"/{state,spool_n1,spool_n2}
   write_configuration
   [[ -f "${DIR}/munge.key" ]] || mungekey --create --keyfile "${DIR}/munge.key"
@@ -170,6 +163,6 @@ down() {
 }
 
 case "${1:-}" in
-  up | down | status | possible) "$1" ;;
-  *) fail "usage: scripts/dev_cluster.sh up|down|status|possible" ;;
+  install | up | status | down) "$1" ;;
+  *) fail "usage: scripts/dev_cluster.sh install|up|status|down" ;;
 esac

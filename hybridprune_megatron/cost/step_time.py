@@ -170,7 +170,15 @@ class Clock:
     @cached_property
     def layers(self) -> list[Work]:
         """Every layer with the reduction behind it."""
-        return [self._layer(layer) for layer in range(len(self.prefill.rows))]
+        layers, known = [], dict[tuple[str, int], Work]()
+        for layer, (row, tokens) in enumerate(zip(self.prefill.rows, self.tokens)):
+            # Without a reduction behind them, layers of a kind and length are alike.
+            work = None if row.scoring else known.get((row.symbol, tokens))
+            work = work or self._layer(layer)
+            if not row.scoring:
+                known[row.symbol, tokens] = work
+            layers.append(work)
+        return layers
 
     def _layer(self, layer: int) -> Work:
         row = self.prefill.rows[layer]

@@ -37,6 +37,7 @@ from hybridprune_megatron.data.bad_samples import BadSampleTally, count_broken_s
 from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
+from hybridprune_megatron.data.packing import samples_by_pack
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleDraft, SampleEncoder
 from hybridprune_megatron.data.shards import CONVERSATION_PART, stored_videos
 from hybridprune_megatron.data.streams import streams_of
@@ -129,19 +130,9 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
             yield DraftSample.derive_from(sample, draft=draft)
 
     def select_samples_to_pack(self, samples: list[DraftSample]) -> list[list[DraftSample]]:
-        """First fit: every sample joins the first sequence that has room, so arrival order stays nearly as it is."""
-        packs: list[list[DraftSample]] = []
-        room: list[int] = []
-        for sample in samples:
-            length = sample.draft.num_tokens
-            place = next((place for place, left in enumerate(room) if left >= length), None)
-            if place is None:
-                packs.append([sample])
-                room.append(self.capacity - length)
-            else:
-                packs[place].append(sample)
-                room[place] -= length
-        return packs
+        """See ``samples_by_pack``."""
+        packs = samples_by_pack([sample.draft.num_tokens for sample in samples], self.capacity)
+        return [[samples[number] for number in pack] for pack in packs]
 
     @stateless
     def postencode_sample(self, sample: DraftSample) -> FinishedSample:

@@ -201,6 +201,11 @@ class HybridPruneModule(LightningModule):
         # batch_size is given because Lightning cannot see it behind an iterator.
         self.shown = {"loss": result.loss, "lr": result.lr, "tokens/s": result.tokens / seconds}
         self.log_dict(
-            {**self.shown, "grad_norm": result.grad_norm, "loss_tokens": float(result.loss_tokens)},
+            {
+                **self.shown,
+                "grad_norm": result.grad_norm,
+                "loss_tokens": float(result.loss_tokens),
+                "tokens_spread": result.spread,
+            },
             batch_size=1,
         )

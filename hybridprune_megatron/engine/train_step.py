@@ -45,6 +45,7 @@ class StepResult:
         grad_norm: L2 norm of the mean gradient, before clipping.
         lr: learning rate of the update, before ``optim.lr_scale``.
         samples: 16 hex digits that identify the samples of this step and their order, whichever replica had which.
+        spread: tokens of the replica that had most, over their mean; what the others wait.
         skipped: why the update was left out, naming samples; None if it was made.
     """
 
@@ -54,6 +55,7 @@ class StepResult:
     grad_norm: float
     lr: float
     samples: str
+    spread: float
     skipped: str | None = None
 
 
@@ -146,8 +148,8 @@ def _run_schedule(
     return float(totals[0]), int(totals[1]), [output["sum"] for output in outputs]
 
 
-def _gather_counts(batches: _Recorder, device: torch.device) -> tuple[int, str]:
-    """Tokens of all replicas, and a fingerprint of all their samples in order of streams."""
+def _gather_counts(batches: _Recorder, device: torch.device) -> tuple[list[int], str]:
+    """Tokens of every replica, and a fingerprint of all their samples in order of streams."""
     replicas = parallel_state.get_data_parallel_world_size()
     counts = torch.zeros(replicas, 1 + len(batches.keys), dtype=torch.int64, device=device)
     digests = [hashlib.sha256("\n".join(keys).encode()).digest() for keys in batches.keys]
@@ -155,7 +157,7 @@ def _gather_counts(batches: _Recorder, device: torch.device) -> tuple[int, str]:
     counts[parallel_state.get_data_parallel_rank()] = torch.tensor(own, device=device)
     dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     fingerprint = hashlib.sha256(repr(counts[:, 1:].flatten().tolist()).encode()).hexdigest()[:16]
-    return int(counts[:, 0].sum()), fingerprint
+    return counts[:, 0].tolist(), fingerprint
 
 
 def _named_samples(batches: _Recorder, sums: list[Tensor]) -> str:
@@ -235,7 +237,8 @@ def train_step(
             )
     state.scheduler.step(increment=1)
     tokens, samples = _gather_counts(recorder, device)
-    return StepResult(loss, loss_tokens, tokens, grad_norm, lr, samples, problem)
+    spread = max(tokens) * len(tokens) / max(sum(tokens), 1)
+    return StepResult(loss, loss_tokens, sum(tokens), grad_norm, lr, samples, spread, problem)
 
 
 @torch.no_grad()

@@ -73,7 +73,7 @@ class VideoLanguageModel(MegatronModule):
         return self.language_model.shared_embedding_or_output_weight()
 
     def train(self, mode: bool = True) -> VideoLanguageModel:
-        """A frozen tower stays in eval mode: in train mode RADIO would crop its position grid at random."""
+        """A frozen tower stays in eval mode, without the dropped paths that its configuration may ask for."""
         super().train(mode)
         if self.vision_model is not None and not self.train_vision:
             self.vision_model.eval()

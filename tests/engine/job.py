@@ -35,8 +35,8 @@ class Job:
     exp_manager: dict[str, Any] = field(default_factory=lambda: {"resume_if_exists": True, "seconds_to_sleep": 0})
 
 
-def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, context: int = 1, **trainer: Any) -> Job:
-    """Eight steps of two sequences, a checkpoint every three; sequence parallel where tensors are split."""
+def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, **trainer: Any) -> Job:
+    """Eight steps of two sequences, a checkpoint every three."""
     settings = {
         "max_steps": 8,
         "precision": "fp32",
@@ -44,7 +44,7 @@ def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, context: int = 1,
         "save_every_n_steps": 3,
         "seed": 7,
     } | trainer
-    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context, sequence_parallel=tensor > 1)
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
     return Job(str(folder), TrainerConfig(**settings), OptimConfig(lr=1e-2, warmup_steps=2), parallel)
 
 
@@ -96,8 +96,7 @@ def run_job(
     if video:
         module = DyingModule(job, partial(build_model, job), partial(ClipLoader, streams=streams))
     else:
-        model = partial(tiny_model, dropout=dropout, sequence_parallel=job.parallel.sequence_parallel)
-        module = DyingModule(job, model, partial(CountingLoader, streams=streams))
+        module = DyingModule(job, partial(tiny_model, dropout=dropout), partial(CountingLoader, streams=streams))
     trainer = build_trainer(job, Launch(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size()))
     if nemo:
         start_experiment(trainer, job)

@@ -34,10 +34,7 @@ def _train(
     from megatron.core import parallel_state
 
     module = tiny_model(
-        parallel_state.is_pipeline_first_stage(),
-        parallel_state.is_pipeline_last_stage(),
-        bf16=precision == "bf16",
-        sequence_parallel=job.parallel.sequence_parallel,
+        parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage(), bf16=precision == "bf16"
     )
     if weights is not None:
         load_initial_weights(module, weights)

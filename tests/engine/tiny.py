@@ -33,8 +33,7 @@ class TinyModel(GPTModel):
 
     def input_shape(self, batch: PackedBatch) -> tuple[int, int, int]:
         """What crosses the stage cut; see ``VideoLanguageModel.input_shape``."""
-        shares = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
-        return batch.input_ids.numel() // shares, 1, self.config.hidden_size
+        return batch.input_ids.numel(), 1, self.config.hidden_size
 
 
 def tiny_model(
@@ -43,7 +42,6 @@ def tiny_model(
     dropout: float = 0.0,
     bf16: bool = False,
     length: int = LENGTH,
-    sequence_parallel: bool = False,
 ) -> TinyModel:
     """A fresh model on the seeds and groups in force."""
     config = TransformerConfig(
@@ -58,7 +56,6 @@ def tiny_model(
         masked_softmax_fusion=False,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        sequence_parallel=sequence_parallel,
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
@@ -118,8 +115,9 @@ class CountingLoader:
 class ClipLoader:
     """Endless batches of a few small clips in ``streams`` streams; a stream's state is a count."""
 
-    def __init__(self, rank: int, size: int, streams: int = 2) -> None:
+    def __init__(self, rank: int, size: int, streams: int = 2, pad_to_multiple_of: int = 1) -> None:
         self._streams = streams
+        self._multiple = pad_to_multiple_of
         self._counts = dict.fromkeys(streams_of(rank, size, streams), 0)
 
     def __iter__(self) -> Iterator[PackedBatch]:
@@ -127,7 +125,7 @@ class ClipLoader:
             for stream in self._counts:
                 number = self._counts[stream] * self._streams + stream
                 self._counts[stream] += 1
-                yield tiny_batch(3 + number % 3, 2, 5)
+                yield tiny_batch(3 + number % 3, 2, 5, pad_to_multiple_of=self._multiple)
 
     def save_state(self) -> dict[int, Any]:
         return {stream: {"count": count} for stream, count in self._counts.items()}

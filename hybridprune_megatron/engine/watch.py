@@ -26,6 +26,8 @@ from hybridprune_megatron.engine.launch import Launch
 _GATHER_SECONDS = 1.0
 #: For rank 0's verdict, in a rank that has lost a peer.
 _VERDICT_SECONDS = 10.0
+#: For the other ranks to leave, in rank 0, whose end would look like a death to them.
+_LEAVE_SECONDS = 60.0
 #: What a collective says when another rank is gone or stuck.
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "nccl", "connection refused")
 _SILENT = "died without a word (killed, out of memory, or its machine is gone)"
@@ -86,6 +88,7 @@ class Watch:
         self._rank, self._size = launch.rank, launch.world_size
         self._over = threading.Event()
         self._lost_others = False
+        self._book = _Ledger()
         self._sockets: list[socket.socket] = []
         # A loader or writer process that lives on must not hold the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._close)
@@ -104,10 +107,14 @@ class Watch:
         dist.barrier()
 
     def leave(self) -> None:
-        """Says that this rank is done."""
+        """Says that this rank is done; rank 0 stays until the others are."""
         if not self._over.is_set():
             self._over.set()
             self._say(left=True)
+        if self._rank == 0:
+            with self._book.changed:
+                peers = self._book.peers.values()
+                self._book.changed.wait_for(lambda: all(peer.left or peer.reason for peer in peers), _LEAVE_SECONDS)
 
     def fail(self, error: BaseException) -> None:
         """Says why this rank ends; one that only lost another waits for rank 0's word, which ends the process."""
@@ -141,7 +148,7 @@ class Watch:
 
     def _serve(self, server: socket.socket) -> None:
         """Rank 0: takes everybody's word, and gives the verdict at the first failure."""
-        book = _Ledger()
+        book = self._book
         threading.Thread(target=self._judge, args=(book,), daemon=True).start()
         for _ in range(self._size):
             connection, _ = server.accept()

@@ -84,7 +84,7 @@ def _submit(cluster: Cluster, data: Path, folder: Path) -> str:
         "slurm/finetune.sh",
         *("experiment=demo", "trainer.num_nodes=2", f"output_dir={folder}", f"data.train={data / 'train'}"),
         *("data.num_frames=4", "data.sequence_length=320", "data.packing_buffer=4", "data.shuffle_buffer=6"),
-        *("model.init_checkpoint=null", "data.num_workers=1"),
+        *("data.validation=null", "model.init_checkpoint=null", "data.num_workers=1"),
         # No checkpoint but the last, and the one that a signal asks for.
         *(f"trainer.max_steps={STEPS}", "trainer.save_every_n_steps=1000", "trainer.eval_samples=0"),
     )

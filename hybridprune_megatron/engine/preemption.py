@@ -20,7 +20,9 @@ STOPPED = os.EX_TEMPFAIL
 
 def hold_stop_signals() -> None:
     """Keeps ``STOP_SIGNALS`` pending in this process and its children. Call it before any thread is started."""
-    # Whoever starts it later has SIGTERM unblocked behind his back (CPython's ensure_running does that).
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # Starting Python's resource tracker unblocks SIGTERM here: it is started now, and not again, for it inherits that
+    # SIGUSR1 is blocked and ignores SIGTERM.
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 

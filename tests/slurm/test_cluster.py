@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from hybridprune_megatron.engine.preemption import STOPPED
 from hybridprune_megatron.engine.train_log import read_train_log
 from scripts.make_demo_data import main as make_demo_data
 
@@ -136,6 +137,8 @@ def test_preempted_job_requeues_itself_and_ends_with_the_same_losses(
     saved = preempted / "checkpoints"
     stopped_at = text.split("asked to stop: saved after step ")[1].split(",")[0]
     assert ENOUGH <= int(stopped_at) < STEPS
+    # Every rank ended by itself: srun's status would be another one if any had been killed.
+    assert f"stopped with status {STOPPED}; queued again" in text
     # Straight on from the step at which it stopped.
     assert f"resuming from {saved / f'step_{int(stopped_at):08d}'}" in text
     assert _digits(_rows(preempted)) == expected

@@ -115,12 +115,12 @@ def _retire(path: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     """One line of what went wrong, out of what torch wraps around it."""
-    if isinstance(error, CheckpointException):
-        reasons = [str(reason) for reason, _ in error.failures.values()]
-        error_text = reasons[0] if reasons else "another process could not write, see rank 0"
-    else:
-        error_text = f"{type(error).__name__}: {error}"
-    return " ".join(error_text.split())
+    if not isinstance(error, CheckpointException):
+        return " ".join(str(error).split())
+    # Raised on all ranks; only rank 0 knows what the writers said.
+    said = [" ".join(str(reason).split()) for reason, _ in error.failures.values()][:1] or [""]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 class CheckpointSaver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -105,7 +106,7 @@ class Assumptions:
         return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
 
 
-def changed(assumptions: Assumptions, settings: list[str]) -> Assumptions:
+def changed(assumptions: Assumptions, settings: Sequence[str]) -> Assumptions:
     """Assumptions with some of them set from a command line.
 
     Args:

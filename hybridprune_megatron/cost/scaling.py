@@ -187,8 +187,13 @@ class Scaling:
             overlap_grad_reduce=True,
             overlap_param_gather=True,
         )
-        machines = {"num_nodes": nodes, "devices": gpus // nodes}
-        trainer = replace(cfg.trainer, **machines, global_batch_size=self.batch, recompute=recompute)
+        trainer = replace(
+            cfg.trainer,
+            num_nodes=nodes,
+            devices=gpus // nodes,
+            global_batch_size=self.batch,
+            recompute=recompute,
+        )
         model = replace(cfg.model, hybrid_pattern=pattern)
         return replace(cfg, model=model, parallel=parallel, trainer=trainer)
 

@@ -19,7 +19,7 @@ _KINDS = {
     "tensor and context on the wire": ("#D55E00", ("wire: tensor", "wire: context")),
     "scores, dropping": ("#CC79A7", ("scoring, dropping", "wire: scores", "wire: drop")),
 }
-_REST = ("other", "#999999")
+_REST = "#999999"
 
 
 def plot_scaling(path: Path, compared: Comparison) -> None:
@@ -51,12 +51,10 @@ def plot_scaling(path: Path, compared: Comparison) -> None:
     times.legend(frameon=False, fontsize=8, loc="lower left")
     at = SIZES.index(REFERENCE)
     bars = {f"{name}\n{line[at].layout}": line[at].step.parts for name, line in found.items()}
-    known = {part for _, parts in _KINDS.values() for part in parts}
     left = [0.0] * len(bars)
-    groups = {name: (colour, lambda part, mine=parts: part in mine) for name, (colour, parts) in _KINDS.items()}
-    groups[_REST[0]] = (_REST[1], lambda part: part not in known)
-    for name, (colour, belongs) in groups.items():
-        width = [sum(value for part, value in parts.items() if belongs(part)) for parts in bars.values()]
+    rest = {part for parts in bars.values() for part in parts}.difference(*(parts for _, parts in _KINDS.values()))
+    for name, (colour, kinds) in {**_KINDS, "other": (_REST, tuple(rest))}.items():
+        width = [sum(parts.get(part, 0.0) for part in kinds) for parts in bars.values()]
         stack.barh(list(bars), width, left=left, color=colour, label=name)
         left = [before + more for before, more in zip(left, width)]
     stack.invert_yaxis()

@@ -7,7 +7,6 @@ by sequences of one length. Products of small shards are taken to be as well use
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -27,7 +26,22 @@ _LINEARS = {"in_proj", "out_proj", "qkv", "fc1", "fc2", "patches", "projector"}
 # What a rank does whatever the others do: rank every visual token, and copy the rows of its context shard.
 _WHOLE, _BY_CONTEXT = {"rank", "smooth"}, {"take", "merge", "match", "importance"}
 _BACKWARD = 2
-Sums = Counter[str]
+
+
+class Sums(dict[str, float]):
+    """Numbers by name; one that is missing is 0."""
+
+    def __missing__(self, name: str) -> float:
+        return 0.0
+
+    def add(self, more: Mapping[str, float]) -> None:
+        """Adds name by name."""
+        for name, value in more.items():
+            self[name] += value
+
+    def total(self) -> float:
+        """The sum of all."""
+        return sum(self.values())
 
 
 @dataclass(frozen=True)
@@ -41,10 +55,10 @@ class Work:
         far: bytes that it sends to other nodes.
     """
 
-    forward: Sums = field(default_factory=Counter)
-    backward: Sums = field(default_factory=Counter)
-    near: Sums = field(default_factory=Counter)
-    far: Sums = field(default_factory=Counter)
+    forward: Sums = field(default_factory=Sums)
+    backward: Sums = field(default_factory=Sums)
+    near: Sums = field(default_factory=Sums)
+    far: Sums = field(default_factory=Sums)
 
     @property
     def seconds(self) -> float:
@@ -57,7 +71,7 @@ def together(pieces: Iterable[Work]) -> Work:
     total = Work()
     for piece in pieces:
         for name, sums in vars(total).items():
-            sums.update(getattr(piece, name))
+            sums.add(getattr(piece, name))
     return total
 
 
@@ -91,7 +105,7 @@ def step_time(cfg: Config, clock: Clock) -> StepTime:
     batches = cfg.num_micro_batches
     stages = [_stage(cfg, clock, index) for index in range(len(cfg.model.stages))]
     busiest = max(stages, key=lambda stage: stage.seconds)
-    parts: Sums = Counter()
+    parts = Sums()
     for name, seconds in (*busiest.forward.items(), *busiest.backward.items()):
         parts[name] += batches * seconds
     parts["bubble"] = sum(stage.seconds for stage in stages) - busiest.seconds
@@ -100,12 +114,13 @@ def step_time(cfg: Config, clock: Clock) -> StepTime:
         static = Stage(cfg, index).static()
         once = Wires(cfg, clock.width).step(static.gradients)
         updates.append(_update(cfg, clock, static, stage, once))
-        near, far = (Counter({name: batches * size for name, size in sums.items()}) for sums in (stage.near, stage.far))
+        near, far = (Sums({name: batches * size for name, size in sums.items()}) for sums in (stage.near, stage.far))
         for transfer in once:
             near[transfer.what] += transfer.near
             far[transfer.what] += transfer.far
         sent.append((near, far))
-    parts.update(max(updates, key=lambda update: update.total()))
+    longest = max(updates, key=Sums.total)
+    parts.add(longest)
     most = max(sent, key=lambda pair: pair[0].total() + pair[1].total())
     return StepTime({name: value for name, value in parts.items() if value}, *most)
 
@@ -129,7 +144,7 @@ def _stage(cfg: Config, clock: Clock, index: int) -> Work:
 
 def _update(cfg: Config, clock: Clock, static: StaticMemory, stage: Work, transfers: Iterable[Transfer]) -> Sums:
     """What comes once a step: gradients and parameters, beside a micro-batch's work if so configured, and Adam."""
-    parallel, seconds = cfg.parallel, Counter[str]()
+    parallel, seconds = cfg.parallel, Sums()
     beside = {
         "gradients": (parallel.overlap_grad_reduce, stage.backward),
         "parameters": (parallel.overlap_param_gather, stage.forward),
@@ -186,7 +201,7 @@ class Clock:
         forward = self._operations(row.reduced, 1)
         backward = self._operations(row.reduced, _BACKWARD)
         again, sent_again = _again(self.cfg.trainer.recompute, row.symbol, row.reduced)
-        backward += self._operations(again, 1)
+        backward.add(self._operations(again, 1))
         transfers += [
             replace(each, phase="backward") for each in transfers if each.phase == "forward" and each.what in sent_again
         ]
@@ -214,13 +229,13 @@ class Clock:
         once = self._time(tower, 1) + self._time(projector, 1)
         twice = learns.vision * self._time(tower, _BACKWARD) + learns.projector * self._time(projector, _BACKWARD)
         transfers = self.wires.frames(prompt.tokens, prompt.visual, sharers)
-        return self.work(Counter({"tower, projector": once}), Counter({"tower, projector": twice}), transfers)
+        return self.work(Sums({"tower, projector": once}), Sums({"tower, projector": twice}), transfers)
 
     def work(
         self, forward: Sums | None = None, backward: Sums | None = None, transfers: Sequence[Transfer] = ()
     ) -> Work:
         """Work with its transfers, and the time of these that nothing hides."""
-        work = Work(forward or Counter(), backward or Counter())
+        work = Work(forward or Sums(), backward or Sums())
         room = self.assumptions.overlap * work.backward["linears"]
         for transfer in transfers:
             work.near[transfer.what] += transfer.near
@@ -241,7 +256,7 @@ class Clock:
 
     def _operations(self, operations: Mapping[str, Cost], times: int) -> Sums:
         """A layer's operations by kind on one rank: forward once, backward twice."""
-        seconds: Sums = Counter()
+        seconds = Sums()
         for name, cost in operations.items():
             kind = "linears" if name in _LINEARS else name if name in self.rates else "norms, convolution"
             rate = self.language_linear if name in _LINEARS else self.rates.get(name, self.linear)

@@ -58,10 +58,12 @@ class Script:
 
     def ended(self) -> tuple[int, list[str]]:
         """Exit status, and what scontrol was called with."""
-        self.process.wait(HANG_SECONDS)
-        # Ranks that nobody ended.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        try:
+            self.process.wait(HANG_SECONDS)
+        finally:
+            # Ranks that nobody ended.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         asked = self.calls / "scontrol"
         return self.process.returncode, asked.read_text().splitlines() if asked.exists() else []
 

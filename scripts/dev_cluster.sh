@@ -82,6 +82,8 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
+# Seconds that a finished job can still be asked about.
+MinJobAge=86400
 # Seconds between two looks at the queue, on events as well as without; Slurm's own values are meant for large clusters.
 SchedulerParameters=sched_interval=5,bf_interval=5
 PreemptType=preempt/partition_prio

@@ -27,11 +27,22 @@ train experiment=bench_base_clips name=bench_base_clips_again model.init_checkpo
   trainer.max_steps=250 optim.lr=5e-4
 $python scripts/save_weights.py --checkpoint runs/bench_base_clips_again --out runs/bench_base/clips16_again.safetensors
 
-# Last stage: 128 frames, features of the tower computed once.
+# Third stage: 128 frames, features of the tower computed once; then 4 frames again.
 $python scripts/make_bench_data.py --out runs/bench/clips --seed 12 --train 640 --validation 240
+features() {  # weights, folder of the clips, folder for the features
+  $python scripts/precompute_features.py experiment=bench "model.init_checkpoint=$1" --data "$2" --out "$3"
+}
+features runs/bench_base/clips16_again.safetensors runs/bench/clips/train runs/bench_base/features_first
+train experiment=bench_base name=bench_base_first model.init_checkpoint=runs/bench_base/clips16_again.safetensors \
+  data.train=runs/bench_base/features_first data.validation=null trainer.max_steps=160
+$python scripts/save_weights.py --checkpoint runs/bench_base_first --out runs/bench_base/first.safetensors
+train experiment=bench_base_dense name=bench_base_dense_again model.init_checkpoint=runs/bench_base/first.safetensors \
+  trainer.max_steps=480
+$python scripts/save_weights.py --checkpoint runs/bench_base_dense_again --out runs/bench_base/clips4_again.safetensors
+
+# Last stage: 128 frames with the final tower.
 for split in train validation; do
-  $python scripts/precompute_features.py experiment=bench model.init_checkpoint=runs/bench_base/clips16_again.safetensors \
-    --data runs/bench/clips/$split --out runs/bench/features/$split
+  features runs/bench_base/clips4_again.safetensors runs/bench/clips/$split runs/bench/features/$split
 done
 train experiment=bench_base
 $python scripts/save_weights.py --checkpoint runs/bench_base --out assets/bench/base.safetensors --dtype bf16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -38,6 +39,8 @@ def _start_context() -> Any:
 def _worker(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple, answers: Connection) -> None:
     # A group of its own, so that helpers of this process (checkpoint writers) can be ended with it.
     os.setpgid(0, 0)
+    # Megatron collects garbage at every save and load: not among all that the forkserver has imported.
+    gc.freeze()
     try:
         import torch
         from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue

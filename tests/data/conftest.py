@@ -69,6 +69,8 @@ def demo_config(demo_data: Path) -> Callable[..., Config]:
 
     def build(*overrides: str) -> Config:
         tiny = ["data.num_frames=4", "data.sequence_length=320", "data.packing_buffer=4", "data.shuffle_buffer=6"]
+        # One stream of data; what happens with several is in test_streams.py.
+        tiny += ["trainer.global_batch_size=1"]
         paths = [f"data.train={demo_data / 'train'}", f"data.validation={demo_data / 'validation'}"]
         # A name of its own: runs/demo_base may hold a run.
         return parse_command_line(

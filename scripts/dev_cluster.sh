@@ -82,6 +82,10 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
+# For a machine that is busy with other things.
+MessageTimeout=100
+TCPTimeout=60
+BatchStartTimeout=100
 # Seconds that a finished job can still be asked about.
 MinJobAge=86400
 # Seconds between two looks at the queue, on events as well as without; Slurm's own values are meant for large clusters.

@@ -297,14 +297,15 @@ def test_prefill_keeps_caches_of_what_is_left():
 def test_context_parallel_ranks_divide_tokens_and_frames():
     # Tensor parallel 8 leaves a Mamba group a rank, which four context ranks share.
     one, four = (
-        Stage(_memory_config("parallel=tp8_cp4", f"parallel.context={context}", "trainer.global_batch_size=4"), 0)
+        Stage(_memory_config("parallel=tp8_cp4", f"parallel.context={context}", "trainer.recompute=none"), 0)
         for context in (1, 4)
     )
     packed = Packed(1, (2048,) * 62, 2048, 8, 10)
     whole, quarter = one.training(packed), four.training(packed)
-    assert whole.moment == quarter.moment == "backward of layer 61 (-)"
+    # With every layer's tensors there.
+    assert whole.moment == quarter.moment == "loss"
     keys = 6 * 4096 * 2 * 8 * 128 * 2 // 8
     exchanged = 28 * 1024 * 2 * ((128 * 80 + 128) // 8 + 4 * 2 * 128)
     repeated = 28 * 1024 * 2 * 2 * 2 * 128 * 3
     in_quarters = whole.kept / 4 + keys + exchanged + repeated
-    assert quarter.kept == pytest.approx(in_quarters, rel=1e-9)
+    assert quarter.kept == pytest.approx(in_quarters, rel=1e-6)

@@ -58,6 +58,13 @@ METHODS = (
     Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
     Method("query_with_decay", "ours with decay", ("reduction=query_with_decay",), ours=True),
     Method("attention_only", "ours, attention layers only", ("reduction=attention_only",), ours=True),
+    Method(
+        "attention_floor",
+        "ours, attention layers only, floor 0.1",
+        ("reduction=attention_floor",),
+        ours=True,
+        tuning=FIXED_BUDGET,
+    ),
     Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
     Method("constant", "ours, constant from layer 1 on", ("reduction=constant",), ours=True),
     Method(
@@ -72,6 +79,8 @@ METHODS = (
     ),
     Method("longmamba", "LongMamba's step filter (drops nothing)", ("reduction=longmamba",), headline_only=True),
 )
+#: Beside ours, what is also finetuned at the headline budget alone: all that drop inside and are compared with it.
+FIXED = ("attention_floor", "pyramiddrop", "random", "fastv", "uniform", "one_shot")
 METHOD_BY_NAME = {method.name: method for method in METHODS}
 
 
@@ -117,6 +126,8 @@ def units(rows: dict[str, Any]) -> Iterator[Unit]:
         yield Unit("before", method.name, 0, (HEADLINE,))
     yield Unit("after", OURS, 0, (1.0, *BUDGETS))
     yield Unit("after_fixed", OURS, 0, (HEADLINE, 1.0))
+    for name in FIXED:
+        yield Unit("after_fixed", name, 0, (HEADLINE,))
     for method in METHODS:
         if method.name != OURS:
             yield Unit("after", method.name, 0, (HEADLINE,))

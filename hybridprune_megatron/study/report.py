@@ -21,20 +21,25 @@ def headline_table(rows: Sequence[Row], timings: dict[str, Row]) -> list[tuple[s
         timings: prefill by method and budget, see ``timing_key``.
     """
     full = rows_of(rows, "before", "none", 1.0)
-    table: list[tuple[str, ...]] = [
-        ("method", "before", "after", "after, minus full", "ours minus it, after", "prefill, full / reduced")
-    ]
-    ours = rows_of(rows, "after", OURS, HEADLINE)
-    table.append(("every token", _cell(full), _cell(rows_of(rows, "after", OURS, 1.0)), "", "", "1.00"))
+    header = ("method", "before", "after, this budget", "after, random budgets", "after, minus full")
+    table: list[tuple[str, ...]] = [(*header, "ours minus it, after", "prefill, full / reduced")]
+    whole = [_cell(rows_of(rows, stage, OURS, 1.0)) for stage in ("after_fixed", "after")]
+    table.append(("every token", _cell(full), *whole, "", "", "1.00"))
     for method in METHODS:
-        before, after = (rows_of(rows, stage, method.name, HEADLINE) for stage in ("before", "after"))
+        before, fixed, drawn = (
+            rows_of(rows, stage, method.name, HEADLINE) for stage in ("before", "after_fixed", "after")
+        )
+        # Compared with ours after the same kind of finetuning.
+        stage = "after_fixed" if fixed else "after"
+        ours = rows_of(rows, stage, OURS, HEADLINE)
         table.append(
             (
                 method.label,
                 _cell(before),
-                _cell(after),
-                _signed(after, full),
-                _signed(ours, after) if method.name != OURS else "",
+                _cell(fixed),
+                _cell(drawn),
+                _signed(fixed or drawn, full),
+                _signed(ours, fixed or drawn) if method.name != OURS else "",
                 _speedup(timings, method, HEADLINE),
             )
         )
@@ -46,7 +51,7 @@ def summary_table(rows: Sequence[Row], timings: dict[str, Row]) -> list[tuple[st
     header, full, *methods = headline_table(rows, timings)
     labels = {method.label for method in METHODS if method.name == OURS or not (method.ours or method.headline_only)}
     chosen = [row for row in methods if row[0] in labels]
-    return [(row[0], row[1], row[2], row[-1]) for row in (header, full, *chosen)]
+    return [(*row[:4], row[-1]) for row in (header, full, *chosen)]
 
 
 def budget_table(rows: Sequence[Row], timings: dict[str, Row], stage: str) -> list[tuple[str, ...]]:

@@ -32,6 +32,7 @@ ROWS = [
     row("after", OURS, "1" * 90 + "0" * 10, seed=1),
     row("after", "random", "1" * 40 + "0" * 60),
     row("after_fixed", OURS, "1" * 84 + "0" * 16),
+    row("after_fixed", "utrc", "1" * 80 + "0" * 20),
     row("before", OURS, "1" * 70 + "0" * 30, budget=0.5),
 ]
 TIMINGS = {timing_key(OURS, 0.25): {"full_seconds": 3.0, "reduced_seconds": 1.0}}
@@ -46,13 +47,17 @@ def test_headline_shows_intervals_seeds_differences_and_speed() -> None:
     table = headline_table(ROWS, TIMINGS)
     ours = line(table, METHODS[0].label)
     assert ours[1] == "50.0 % (40-60)"
-    assert ours[2].startswith("85.0 % (")
-    assert ours[2].endswith("[2]")
-    assert ours[3].startswith("-5.0 (") or ours[3].startswith("**-5.0 (")
-    assert ours[5] == "3.00"
-    # Ours minus random: 45 points, beyond the interval, so bold.
-    assert line(table, "random")[4].startswith("**+45.0 (")
-    assert line(table, "FastV")[1:] == ("", "", "", "", "")
+    assert ours[2].startswith("84.0 % (")
+    assert ours[3].startswith("85.0 % (")
+    assert ours[3].endswith("[2]")
+    # Against every token: finetuned at this budget where measured.
+    assert ours[4].startswith("-6.0 (") or ours[4].startswith("**-6.0 (")
+    assert ours[6] == "3.00"
+    # Ours minus random, both at random budgets: 45 points, beyond the interval, so bold.
+    assert line(table, "random")[5].startswith("**+45.0 (")
+    # Ours minus UTRC, both at this budget.
+    assert line(table, "UTRC (output norm, merging)")[5].startswith("**+4.0 (")
+    assert line(table, "FastV")[1:] == ("", "", "", "", "", "")
 
 
 def test_other_tables() -> None:

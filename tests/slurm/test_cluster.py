@@ -42,11 +42,14 @@ class Cluster:
 
     def run(self, *command: str) -> str:
         """Output of a command that must succeed."""
-        done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S
-        )
+        done = self._try(*command)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
+
+    def _try(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        )
 
     def submit(self, *arguments: str) -> str:
         """Number of the submitted job."""
@@ -54,8 +57,13 @@ class Cluster:
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm says about a job, by key."""
-        words = self.run("scontrol", "show", "job", "--oneliner", number).split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        command = ("scontrol", "show", "job", "--oneliner", number)
+        deadline = time.monotonic() + PATIENCE_S / 5
+        while (done := self._try(*command)).returncode:
+            # Slurm's commands give up on a controller that has no processor for some seconds.
+            assert time.monotonic() < deadline, f"{' '.join(command)}: {done.stderr}"
+            time.sleep(2)
+        return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +103,7 @@ def _wait(until: Callable[[], bool], what: Callable[[], str]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not until():
         assert time.monotonic() < deadline, f"{PATIENCE_S} s and still waiting: {what()}"
-        time.sleep(0.5)
+        time.sleep(1)
 
 
 def _finish(cluster: Cluster, number: str, log: Path) -> dict[str, str]:

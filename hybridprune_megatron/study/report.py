@@ -7,7 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.evaluation.report import markdown_table, percent
-from hybridprune_megatron.study.cells import BUDGETS, HEADLINE, METHODS, OURS, Method, rows_of
+from hybridprune_megatron.study.cells import (
+    BUDGETS,
+    HEADLINE,
+    METHOD_BY_NAME,
+    METHODS,
+    OURS,
+    RECOMMENDED,
+    Method,
+    rows_of,
+)
 from hybridprune_megatron.study.intervals import Estimate, accuracy, difference
 
 Row = dict[str, Any]
@@ -49,7 +58,8 @@ def headline_table(rows: Sequence[Row], timings: dict[str, Row]) -> list[tuple[s
 def summary_table(rows: Sequence[Row], timings: dict[str, Row]) -> list[tuple[str, ...]]:
     """The README's choice of the headline table: ours and the baselines that people know."""
     header, full, *methods = headline_table(rows, timings)
-    labels = {method.label for method in METHODS if method.name == OURS or not (method.ours or method.headline_only)}
+    known = {method.label for method in METHODS if not (method.ours or method.headline_only)}
+    labels = known | {METHOD_BY_NAME[name].label for name in (OURS, RECOMMENDED)}
     chosen = [row for row in methods if row[0] in labels]
     return [(*row[:4], row[-1]) for row in (header, full, *chosen)]
 

@@ -91,7 +91,7 @@ def resume_point(directory: Path) -> tuple[Path | None, list[str]]:
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    lines = []
+    lines: list[str] = []
     for path in reversed(_named_checkpoints(directory)):
         what = damage(path)
         if what is None:

@@ -35,11 +35,12 @@ def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
             self, query: Tensor, key: Tensor, *args: Any, packed_seq_params: LayerPacking, **kwargs: Any
         ) -> Tensor:
             packing = packed_seq_params
-            if packing.scores_wanted:
+            scorer = packing.asking
+            if scorer is not None:
                 with torch.no_grad():
                     signals = _attention_signals(query.detach(), key.detach(), packing)
-                    packing.scores = packing.scorer.attention(signals, packing.layout, self.layer_number - 1)
-                    packing.pooling = packing.scorer.attention_pooling
+                    packing.scores = scorer.attention(signals, packing.layout, self.layer_number - 1)
+                    packing.pooling = scorer.attention_pooling
             return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     ScoringAttention.__name__ = f"Scoring{core_attention.__name__}"
@@ -281,11 +282,12 @@ class ReductionMambaMixer(MambaMixer):
         A = -torch.exp(self.A_log[heads].float())
         if packing.dt_filter is not None:
             dt = filtered_steps(dt, A, packing.layout, packing.dt_filter)
-        if packing.scores_wanted:
+        scorer = packing.asking
+        if scorer is not None:
             with torch.no_grad():
                 signals = MambaSignals(B.detach(), C.detach(), dt.detach(), A.detach())
-                packing.scores = packing.scorer.mamba(signals, packing.layout, self.layer_number - 1)
-                packing.pooling = packing.scorer.mamba_pooling
+                packing.scores = scorer.mamba(signals, packing.layout, self.layer_number - 1)
+                packing.pooling = scorer.mamba_pooling
         return self.ops.scan(x, dt, A, B, C, self.D[heads], packing, self.chunk_size).flatten(1)
 
 

@@ -43,9 +43,9 @@ class LayerPacking(PackedSeqParams):
     heads_group: ProcessGroup | None = None
 
     @property
-    def scores_wanted(self) -> bool:
-        """Whether a mixer is to score: once; not again where its activations are recomputed."""
-        return self.scorer is not None and self.scores is None
+    def asking(self) -> Scorer | None:
+        """The scorer, until the mixer has written its scores: not again where activations are recomputed."""
+        return self.scorer if self.scores is None else None
 
 
 def pack_for_layer(

@@ -57,9 +57,7 @@ def test_a_corrupt_shard_ends_the_job_past_the_share(demo_config: MakeConfig, tm
     _, second = _write(tmp_path / "set")
     _cut(second)
     cfg = demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=0.003")
-    message = (
-        r"4 of \d+ samples are bad \(4 shard\), above data.max_bad_share=0.003; the last one: sample number"
-    )
+    message = r"4 of \d+ samples are bad \(4 shard\), above data.max_bad_share=0.003; the last one: sample number"
     with pytest.raises(ValueError, match=message) as caught:
         list(islice(build_train_loader(cfg, 0, 1), 100))
     assert "\n" not in str(caught.value)

@@ -113,8 +113,12 @@ class Watch:
             self._say(left=True)
         if self._rank == 0:
             with self._book.changed:
-                peers = self._book.peers.values()
-                self._book.changed.wait_for(lambda: all(peer.left or peer.reason for peer in peers), _LEAVE_SECONDS)
+                self._book.changed.wait_for(self._all_ended, _LEAVE_SECONDS)
+
+    def _all_ended(self) -> bool:
+        peers = self._book.peers.values()
+        # One that connected a moment ago may not be in the book yet.
+        return len(peers) == self._size and all(peer.left or peer.reason for peer in peers)
 
     def fail(self, error: BaseException) -> None:
         """Says why this rank ends; one that only lost another waits for rank 0's word, which ends the process."""

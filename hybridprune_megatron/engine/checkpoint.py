@@ -115,12 +115,14 @@ def _retire(path: Path) -> None:
 
 def _reason(error: BaseException) -> str:
     """One line of what went wrong, out of what torch wraps around it."""
-    if not isinstance(error, CheckpointException):
-        return " ".join(str(error).split())
-    # Raised on all ranks; only rank 0 knows what the writers said.
-    said = [" ".join(str(reason).split()) for reason, _ in error.failures.values()][:1] or [""]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
+    if isinstance(error, CheckpointException):
+        # Raised on all ranks; only rank 0 knows what the writers said.
+        said = [str(reason) for reason, _ in error.failures.values()][:1] or [""]
+        dist.broadcast_object_list(said, src=0)
+    else:
+        said = [str(error)]
+    # Megatron's writer passes on the type of an error only.
+    return " ".join(said[0].replace("<class 'OSError'>", "OSError, disk full, over quota or not writable").split())
 
 
 class CheckpointSaver:

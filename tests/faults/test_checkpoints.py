@@ -55,7 +55,7 @@ def test_no_whole_checkpoint_is_no_new_start(tmp_path: Path) -> None:
 def test_full_disk_leaves_the_former_checkpoint(tmp_path: Path, processes: int, rank: int, background: bool) -> None:
     job = tiny_job(tmp_path, async_save=background)
     message = (
-        r"RuntimeError: checkpoint step_00000006 in \S*checkpoints could not be written: .*No space left on device.*; "
+        r"RuntimeError: checkpoint step_00000006 in \S*checkpoints could not be written: .*disk full.*; "
         r"the newest whole one is step_00000003; make room"
     )
     with pytest.raises(AssertionError, match=message):

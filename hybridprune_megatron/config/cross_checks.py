@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.config.checks import divides, fail
 from hybridprune_megatron.config.reduction_schema import resolved_retention
+from hybridprune_megatron.method.schedule import cut_pattern, even_edges
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config, ModelConfig, ParallelConfig
@@ -102,8 +102,7 @@ def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
     if stages != parallel.pipeline:
         layers = "".join(model.stages)
-        edges = [round(stage * len(layers) / parallel.pipeline) for stage in range(parallel.pipeline + 1)]
-        cut = "|".join(layers[start:stop] for start, stop in pairwise(edges))
+        cut = cut_pattern(layers, even_edges(len(layers), parallel.pipeline))
         raise fail(
             "parallel.pipeline",
             parallel.pipeline,

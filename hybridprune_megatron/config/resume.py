@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from hybridprune_megatron.config.checkpoint_folder import latest_checkpoint, read_run_file
 from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.config.flat import config_values, leaves
 from hybridprune_megatron.config.schema import Config
 
 # What may change between two starts of one run: how far it goes, how it is spread, how it reports.
@@ -37,8 +34,8 @@ def check_resume(cfg: Config) -> None:
     # The weights of a checkpoint replace the initial ones, unless those teach.
     teaches = distillation.weight > 0 and distillation.teacher == "initial"
     free = _FREE - {"model.init_checkpoint"} if teaches else _FREE
-    saved = dict(_leaves(read_run_file(newest)["config"]))
-    for key, value in _leaves(json.loads(json.dumps(asdict(cfg)))):
+    saved = dict(leaves(read_run_file(newest)["config"]))
+    for key, value in config_values(cfg).items():
         if key in free or (key.startswith(_FREE_GROUPS) and key not in _FIXED):
             continue
         if key not in saved or saved[key] == value:
@@ -50,11 +47,3 @@ def check_resume(cfg: Config) -> None:
             f"{key}={value}: {cfg.output_dir} holds a run with {key}={saved[key]}; give the same value to continue "
             "it, or name=<name> for a run of its own"
         )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

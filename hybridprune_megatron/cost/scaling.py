@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config.checks import ConfigError, fail
@@ -13,7 +13,7 @@ from hybridprune_megatron.cost.memory import GIB, Memory, Packed, training_memor
 from hybridprune_megatron.cost.prefill import Prefill, Prompt, prefill_cost
 from hybridprune_megatron.cost.step_time import Clock, StepTime, step_time
 from hybridprune_megatron.cost.target import TargetConfig
-from hybridprune_megatron.method.schedule import layer_symbols
+from hybridprune_megatron.method.schedule import cut_pattern, even_edges, layer_symbols
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -252,15 +252,11 @@ class Scaling:
         symbols = layer_symbols(self.workload.cfg.model.hybrid_pattern)
         if layout.pipeline == 1:
             return [symbols]
-        even = [round(stage * len(symbols) / layout.pipeline) for stage in range(layout.pipeline + 1)]
-        clock = self._clock(self.configure(layout, gpus, recompute, _cut(symbols, even)))
+        even = even_edges(len(symbols), layout.pipeline)
+        clock = self._clock(self.configure(layout, gpus, recompute, cut_pattern(symbols, even)))
         seconds = [work.seconds for work in clock.layers]
         seconds[0] += clock.frames.seconds
-        return [_cut(symbols, edges) for edges in (balanced(seconds, layout.pipeline), even)]
-
-
-def _cut(symbols: str, edges: Sequence[int]) -> str:
-    return "|".join(symbols[start:stop] for start, stop in pairwise(edges))
+        return [cut_pattern(symbols, edges) for edges in (balanced(seconds, layout.pipeline), even)]
 
 
 def balanced(weights: Sequence[float], parts: int) -> list[int]:

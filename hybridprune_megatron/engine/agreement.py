@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
+
+from hybridprune_megatron.config.flat import config_values
 
 #: Nothing is computed from the clock; logs and files of machines that differ by more are hard to read together.
 _MAX_CLOCK_SECONDS = 60.0
@@ -24,7 +23,7 @@ def check_agreement(cfg: Any, versions: dict[str, str]) -> None:
     Raises:
         ValueError: on every rank, naming the first rank, key and value that differ from rank 0.
     """
-    own = dict(_leaves(json.loads(json.dumps(asdict(cfg)))))
+    own = config_values(cfg)
     own |= {f"version of {name}": version for name, version in versions.items()}
     common: list[Any] = [own]
     dist.broadcast_object_list(common, src=0)
@@ -46,11 +45,3 @@ def check_agreement(cfg: Any, versions: dict[str, str]) -> None:
         latest, earliest = times.index(max(times)), times.index(min(times))
         ahead = f"rank {latest} is {max(times) - min(times):.0f} s ahead of rank {earliest}"
         print(f"clocks differ: {ahead}; the run does not depend on it, its logs do", flush=True)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

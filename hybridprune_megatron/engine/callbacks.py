@@ -24,6 +24,11 @@ from hybridprune_megatron.engine.preemption import STOPPED, stop_requested
 from hybridprune_megatron.engine.strategy import MegatronStrategy
 
 
+def _strategy(trainer: Trainer) -> MegatronStrategy:
+    assert isinstance(trainer.strategy, MegatronStrategy), type(trainer.strategy)
+    return trainer.strategy
+
+
 class StepCheckpoint(Checkpoint):
     """Saves every n steps and at the end of training, into ``directory/step_<n>``."""
 
@@ -35,8 +40,7 @@ class StepCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Clears what killed runs left."""
-        assert isinstance(trainer.strategy, MegatronStrategy), type(trainer.strategy)
-        trainer.strategy.remove_incomplete(self._directory)
+        _strategy(trainer).remove_incomplete(self._directory)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A resumed run stands on a saved step."""
@@ -50,14 +54,12 @@ class StepCheckpoint(Checkpoint):
         """
         if trainer.global_step % self._every == 0:
             self.save(trainer)
-        assert isinstance(trainer.strategy, MegatronStrategy), type(trainer.strategy)
-        trainer.strategy.finish_save(wait=False)
+        _strategy(trainer).finish_save(wait=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the last step."""
         self.save(trainer)
-        assert isinstance(trainer.strategy, MegatronStrategy), type(trainer.strategy)
-        trainer.strategy.finish_save(wait=True)
+        _strategy(trainer).finish_save(wait=True)
 
     def save(self, trainer: Trainer) -> None:
         """Saves now, unless this step is saved already."""

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
@@ -175,30 +175,16 @@ class CheckpointSaver:
         dist.broadcast_object_list(token, src=0)
         self._scratch = final.with_name(f"{final.name}.{token[0]}{INCOMPLETE}")
         try:
-            if dist.get_rank() == 0:
-                self._scratch.mkdir(parents=True)
-            dist.barrier()
-            sharded = {
-                **_model_and_optimizer(state, loading=False),
-                "rng": _rng_entry(rng_state()),
-                "loader": _loader_entries(loader),
-                "trainer": dict(common),
-                "scheduler": state.scheduler.state_dict(),
-                "step": step,
-            }
-            request = dist_checkpointing.save(
-                sharded,
-                str(self._scratch),
-                # Replicas hold the same values: each writes a share.
-                FullyParallelSaveStrategyWrapper(
-                    TorchDistSaveShardedStrategy(),
-                    parallel_state.get_data_parallel_group(with_context_parallel=True),
-                ),
-                async_sharded_save=True,
-                content_metadata=dict(SHARDED_FORMAT),
-                async_strategy="mcore",
+            request = self._request(
+                {
+                    **_model_and_optimizer(state, loading=False),
+                    "rng": _rng_entry(rng_state()),
+                    "loader": _loader_entries(loader),
+                    "trainer": dict(common),
+                    "scheduler": state.scheduler.state_dict(),
+                    "step": step,
+                }
             )
-            assert request is not None
             header = {"step": step, "layout": layout(), **run}
             request.add_finalize_fn(lambda: self._complete(final, header))
             if self._queue is None:
@@ -208,6 +194,26 @@ class CheckpointSaver:
         except (CheckpointException, OSError) as error:
             raise self._failure(error) from None
         return final
+
+    def _request(self, sharded: dict[str, Any]) -> AsyncRequest:
+        """What writes a state into the scratch folder when it is executed."""
+        if dist.get_rank() == 0:
+            self._scratch.mkdir(parents=True)
+        dist.barrier()
+        request = dist_checkpointing.save(
+            sharded,
+            str(self._scratch),
+            # Replicas hold the same values: each writes a share.
+            FullyParallelSaveStrategyWrapper(
+                TorchDistSaveShardedStrategy(),
+                parallel_state.get_data_parallel_group(with_context_parallel=True),
+            ),
+            async_sharded_save=True,
+            content_metadata=dict(SHARDED_FORMAT),
+            async_strategy="mcore",
+        )
+        assert request is not None
+        return request
 
     def finish(self, wait: bool) -> None:
         """Completes a save that all ranks have written by now; with ``wait``, waits until they have.

@@ -166,9 +166,14 @@ def build_scheduler(
     )
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that a chained one is made of, or the one itself."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
     """The torch Adams inside megatron's optimizer; none where Transformer Engine or apex bring a fused one."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
             yield part.optimizer
 
@@ -200,7 +205,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict) -> None:
         optimizer: with allocated state (:func:`allocate_state`).
         loaded: changed.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = _parts(optimizer)
     states = [loaded] if len(parts) == 1 else [loaded[index] for index in range(len(parts))]
     for part, state in zip(parts, states, strict=True):
         values = state.pop("param_state", None)

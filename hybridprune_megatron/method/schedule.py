@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import groupby, pairwise
 
 SCORING_LAYERS = {"M": "mamba", "*": "attention"}
 LAYER_WORDS = "all, attention, mamba, every_2 (every n-th of all) or a list of 0-based layer indices"
@@ -51,6 +51,16 @@ class Shape:
 def layer_symbols(pattern: str) -> str:
     """The layers of a hybrid pattern without stage cuts: "M-M*|-M-" -> "M-M*-M-"."""
     return pattern.replace("|", "")
+
+
+def even_edges(num_layers: int, stages: int) -> list[int]:
+    """Where pipeline stages of about as many layers start, and the end of the last: stages + 1 layer indices."""
+    return [round(stage * num_layers / stages) for stage in range(stages + 1)]
+
+
+def cut_pattern(symbols: str, edges: Sequence[int]) -> str:
+    """Layers with a | at every inner edge: "M-M*-M-" and [0, 4, 7] -> "M-M*|-M-"."""
+    return "|".join(symbols[start:stop] for start, stop in pairwise(edges))
 
 
 def reducing_layers(pattern: str, layers: str | Sequence[int]) -> tuple[int, ...]:

@@ -80,8 +80,8 @@ class ContextShard:
         return received.unflatten(0, (self.size, -1)).transpose(0, 1).flatten(1)
 
     def _reorder(self, values: Tensor, chunks: list[int]) -> Tensor:
-        order = torch.tensor(chunks, device=values.device)
-        return values.unflatten(0, (2 * self.size, -1)).index_select(0, order).flatten(0, 1)
+        parts = values.chunk(2 * self.size)
+        return torch.cat([parts[chunk] for chunk in chunks])
 
     def exchange(self, values: Tensor, kept: Tensor, length: int) -> Tensor:
         """Leaves out tokens and moves the others so that every rank holds as many as the others; differentiable.

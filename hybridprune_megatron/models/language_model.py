@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.models.stack import Reduction
-from hybridprune_megatron.models.stage_cut import ORIGIN_COLUMNS, split_origin, with_origin
+from hybridprune_megatron.models.stage_cut import with_origin
 
 
 class ReductionHybridModel(HybridModel):
@@ -61,10 +61,7 @@ class ReductionHybridModel(HybridModel):
             # Recomputation records nothing of a layer whose input asks for no gradient, as frozen embeddings do not.
             embeddings = embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
         decoder = self.decoder
-        if embeddings is not None:
-            hidden = decoder.scattered(decoder.shard.cut(embeddings))
-        else:
-            hidden, layout = self._received(layout, reduction)
+        hidden = decoder.scattered(decoder.shard.cut(embeddings)) if embeddings is not None else None
         hidden, layout = decoder(hidden, layout, reduction, trace)
         if not self.post_process:
             return with_origin(hidden, decoder.scattered(decoder.shard.cut(layout.origin))), layout
@@ -78,35 +75,3 @@ class ReductionHybridModel(HybridModel):
         if labels is None:
             return logits.squeeze(1), layout
         return self.compute_language_model_loss(labels.unsqueeze(0), logits).squeeze(0).float(), layout
-
-    def _received(self, layout: TokenLayout, reduction: Reduction | None) -> tuple[Tensor, TokenLayout]:
-        """What the stage before sent: hidden states, and the layout of the tokens that are left.
-
-        Args:
-            layout: the packed sequence before any reduction.
-            reduction: what was dropped.
-        """
-        decoder = self.decoder
-        hidden, origin = split_origin(decoder.input_tensor)
-        with torch.no_grad():
-            origin = decoder.shard.joined(decoder.gathered(origin))
-        return hidden, layout.taken(origin, self._entering(layout, reduction))
-
-    def _entering(self, layout: TokenLayout, reduction: Reduction | None) -> tuple[int, ...]:
-        """Visual tokens of every sample that enter this stage."""
-        if reduction is None:
-            return layout.original_visual_counts
-        by_layer = reduction.counts_by_layer(layout, self.decoder.multiple_of)
-        return by_layer[self.decoder.layers[0].layer_number - 1]
-
-    def input_shape(self, layout: TokenLayout, reduction: Reduction | None) -> tuple[int, int, int]:
-        """Shape of what crosses the cut in front of this stage.
-
-        Args:
-            layout: the packed sequence before any reduction.
-            reduction: what to drop; None: nothing.
-        """
-        text = layout.num_tokens - sum(layout.visual_counts)
-        tokens = text + sum(self._entering(layout, reduction))
-        shares = self.decoder.shard.size * (self.pg_collection.tp.size() if self.config.sequence_parallel else 1)
-        return tokens // shares, 1, self.config.hidden_size + ORIGIN_COLUMNS

@@ -16,6 +16,7 @@ from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction, counts_after
 from hybridprune_megatron.models.context import ContextShard
 from hybridprune_megatron.models.packed import LayerPacking, pack_for_layer
+from hybridprune_megatron.models.stage_cut import ORIGIN_COLUMNS, split_origin
 
 
 class ReductionStack(HybridStack):
@@ -53,7 +54,7 @@ class ReductionStack(HybridStack):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Tensor | None,
         layout: TokenLayout,
         reduction: Reduction | None,
         trace: list[TokenLayout] | None = None,
@@ -61,8 +62,9 @@ class ReductionStack(HybridStack):
         """Runs the layers and drops visual tokens between them.
 
         Args:
-            hidden_states: [L, 1, hidden], or this rank's part under context and sequence parallelism.
-            layout: the packed sequence that enters the first layer of this stage.
+            hidden_states: [L, 1, hidden], or this rank's part under context and sequence parallelism; None: what the
+                stage before sent.
+            layout: the packed sequence that enters the first layer of the model.
             reduction: what to drop; None: nothing.
             trace: gets the layout that enters every layer, for measuring.
 
@@ -70,6 +72,8 @@ class ReductionStack(HybridStack):
             Hidden states of the tokens that are left and their layout.
         """
         by_layer = reduction.counts_by_layer(layout, self.multiple_of) if reduction is not None else None
+        if hidden_states is None:
+            hidden_states, layout = self._received(layout, by_layer)
         packing = None
         for layer in self.layers:
             if trace is not None:
@@ -90,6 +94,29 @@ class ReductionStack(HybridStack):
             inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
         )
         return hidden_states, layout
+
+    def input_shape(self, layout: TokenLayout, reduction: Reduction | None) -> tuple[int, int, int]:
+        """Shape of what crosses the cut in front of this stage.
+
+        Args:
+            layout: the packed sequence that enters the first layer of the model.
+            reduction: what to drop; None: nothing.
+        """
+        by_layer = reduction.counts_by_layer(layout, self.multiple_of) if reduction is not None else None
+        tokens = layout.num_tokens - sum(layout.visual_counts) + sum(self._entering(layout, by_layer))
+        shares = self.shard.size * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        return tokens // shares, 1, self.config.hidden_size + ORIGIN_COLUMNS
+
+    def _entering(self, layout: TokenLayout, by_layer: list[tuple[int, ...]] | None) -> tuple[int, ...]:
+        """Visual tokens of every sample that enter this stage."""
+        return layout.visual_counts if by_layer is None else by_layer[self.layers[0].layer_number - 1]
+
+    def _received(self, layout: TokenLayout, by_layer: list[tuple[int, ...]] | None) -> tuple[Tensor, TokenLayout]:
+        """What the stage before sent: hidden states, and the layout of the tokens that are left."""
+        hidden_states, origin = split_origin(self.input_tensor)
+        with torch.no_grad():
+            origin = self.shard.joined(self.gathered(origin))
+        return hidden_states, layout.taken(origin, self._entering(layout, by_layer))
 
     def _run_layer(self, layer: nn.Module, hidden_states: Tensor, packing: Any) -> Tensor:
         """One layer, its activations recomputed in backward if configured.

@@ -135,7 +135,7 @@ class VideoLanguageModel(MegatronModule):
     def input_shape(self, batch: PackedBatch) -> tuple[int, int, int]:
         """Shape of what the pipeline stage before this one sends for a batch; known without asking it."""
         layout = TokenLayout.from_samples(batch.layouts)
-        return self.language_model.input_shape(layout, self._reduction_of(batch, layout))
+        return self.language_model.decoder.input_shape(layout, self._reduction_of(batch, layout))
 
     def _embed(self, batch: PackedBatch, layout: TokenLayout) -> Tensor:
         """[L, 1, hidden]: embedded text with the projected frames at the visual positions."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, sample_lengths: 
     Returns:
         [L, H * E].
     """
-    outputs = [
-        _attend(q, k, v) for q, k, v in zip(*(tensor.split(list(sample_lengths)) for tensor in (query, key, value)))
-    ]
-    return torch.cat(outputs).flatten(1)
+    return shared_attention(query, key, value, [slice(0, len(key))], [0, *accumulate(sample_lengths)])
 
 
 def shared_attention(

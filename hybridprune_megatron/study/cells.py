@@ -65,7 +65,6 @@ METHODS = (
         "ours, attention layers only, floor 0.1",
         ("reduction=attention_floor",),
         ours=True,
-        tuning=FIXED_BUDGET,
     ),
     Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
     Method("constant", "ours, constant from layer 1 on", ("reduction=constant",), ours=True),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridprune_megatron.method.layout import TokenKind, TokenLayout
-from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
+from hybridprune_megatron.method.layout import TokenLayout
+from tests.models.tiny import check_layouts, tiny_batch, tiny_config, tiny_sample
 from tests.worlds import run_world
 
 # An early attention layer, so that those that drop behind attention only can reach the budget.
@@ -58,7 +58,6 @@ def _loss_and_gradients(model, batch):
 def _check_budget_text_and_labels(model, name: str) -> None:
     batch = tiny_batch(3, 5, 4)
     original = [12, 20, 16]
-    kinds = torch.tensor([kind for layout in batch.layouts for kind in layout.kinds()])
     trace: list[TokenLayout] = []
     with torch.no_grad():
         logits, last = model.logits(batch, trace=trace)
@@ -66,11 +65,7 @@ def _check_budget_text_and_labels(model, name: str) -> None:
     for sample, count in enumerate(original):
         mean = sum(layout.visual_counts[sample] for layout in trace) / len(trace)
         assert share * count - 1 < mean <= share * count + 1e-6, (name, sample, mean)
-    for layout in [*trace, last]:
-        survivors = kinds[layout.origin]
-        assert (survivors != TokenKind.FRAME).sum() == (kinds != TokenKind.FRAME).sum(), "text was dropped"
-        assert survivors[layout.visual_index].eq(TokenKind.FRAME).all()
-        assert survivors[layout.query_index].eq(TokenKind.QUESTION).all()
+    check_layouts(batch, [*trace, last])
     rows = torch.searchsorted(last.origin, torch.nonzero(batch.loss_mask).flatten())
     expected = torch.nn.functional.cross_entropy(logits[rows], batch.labels[batch.loss_mask > 0], reduction="none")
     reduced = model(batch).detach()

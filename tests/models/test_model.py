@@ -6,7 +6,7 @@ import torch
 
 from hybridprune_megatron.method.layout import TokenKind, TokenLayout
 from hybridprune_megatron.method.schedule import kept_counts
-from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
+from tests.models.tiny import check_layouts, tiny_batch, tiny_config, tiny_sample
 from tests.worlds import run_world
 
 
@@ -67,7 +67,6 @@ def test_packed_samples_equal_the_same_samples_one_by_one():
 def _trace() -> None:
     model = _build()
     batch = tiny_batch(3, 5, 2)
-    kinds = torch.tensor([kind for layout in batch.layouts for kind in layout.kinds()])
     trace: list[TokenLayout] = []
     with torch.no_grad():
         logits, last = model.logits(batch, trace=trace)
@@ -75,11 +74,7 @@ def _trace() -> None:
     assert [counts[0] for counts in wanted] == list(kept_counts(model.reduction.retention, 12))
     assert [layout.visual_counts for layout in trace] == wanted
     assert logits.shape[0] == last.num_tokens
-    for layout in [*trace, last]:
-        survivors = kinds[layout.origin]
-        assert (survivors != TokenKind.FRAME).sum() == (kinds != TokenKind.FRAME).sum(), "text was dropped"
-        assert survivors[layout.visual_index].eq(TokenKind.FRAME).all()
-        assert survivors[layout.query_index].eq(TokenKind.QUESTION).all()
+    check_layouts(batch, [*trace, last])
     # The loss of the training path is the loss of the surviving rows' logits: labels moved with their tokens.
     rows = torch.searchsorted(last.origin, torch.nonzero(batch.loss_mask).flatten())
     labels = batch.labels[batch.loss_mask > 0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
-from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
+from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 
 PATTERN = "M-M*M-"
 
@@ -45,3 +47,13 @@ def tiny_sample(index: int, frames: int = 3, tokens_per_frame: int = 4) -> Encod
 def tiny_batch(*frames: int, pad_to_multiple_of: int = 1) -> PackedBatch:
     """One packed sequence with one sample a number of frames."""
     return pack([tiny_sample(index, count) for index, count in enumerate(frames)], pad_to_multiple_of)
+
+
+def check_layouts(batch: PackedBatch, layouts: Iterable[TokenLayout]) -> None:
+    """Nothing but visual tokens was dropped, and the indices of what is left still name what they say."""
+    kinds = torch.tensor([kind for layout in batch.layouts for kind in layout.kinds()])
+    for layout in layouts:
+        survivors = kinds[layout.origin]
+        assert (survivors != TokenKind.FRAME).sum() == (kinds != TokenKind.FRAME).sum(), "text was dropped"
+        assert survivors[layout.visual_index].eq(TokenKind.FRAME).all()
+        assert survivors[layout.query_index].eq(TokenKind.QUESTION).all()

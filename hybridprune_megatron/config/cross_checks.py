@@ -92,22 +92,24 @@ def check_vision(cfg: Config) -> None:
 
 def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
     """The pattern is cut into as many stages as there are pipeline processes."""
-    stages = len(model.stages)
-    if parallel.pipeline > model.num_layers:
+    chunks = parallel.virtual_pipeline
+    stages, wanted = len(model.stages), parallel.pipeline * chunks
+    if wanted > model.num_layers:
         raise fail(
             "parallel.pipeline",
             parallel.pipeline,
             f"the model has only {model.num_layers} layers",
-            "lower parallel.pipeline",
+            "lower parallel.pipeline or parallel.virtual_pipeline",
         )
-    if stages != parallel.pipeline:
+    if stages != wanted:
         layers = "".join(model.stages)
-        cut = cut_pattern(layers, even_edges(len(layers), parallel.pipeline))
+        cut = cut_pattern(layers, even_edges(len(layers), wanted))
         raise fail(
             "parallel.pipeline",
             parallel.pipeline,
-            f"model.hybrid_pattern={model.hybrid_pattern} is cut into {stages} stage(s)",
-            f"set model.hybrid_pattern='{cut}' or parallel.pipeline={stages}",
+            f"model.hybrid_pattern={model.hybrid_pattern} is cut into {stages} stage(s)"
+            + (f" and parallel.virtual_pipeline={chunks} asks for {wanted}" if chunks > 1 else ""),
+            f"set model.hybrid_pattern='{cut}' or parallel.pipeline={max(stages // chunks, 1)}",
         )
 
 
@@ -185,6 +187,14 @@ def check_batch(cfg: Config) -> None:
             trainer.global_batch_size,
             f"must be a multiple of the data-parallel size {cfg.data_parallel_size} ({world} ranks / {size} a model)",
             f"set e.g. trainer.global_batch_size={nearest}",
+        )
+    if cfg.parallel.virtual_pipeline > 1 and cfg.num_micro_batches % cfg.parallel.pipeline:
+        raise fail(
+            "trainer.global_batch_size",
+            trainer.global_batch_size,
+            f"gives a replica {cfg.num_micro_batches} packed sequences, and parallel.virtual_pipeline="
+            f"{cfg.parallel.virtual_pipeline} needs a multiple of parallel.pipeline={cfg.parallel.pipeline}",
+            f"set e.g. trainer.global_batch_size={cfg.data_parallel_size * cfg.parallel.pipeline}",
         )
     if cfg.data.sequence_length > cfg.model.max_sequence_length:
         raise fail(

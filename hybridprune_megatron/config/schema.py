@@ -219,6 +219,8 @@ class ParallelConfig:
     Attributes:
         tensor: processes that split every layer; divides heads and groups.
         pipeline: processes that split the depth; one more than the | in model.hybrid_pattern.
+        virtual_pipeline: chunks of layers that each of these holds, interleaved for a smaller bubble; pipeline times
+            virtual_pipeline is then one more than the |.
         context: processes that split a packed sequence.
         sequence_parallel: split activations between layers along the sequence (needs tensor > 1).
         distributed_optimizer: split optimizer states over data-parallel ranks.
@@ -228,6 +230,7 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1
     context: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
@@ -235,7 +238,14 @@ class ParallelConfig:
     overlap_param_gather: bool = False
 
     def __post_init__(self) -> None:
-        at_least("parallel", self, 1, "tensor", "pipeline", "context")
+        at_least("parallel", self, 1, "tensor", "pipeline", "virtual_pipeline", "context")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise fail(
+                "parallel.virtual_pipeline",
+                self.virtual_pipeline,
+                "one process runs all layers anyway",
+                "set parallel.virtual_pipeline=1 or parallel.pipeline=2",
+            )
         if self.sequence_parallel and self.tensor == 1:
             raise fail(
                 "parallel.sequence_parallel",

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
 from hybridprune_megatron.engine.budgets import BudgetSampler
-from hybridprune_megatron.engine.optimization import TrainState, build_train_state, micro_batches_per_step
+from hybridprune_megatron.engine.optimization import ModelChunks, TrainState, build_train_state, micro_batches_per_step
 from hybridprune_megatron.engine.parallel import data_rank, seed_generators
 from hybridprune_megatron.engine.rng_state import restore_rng_state
 from hybridprune_megatron.engine.train_log import TrainLog
@@ -50,8 +50,9 @@ class TrainLoader(Protocol):
 #: A single bad batch is skipped; a model that has diverged must not run on until the job's time is up.
 _MAX_SKIPPED_IN_A_ROW = 10
 
-#: (pre_process, post_process) -> the model, or this pipeline stage of it, with frozen parameters marked.
-ModelFactory = Callable[[bool, bool], MegatronModule]
+#: (pre_process, post_process[, chunk of an interleaved stage]) -> the model, or this part of it, with frozen parameters
+#: marked.
+ModelFactory = Callable[..., MegatronModule]
 #: (data-parallel rank, number of data-parallel ranks) -> this rank's loader.
 LoaderFactory = Callable[[int, int], TrainLoader]
 
@@ -85,7 +86,7 @@ class HybridPruneModule(LightningModule):
 
         Args:
             cfg: the run's configuration.
-            model_factory: called once, after megatron's groups exist.
+            model_factory: called once (in an interleaved pipeline once a chunk), after megatron's groups exist.
             loader_factory: called once, after that.
             log_path: where the step log goes; default ``<output_dir>/train_log.jsonl``.
         """
@@ -105,7 +106,7 @@ class HybridPruneModule(LightningModule):
 
     def build(self, device: torch.device) -> None:
         """Builds and wraps the model; called by the strategy when megatron's groups exist."""
-        module = self._model_factory(parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
+        module = self.build_stage()
         if self.cfg.model.init_checkpoint:
             load_initial_weights(module, self.cfg.model.init_checkpoint)
         self.state = build_train_state(module, self.cfg.optim, self.cfg.trainer, self.cfg.parallel, device)
@@ -116,6 +117,23 @@ class HybridPruneModule(LightningModule):
             module.keep_initial_weights()
         self._num_microbatches = micro_batches_per_step(
             self.cfg.trainer.global_batch_size, self.cfg.trainer.micro_batch_size
+        )
+
+    def build_stage(self) -> MegatronModule:
+        """This stage of the model, or the chunks that it holds."""
+        chunks = self.cfg.parallel.virtual_pipeline
+        if chunks == 1:
+            first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+            return self._model_factory(first, last)
+        return ModelChunks(
+            [
+                self._model_factory(
+                    parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+                    parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+                    chunk,
+                )
+                for chunk in range(chunks)
+            ]
         )
 
     def resume_from(self, loaded: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,19 +50,48 @@ class TrainState:
 
     Attributes:
         module: the bare model, as its factory built it (bf16 parameters if the run is bf16).
-        ddp: the model wrapped for training; what the schedule calls.
+        ddp: the model wrapped for training, one for every chunk of layers; what the schedule calls.
         optimizer: megatron's optimizer over the parameters that require a gradient.
         scheduler: sets learning rate and weight decay, one count a step.
     """
 
     module: MegatronModule
-    ddp: DistributedDataParallel
+    ddp: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
 
+class ModelChunks(MegatronModule):
+    """The chunks of layers that one stage of an interleaved pipeline holds; for weights and checkpoints one module.
+
+    Args:
+        chunks: in order of depth.
+    """
+
+    def __init__(self, chunks: Sequence[MegatronModule]) -> None:
+        super().__init__(chunks[0].config)
+        self.chunks = torch.nn.ModuleList(chunks)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Of all chunks: entries by their names here, under the keys of the whole model."""
+        return {
+            f"{prefix}chunks.{number}.{name}": entry
+            for number, chunk in enumerate(model_chunks(self))
+            for name, entry in chunk.sharded_state_dict("", sharded_offsets, metadata).items()
+        }
+
+
+def model_chunks(module: MegatronModule) -> list[MegatronModule]:
+    """What the schedule runs as stages: the chunks of an interleaved stage, or the module itself."""
+    return list(module.chunks) if isinstance(module, ModelChunks) else [module]
+
+
 def wrap_model(
-    module: MegatronModule, trainer: TrainerConfig, parallel: ParallelConfig, device: torch.device
+    module: MegatronModule,
+    trainer: TrainerConfig,
+    parallel: ParallelConfig,
+    device: torch.device,
+    first_chunk: bool = True,
 ) -> DistributedDataParallel:
     """Moves a model to its device and precision and wraps it in megatron's DDP.
 
@@ -72,6 +101,8 @@ def wrap_model(
         trainer: ``precision`` is read.
         parallel: ``distributed_optimizer`` and the overlap switches are read.
         device: this process's device.
+        first_chunk: whether it is the first chunk of layers on this stage; the gradients of the others are reduced
+            in one bucket, as megatron does it.
 
     Returns:
         The wrapped model. Gradients are sums over tokens: the step divides them by the number of loss tokens
@@ -100,7 +131,7 @@ def wrap_model(
         overlap_param_gather=parallel.overlap_param_gather and parallel.distributed_optimizer,
         average_in_collective=False,
     )
-    ddp = DistributedDataParallel(config, ddp_config, module)
+    ddp = DistributedDataParallel(config, ddp_config, module, disable_bucketing=not first_chunk)
     # Same seed, same weights on every replica; this makes it true also for weights that a rank loaded by
     # itself.
     ddp.broadcast_params()
@@ -108,7 +139,7 @@ def wrap_model(
 
 
 def build_optimizer(
-    ddp: DistributedDataParallel, optim: OptimConfig, trainer: TrainerConfig, parallel: ParallelConfig
+    ddp: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:
     """Adam with decoupled weight decay; ``parallel.distributed_optimizer`` splits its state over replicas.
 
@@ -135,7 +166,7 @@ def build_optimizer(
             # Inside the wrapper for DDP, and in bf16 one more.
             names = (f"module.{module}.*", f"module.module.{module}.*")
             overrides[ParamKey(name=names)] = {"lr_mult": factor}
-    return get_megatron_optimizer(config, [ddp], config_overrides=overrides, use_gloo_process_groups=False)
+    return get_megatron_optimizer(config, ddp, config_overrides=overrides, use_gloo_process_groups=False)
 
 
 def build_scheduler(
@@ -235,15 +266,22 @@ def _restore_steps(optimizer: MegatronOptimizer) -> None:
                 state["step"] = state["step"].clone() if count is None else torch.tensor(float(count))
 
 
-def connect_schedule(ddp: DistributedDataParallel, optimizer: MegatronOptimizer, parallel: ParallelConfig) -> None:
+def connect_schedule(
+    ddp: list[DistributedDataParallel], optimizer: MegatronOptimizer, parallel: ParallelConfig
+) -> None:
     """Fills in the callables of the transformer config that megatron's pipeline schedules look up."""
-    config: Any = ddp.config
+
+    def one_or_all(functions: list[Any]) -> Any:
+        return functions[0] if len(functions) == 1 else functions
+
+    # The schedule reads the first chunk's.
+    config: Any = ddp[0].config
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:
-        config.no_sync_func = ddp.no_sync
+        config.no_sync_func = one_or_all([chunk.no_sync for chunk in ddp])
     if parallel.overlap_param_gather and parallel.distributed_optimizer:
-        config.param_sync_func = ddp.start_param_sync
+        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in ddp])
 
 
 def build_train_state(
@@ -254,7 +292,9 @@ def build_train_state(
     device: torch.device,
 ) -> TrainState:
     """Everything that trains ``module``; see :class:`TrainState`."""
-    ddp = wrap_model(module, trainer, parallel, device)
+    ddp = [
+        wrap_model(chunk, trainer, parallel, device, number == 0) for number, chunk in enumerate(model_chunks(module))
+    ]
     optimizer = build_optimizer(ddp, optim, trainer, parallel)
     connect_schedule(ddp, optimizer, parallel)
     return TrainState(module, ddp, optimizer, build_scheduler(optimizer, optim, trainer))

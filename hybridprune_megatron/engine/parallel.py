@@ -100,7 +100,12 @@ def init_distributed(launch: Launch, timeout_minutes: float = 30.0, init_method:
 
 
 def init_model_parallel(
-    tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 0, timeout_minutes: float = 30.0
+    tensor: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    seed: int = 0,
+    timeout_minutes: float = 30.0,
+    virtual_pipeline: int = 1,
 ) -> None:
     """Builds megatron's groups and seeds every generator (python, numpy, torch, megatron's tracker).
     Idempotent in the groups.
@@ -111,6 +116,7 @@ def init_model_parallel(
         context: processes that split the sequence.
         seed: of the run; equal on every rank. Ranks of one tensor group draw different weights from it.
         timeout_minutes: how long a collective of these groups waits for the others before the job fails.
+        virtual_pipeline: chunks of layers that each stage holds.
 
     Raises:
         ValueError: if the sizes do not divide the number of processes, or the seed is out of range.
@@ -128,6 +134,7 @@ def init_model_parallel(
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
             context_parallel_size=context,
             distributed_timeout_minutes=timeout_minutes,
             # Megatron wants a second, gloo set of groups beside nccl only for a gathering optimizer format

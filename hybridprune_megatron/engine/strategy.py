@@ -89,7 +89,14 @@ class MegatronStrategy(DDPStrategy):
         rank_zero_only.rank = fabric_rank_zero_only.rank = dist.get_rank()
         parallel = cfg.parallel
         timeout = cfg.trainer.timeout_minutes
-        init_model_parallel(parallel.tensor, parallel.pipeline, parallel.context, cfg.trainer.seed, timeout)
+        init_model_parallel(
+            parallel.tensor,
+            parallel.pipeline,
+            parallel.context,
+            cfg.trainer.seed,
+            timeout,
+            parallel.virtual_pipeline,
+        )
 
     def setup(self, trainer: Trainer) -> None:
         """Builds model and optimizer."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,34 +60,39 @@ class StepResult:
 
 
 class _Recorder:
-    """Hands micro batches to the schedule and keeps what the log needs of them."""
+    """Hands micro-batches to the schedule and keeps what the log needs of them."""
 
     def __init__(self, batches: Iterator[PackedBatch], device: torch.device) -> None:
         self._batches = batches
         self._device = device
-        # Looked at and not handed out yet.
-        self._waiting: deque[PackedBatch] = deque()
-        # Of each micro batch in order.
+        # Read, and not handed out to every chunk of layers yet.
+        self._waiting: dict[int, PackedBatch] = {}
+        # Of each micro-batch in order.
         self.keys: list[tuple[str, ...]] = []
         self.tokens = 0
 
-    def __iter__(self) -> _Recorder:
-        return self
+    def batch(self, index: int) -> PackedBatch:
+        """A micro-batch that was not handed out to every chunk of layers, maybe ahead of its turn."""
+        while index >= len(self.keys):
+            self._waiting[len(self.keys)] = batch = self._read()
+            self.keys.append(tuple(batch.keys))
+            self.tokens += batch.input_ids.numel()
+        return self._waiting[index]
 
-    def __next__(self) -> PackedBatch:
-        batch = self._waiting.popleft() if self._waiting else self._read()
-        self.keys.append(tuple(batch.keys))
-        self.tokens += batch.input_ids.numel()
-        return batch.to(self._device)
+    def one_each(self, num_chunks: int) -> list[Iterator[PackedBatch]]:
+        """All micro-batches, once for every chunk of layers on this stage."""
+        return [self._passed(last=chunk == num_chunks - 1) for chunk in range(num_chunks)]
 
-    def look(self) -> PackedBatch:
-        """The next micro batch that was not looked at before, ahead of its turn; every one is looked at, or none."""
-        self._waiting.append(self._read())
-        return self._waiting[-1]
+    def _passed(self, last: bool) -> Iterator[PackedBatch]:
+        for index in count():
+            batch = self.batch(index)
+            if last:
+                del self._waiting[index]
+            yield batch
 
     def _read(self) -> PackedBatch:
         try:
-            return next(self._batches)
+            return next(self._batches).to(self._device)
         except StopIteration:
             # Lightning would swallow a StopIteration here and count the step as done.
             raise ValueError("the training data ended; the loader must repeat it (data.train)") from None
@@ -106,7 +111,7 @@ def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tup
 
 
 def _run_schedule(
-    model: torch.nn.Module,
+    chunks: list[torch.nn.Module],
     batches: _Recorder,
     num_microbatches: int,
     sequence_length: int,
@@ -114,28 +119,40 @@ def _run_schedule(
 ) -> tuple[float, int, list[Tensor]]:
     """Runs the pipeline.
 
+    Args:
+        chunks: the model, or what this stage of an interleaved pipeline holds of it.
+        batches: as many micro batches at least.
+        num_microbatches: to run.
+        sequence_length: see ``train_step``.
+        forward_only: without gradients.
+
     Returns:
         Loss sum and loss tokens of the whole job, equal on all ranks; and this rank's loss sum of each of its micro
         batches (none but on the last stage).
     """
     communication: dict[str, Any] = {}
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        stage = unwrap_model(model)
+        stages = [unwrap_model(chunk) for chunk in chunks]
         communication = {
-            "p2p_communicator": StageCommunicator(stage.config, lambda: stage.input_shape(batches.look())),
+            "p2p_communicator": StageCommunicator(
+                stages[0].config,
+                lambda chunk, index: stages[chunk].input_shape(batches.batch(index)),
+                num_microbatches,
+                len(chunks),
+            ),
             "pg_collection": ProcessGroupCollection.use_mpu_process_groups(),
         }
     outputs = get_forward_backward_func()(
         forward_step_func=_forward_step,
-        data_iterator=batches,
-        model=[model],
+        data_iterator=batches.one_each(len(chunks)),
+        model=chunks,
         num_microbatches=num_microbatches,
         seq_length=sequence_length,
         micro_batch_size=1,
         forward_only=forward_only,
         **communication,
     )
-    device = next(model.parameters()).device
+    device = next(chunks[0].parameters()).device
     # float64: the sums of many micro batches keep every digit of their float32 losses.
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for output in outputs:
@@ -205,10 +222,11 @@ def train_step(
         FloatingPointError: if the loss or the gradient is not finite and that stops. No checkpoint holds the step.
         ValueError: if the data ends.
     """
-    device = next(state.ddp.parameters()).device
+    device = next(state.ddp[0].parameters()).device
     recorder = _Recorder(batches, device)
-    state.ddp.train()
-    state.ddp.zero_grad_buffer()
+    for chunk in state.ddp:
+        chunk.train()
+        chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
     loss_sum, loss_tokens, sums = _run_schedule(
         state.ddp, recorder, num_microbatches, sequence_length, forward_only=False
@@ -243,12 +261,14 @@ def train_step(
 
 @torch.no_grad()
 def evaluation_loss(
-    model: torch.nn.Module, batches: Iterator[PackedBatch], num_microbatches: int, sequence_length: int
+    chunks: list[torch.nn.Module], batches: Iterator[PackedBatch], num_microbatches: int, sequence_length: int
 ) -> tuple[float, int]:
     """Mean loss per loss token over ``num_microbatches`` of every replica, and that number of tokens."""
-    was_training = model.training
-    model.eval()
-    recorder = _Recorder(batches, next(model.parameters()).device)
-    loss_sum, loss_tokens, _ = _run_schedule(model, recorder, num_microbatches, sequence_length, forward_only=True)
-    model.train(was_training)
+    was_training = chunks[0].training
+    for chunk in chunks:
+        chunk.eval()
+    recorder = _Recorder(batches, next(chunks[0].parameters()).device)
+    loss_sum, loss_tokens, _ = _run_schedule(chunks, recorder, num_microbatches, sequence_length, forward_only=True)
+    for chunk in chunks:
+        chunk.train(was_training)
     return loss_sum / max(loss_tokens, 1), loss_tokens

@@ -27,7 +27,12 @@ from hybridprune_megatron.vision.encoder import build_projector, radio_config
 
 
 def build_model(
-    cfg: Config, pre_process: bool = True, post_process: bool = True, *, meta: bool = False
+    cfg: Config,
+    pre_process: bool = True,
+    post_process: bool = True,
+    chunk: int | None = None,
+    *,
+    meta: bool = False,
 ) -> VideoLanguageModel:
     """The model of a configuration on this rank, parameters of frozen parts without gradients.
 
@@ -35,16 +40,19 @@ def build_model(
         cfg: the whole configuration; uses model, reduction, parallel, trainer.precision.
         pre_process: first pipeline stage.
         post_process: last pipeline stage.
+        chunk: which of its chunks, on a stage of an interleaved pipeline.
         meta: build on the meta device, without memory for weights.
 
     Raises:
         ValueError: a scorer, layer or budget that does not exist, or a spec that cannot be had here.
     """
     with torch.device("meta") if meta else nullcontext():
-        return _build(cfg, pre_process, post_process, transformer_config(cfg, meta=meta))
+        return _build(cfg, pre_process, post_process, chunk, transformer_config(cfg, meta=meta))
 
 
-def _build(cfg: Config, pre_process: bool, post_process: bool, config: TransformerConfig) -> VideoLanguageModel:
+def _build(
+    cfg: Config, pre_process: bool, post_process: bool, chunk: int | None, config: TransformerConfig
+) -> VideoLanguageModel:
     model = cfg.model
     meta = config.init_model_with_meta_device
     spec, lora = resolve_spec(model.spec), cfg.tuning.lora
@@ -60,6 +68,7 @@ def _build(cfg: Config, pre_process: bool, post_process: bool, config: Transform
         share_embeddings_and_output_weights=model.tie_embeddings,
         position_embedding_type="none",
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        vp_stage=chunk,
     )
     tower = projector = None
     if model.vision is not None and pre_process:
@@ -162,11 +171,15 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
         bf16=bf16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         # A packed batch is as long as its samples, and shorter with depth; this setting demands the dispatcher's even
         # without experts.
         variable_seq_lengths=parallel.pipeline > 1,
+        # An interleaved schedule is only worth its messages if layers run meanwhile.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,

@@ -156,6 +156,14 @@ VALUE_CASES = {
         ["parallel.pipeline=2", "trainer.devices=2"],
         r"parallel.pipeline=2: .*into 1 stage\(s\); set model.hybrid_pattern='M-M\*-\|M-M\*-' or parallel.pipeline=1",
     ),
+    "chunks without pipeline": (
+        ["parallel.virtual_pipeline=2"],
+        r".*one process runs all layers.* or parallel.pipeline=2",
+    ),
+    "too few cuts for chunks": (
+        ["parallel.pipeline=4", "parallel.virtual_pipeline=2", "trainer.devices=4", "model.hybrid_pattern=M-M*|-M-M*-"],
+        r"parallel.pipeline=4: .*into 2 stage\(s\) and parallel.virtual_pipeline=2 asks for 8; set .*",
+    ),
     "cuts without pipeline": (["model.hybrid_pattern=M-|M*"], r"parallel.pipeline=1: .*or parallel.pipeline=2"),
     "pipeline deeper than the model": (
         ["model.hybrid_pattern=M*", "parallel.pipeline=3", "trainer.devices=3"],

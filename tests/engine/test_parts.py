@@ -82,7 +82,7 @@ def _frozen(learning: str, precision: str) -> None:
     assert changed == {learning}
     # Nor do frozen parts take memory for gradients and moments.
     learned = {name for name in parameters if _part_of(name) == learning}
-    buffered = {id(p) for buffer in state.ddp.buffers for p in buffer.params}
+    buffered = {id(p) for buffer in state.ddp[0].buffers for p in buffer.params}
     assert buffered == {id(parameters[name]) for name in learned}
     size = sum(parameters[name].numel() for name in learned)
     assert sum(p.numel() for group in state.optimizer.param_groups for p in group["params"]) == size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ def step(
         The loss, and what this rank saw enter its layers: name of the packed sequence, layer, original indices.
     """
     import torch
-    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core import dist_checkpointing
 
     from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
-    from hybridprune_megatron.engine.optimization import build_train_state
+    from hybridprune_megatron.engine.module import HybridPruneModule
+    from hybridprune_megatron.engine.optimization import build_train_state, model_chunks
     from hybridprune_megatron.engine.parallel import data_rank, init_model_parallel
     from hybridprune_megatron.engine.train_step import _Recorder, _run_schedule
     from hybridprune_megatron.engine.weights import load_initial_weights
@@ -44,18 +46,22 @@ def step(
     from hybridprune_megatron.models.stack import ReductionStack
 
     cfg = config_of(sizes, overrides, pattern)
-    init_model_parallel(cfg.parallel.tensor, cfg.parallel.pipeline, cfg.parallel.context, seed=1)
-    model = build_model(cfg, parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
+    parallel = cfg.parallel
+    init_model_parallel(
+        parallel.tensor, parallel.pipeline, parallel.context, seed=1, virtual_pipeline=parallel.virtual_pipeline
+    )
+    model = HybridPruneModule(cfg, partial(build_model, cfg), lambda *_: None).build_stage()
     load_initial_weights(model, weights)
     if local_chunks:
         # One process in the place of ranks that each hold two chunks.
         ReductionStack.local_chunks = local_chunks
-    seen = _watch(model)
+    seen = _watch(model_chunks(model))
     state = build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
     where = data_rank()
     batches = [tiny_batch(*frames, pad_to_multiple_of=MULTIPLE_OF) for frames in BATCHES[where.rank :: where.size]]
-    state.ddp.train()
-    state.ddp.zero_grad_buffer()
+    for chunk in state.ddp:
+        chunk.train()
+        chunk.zero_grad_buffer()
     total, tokens, *_ = _run_schedule(
         state.ddp, _Recorder(iter(batches), torch.device("cpu")), len(batches), cfg.data.sequence_length, False
     )
@@ -73,8 +79,8 @@ def step(
 def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:
     """The tiny configuration under a layout."""
     devices = 1
-    for size in sizes.values():
-        devices *= size
+    for name, size in sizes.items():
+        devices *= size if name != "virtual_pipeline" else 1
     split = [f"parallel.{name}={size}" for name, size in sizes.items() if name != "data"]
     return tiny_config(
         *split,
@@ -92,21 +98,24 @@ def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:
     )
 
 
-def _watch(model: Any) -> list[tuple[str, int, list[int]]]:
+def _watch(chunks: list[Any]) -> list[tuple[str, int, list[int]]]:
     """Fills a list with what enters every layer."""
     from hybridprune_megatron.models import stack
 
     seen: list[tuple[str, int, list[int]]] = []
-    keys: list[str] = []
-    model.register_forward_pre_hook(lambda _, inputs: keys.append(f"{len(inputs[0].pixel_values)} frames"))
-    first = model.language_model.decoder.layers[0].layer_number - 1
-    calls = {"count": 0}
-    layers = len(model.language_model.decoder.layers)
+    # The layers that the pass under way is still to run, and its packed sequence.
+    ahead: list[tuple[str, int]] = []
+
+    def enter(chunk: Any, inputs: Any) -> None:
+        layers = chunk.language_model.decoder.layers
+        ahead[:] = [(f"{len(inputs[0].pixel_values)} frames", layer.layer_number - 1) for layer in layers]
+
+    for chunk in chunks:
+        chunk.register_forward_pre_hook(enter)
     original = stack.pack_for_layer
 
     def watched(layout: Any, *args: Any) -> Any:
-        seen.append((keys[-1], first + calls["count"] % layers, layout.origin.tolist()))
-        calls["count"] += 1
+        seen.append((*ahead.pop(0), layout.origin.tolist()))
         return original(layout, *args)
 
     stack.pack_for_layer = watched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "PP2 DP2": {"pipeline": 2, "data": 2},
     "CP2 DP2": {"context": 2, "data": 2},
     "CP4": {"context": 4},
+    # Interleaved: each stage holds two chunks of layers.
+    "PP2 VP2": {"pipeline": 2, "virtual_pipeline": 2},
 }
 
 
@@ -38,8 +41,10 @@ def run(
     folder: Path, weights: str, sizes: dict[str, int], overrides: list[str] | None = None, local_chunks: int = 0
 ) -> Any:
     """Loss, tokens that enter each layer by sequence and layer, and gradients."""
-    world = int(np.prod(list(sizes.values()) or [1]))
-    pattern = "M*M-|M*M-" if sizes.get("pipeline", 1) > 1 else PATTERN
+    world = math.prod(size for name, size in sizes.items() if name != "virtual_pipeline")
+    pattern = {1: PATTERN, 2: "M*M-|M*M-", 4: "M*|M-|M*|M-"}[
+        sizes.get("pipeline", 1) * sizes.get("virtual_pipeline", 1)
+    ]
     gradients = folder / "gradients"
     ranks = run_world(world, step, weights, str(gradients), sizes, overrides or [], pattern, local_chunks)
     losses = {loss for loss, _ in ranks}

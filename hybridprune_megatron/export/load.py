@@ -25,6 +25,7 @@ _ONE_PROCESS: dict[str, Any] = {
     "parallel": {
         "tensor": 1,
         "pipeline": 1,
+        "virtual_pipeline": 1,
         "context": 1,
         "sequence_parallel": False,
         "distributed_optimizer": False,

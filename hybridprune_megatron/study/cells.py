@@ -15,9 +15,8 @@ BUDGETS = (0.25, 0.5, 0.35, 0.15)
 #: The budget at which methods are compared first.
 HEADLINE = 0.25
 SEEDS = (0, 1, 2)
-OURS = "query"
-#: The variant of ours that the findings recommend.
-RECOMMENDED = "attention_floor"
+#: The variant of ours that the findings recommend; the others are its ablations.
+OURS = "attention_floor"
 #: Baselines of other people's, of which the strongest get all seeds.
 NUM_STRONGEST = 2
 
@@ -48,9 +47,14 @@ class Method:
     headline_only: bool = False
     tuning: tuple[str, ...] = RANDOM_BUDGETS
 
+    @property
+    def tuned_stage(self) -> str:
+        """Of the checkpoint that serves every budget; a front's is finetuned at the headline budget."""
+        return "after_fixed" if self.tuning == FIXED_BUDGET else "after"
+
 
 METHODS = (
-    Method(OURS, "ours: all layers, low to high, decay-free", ("reduction=query",), ours=True),
+    Method(OURS, "ours: attention layers, low to high, floor 0.1", ("reduction=attention_floor",), ours=True),
     Method("random", "random", ("reduction=random",)),
     Method("uniform", "uniform stride", ("reduction=uniform",)),
     Method("fastv", "FastV", ("reduction=fastv",)),
@@ -58,14 +62,9 @@ METHODS = (
     Method("evs", "EVS in front", ("reduction=evs",), tuning=FIXED_BUDGET),
     Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
     Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
-    Method("query_with_decay", "ours with decay", ("reduction=query_with_decay",), ours=True),
-    Method("attention_only", "ours, attention layers only", ("reduction=attention_only",), ours=True),
-    Method(
-        "attention_floor",
-        "ours, attention layers only, floor 0.1",
-        ("reduction=attention_floor",),
-        ours=True,
-    ),
+    Method("query", "ours, all layers", ("reduction=query",), ours=True),
+    Method("query_with_decay", "ours, all layers, with decay", ("reduction=query_with_decay",), ours=True),
+    Method("attention_only", "ours, attention layers only, no floor", ("reduction=attention_only",), ours=True),
     Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
     Method("constant", "ours, constant from layer 1 on", ("reduction=constant",), ours=True),
     Method(
@@ -80,8 +79,9 @@ METHODS = (
     ),
     Method("longmamba", "LongMamba's step filter (drops nothing)", ("reduction=longmamba",), headline_only=True),
 )
-#: Beside ours, what is also finetuned at the headline budget alone: all that drop inside and are compared with it.
-FIXED = (RECOMMENDED, "pyramiddrop", "random", "fastv", "uniform", "one_shot")
+#: Beside ours, what is also finetuned at the headline budget alone: what drops inside and is compared with it, and the
+#: model with every token.
+FIXED = ("none", "pyramiddrop", "random", "uniform", "fastv", "evs", "one_shot", "query")
 METHOD_BY_NAME = {method.name: method for method in METHODS}
 
 
@@ -125,30 +125,29 @@ def units(rows: dict[str, Any]) -> Iterator[Unit]:
     yield Unit("before", "none", 0, (1.0,))
     for method in METHODS:
         yield Unit("before", method.name, 0, (HEADLINE,))
-    yield Unit("after", OURS, 0, (1.0, *BUDGETS))
     yield Unit("after_fixed", OURS, 0, (HEADLINE, 1.0))
     for name in FIXED:
-        yield Unit("after_fixed", name, 0, (HEADLINE,))
-    for method in METHODS:
-        if method.name != OURS:
-            yield Unit("after", method.name, 0, (HEADLINE,))
+        yield Unit("after_fixed", name, 0, (1.0 if name == "none" else HEADLINE,))
+    yield Unit("after", OURS, 0, (1.0, *BUDGETS))
     for seed in SEEDS[1:]:
         for name in (OURS, *strongest_baselines(rows)):
-            yield Unit("after", name, seed, (HEADLINE,))
-        yield Unit("after_fixed", OURS, seed, (HEADLINE,))
+            yield Unit("after_fixed", name, seed, (HEADLINE,))
     for method in METHODS:
         if not method.headline_only:
             yield Unit("before", method.name, 0, BUDGETS)
-    for method in METHODS:
-        if not method.headline_only:
-            yield Unit("after", method.name, 0, BUDGETS)
+    for budgets in ((HEADLINE,), BUDGETS):
+        for method in METHODS:
+            if method.name != OURS and not (method.headline_only and budgets == BUDGETS):
+                yield Unit(method.tuned_stage, method.name, 0, budgets)
+    for seed in SEEDS[1:]:
+        yield Unit("after", OURS, seed, (HEADLINE,))
 
 
 def strongest_baselines(rows: dict[str, Any]) -> list[str]:
     """The baselines that answer best at the headline budget, finetuned where measured, else as the base model."""
 
     def accuracy(method: str) -> float:
-        for stage in ("after", "before"):
+        for stage in ("after_fixed", "before"):
             found = [row["accuracy"] for row in rows_of(rows.values(), stage, method, HEADLINE)]
             if found:
                 return fmean(found)

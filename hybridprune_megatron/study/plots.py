@@ -49,6 +49,7 @@ def plot_study(path: Path, rows: Sequence[dict[str, Any]], chance: float) -> Non
 
 
 def _plot_method(panel: Axes, rows: Sequence[dict[str, Any]], stage: str, method: Method, colour: str) -> None:
+    stage = "before" if stage == "before" else method.tuned_stage
     found = [(budget, rows_of(rows, stage, method.name, budget)) for budget in sorted(BUDGETS)]
     points = [(budget, accuracy(cell)) for budget, cell in found if cell]
     if not points:

@@ -12,36 +12,44 @@ import pytest
 from tests.engine.job import run_job, tiny_job
 from tests.worlds import run_world
 
-#: tensor (with sequence parallel), pipeline, context; data-parallel is what is left of two processes.
-LAYOUTS = {"TP2+SP": (2, 1, 1), "PP2": (1, 2, 1), "CP2": (1, 1, 2), "DP2": (1, 1, 1)}
+#: tensor (with sequence parallel), pipeline, context, chunks a stage; data-parallel is what is left of two processes.
+LAYOUTS = {
+    "TP2+SP": (2, 1, 1, 1),
+    "PP2": (1, 2, 1, 1),
+    "PP2 VP2": (1, 2, 1, 2),
+    "CP2": (1, 1, 2, 1),
+    "DP2": (1, 1, 1, 1),
+}
 _BEFORE, _AFTER = 2, 3
 _MULTIPLE = 8
 
+Sizes = tuple[int, int, int, int]
 Steps = list[tuple[float, float, str]]
 
 
 @functools.cache
-def _config(sizes: tuple[int, int, int], processes: int) -> Any:
+def _config(sizes: Sizes, processes: int) -> Any:
     from tests.models.tiny import tiny_config
 
-    tensor, pipeline, context = sizes
+    tensor, pipeline, context, chunks = sizes
     return tiny_config(
         *(f"parallel.tensor={tensor}", f"parallel.sequence_parallel={tensor > 1}", f"trainer.devices={processes}"),
-        *(f"parallel.pipeline={pipeline}", f"parallel.context={context}"),
+        *(f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={chunks}", f"parallel.context={context}"),
         *("reduction.retention=[1.0,0.5,0.3,0.2]", f"reduction.multiple_of={_MULTIPLE}"),
         # A large epsilon: no update hangs on the sign of a gradient that is nearly zero.
         *("optim.lr=0.01", "optim.eps=1.0e-3", "optim.warmup_steps=2", "trainer.max_steps=8"),
-        pattern="M*|M*" if pipeline > 1 else "M*M*",
+        pattern={1: "M*M*", 2: "M*|M*", 4: "M|*|M|*"}[pipeline * chunks],
         budget=0.5,
     )
 
 
-def _open(sizes: tuple[int, int, int], weights: Path) -> tuple[Any, Any]:
+def _open(sizes: Sizes, weights: Path) -> tuple[Any, Any]:
     """The video model, reduced, and its loader in a layout; the weights are written if they are not there."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.optimization import build_train_state
     from hybridprune_megatron.engine.parallel import data_rank, init_model_parallel
     from hybridprune_megatron.engine.weights import load_initial_weights, save_weights
@@ -49,9 +57,10 @@ def _open(sizes: tuple[int, int, int], weights: Path) -> tuple[Any, Any]:
     from tests.engine.tiny import ClipLoader
 
     parallel_state.destroy_model_parallel()
-    init_model_parallel(*sizes, seed=3)
+    *groups, chunks = sizes
+    init_model_parallel(*groups, seed=3, virtual_pipeline=chunks)
     cfg = _config(sizes, dist.get_world_size())
-    model = build_model(cfg, parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage())
+    model = HybridPruneModule(cfg, functools.partial(build_model, cfg), lambda *_: None).build_stage()
     if weights.exists():
         load_initial_weights(model, weights)
     else:
@@ -72,7 +81,7 @@ def _steps(state: Any, loader: Any, first: int, number: int) -> Steps:
 
 
 def _undisturbed(folder: Path) -> Steps:
-    return _steps(*_open((1, 1, 1), folder / "weights.safetensors"), 1, _BEFORE + _AFTER)
+    return _steps(*_open((1, 1, 1, 1), folder / "weights.safetensors"), 1, _BEFORE + _AFTER)
 
 
 def _all_pairs(folder: Path) -> dict[tuple[str, str], Steps]:
@@ -103,7 +112,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Steps, dict[tuple[s
     return whole, one
 
 
-@pytest.mark.parametrize(("source", "target"), itertools.permutations(LAYOUTS, 2))
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(LAYOUTS, 2)))
 def test_layouts_continue_each_other(
     pairs: tuple[Steps, dict[tuple[str, str], Steps]], source: str, target: str
 ) -> None:

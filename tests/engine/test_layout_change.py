@@ -97,7 +97,8 @@ def _all_pairs(folder: Path) -> dict[tuple[str, str], Steps]:
         path, sizes = saved[source], LAYOUTS[target]
         state, loader = _open(sizes, folder / "weights.safetensors")
         loaded = load_checkpoint(path, state, loader.save_state())
-        assert loaded["rng"] is None
+        # Random states belong to ranks, and chunks of layers change none.
+        assert (loaded["rng"] is None) == (LAYOUTS[source][:3] != sizes[:3])
         loader.load_state(loaded["loader"])
         results[source, target] = _steps(state, loader, _BEFORE + 1, _AFTER)
     return results

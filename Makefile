@@ -14,6 +14,8 @@ QUICK := not gpu and not slow
 # Sets $$skipped to what leaves the tests on a Slurm cluster out, where there is none and none can be installed: it says why.
 WITH_SLURM := skipped=""; scripts/dev_cluster.sh install || { \
   skipped="and not slurm"; echo "Without Slurm, the tests marked slurm do not run."; }
+# Two files of tests at a time, for much of a test is waiting; in the order of collection.
+PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
 ARGS ?=
 
@@ -42,11 +44,11 @@ demo: $(INSTALLED)
 
 # make test      lint and the tests that run here, on a Slurm of two nodes too where that can be had
 test: lint
-	@$(WITH_SLURM); $(VENV)/bin/python -m pytest -m "$(QUICK) $$skipped" $(ARGS)
+	@$(WITH_SLURM); $(PYTEST) -m "$(QUICK) $$skipped" $(ARGS)
 
 # make test-all  the slow tests too
 test-all: lint
-	@$(WITH_SLURM); $(VENV)/bin/python -m pytest -m "not gpu $$skipped" $(ARGS)
+	@$(WITH_SLURM); $(PYTEST) -m "not gpu $$skipped" $(ARGS)
 
 # make lint      ruff and mypy
 lint: $(INSTALLED)

@@ -3,6 +3,7 @@
     python scripts/export_hf.py --checkpoint runs/demo --out runs/demo/hf
     python scripts/export_hf.py --checkpoint runs/demo/checkpoints/step_00000050 --out hf reduction.budget=0.35
     python scripts/export_hf.py --checkpoint assets/demo/base.safetensors --out hf experiment=demo
+    python scripts/export_hf.py --checkpoint runs/mine --out hf --plain path/to/original
 
 Runs in one process, on a CPU; the checkpoint may come from any number of them.
 """
@@ -22,6 +23,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="folder of a run (newest checkpoint), of one checkpoint, or .safetensors file",
     )
     parser.add_argument("--out", required=True, help="folder to write; replaced if it exists")
+    parser.add_argument(
+        "--plain",
+        metavar="FOLDER",
+        help="Hugging Face folder that the weights came from: write its layout, for engines that load it, unreduced",
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="largest weights file (default %(default)s)")
     parser.add_argument(
         "overrides",
@@ -41,16 +47,22 @@ def main(argv: list[str]) -> None:
     options = parse_arguments(argv)
     # After the arguments are read: these take half a minute to import.
     from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
+    from hybridprune_megatron.export.plain import export_plain
     from hybridprune_megatron.export.write import export_model
 
     try:
         checkpoint = find_checkpoint(options.checkpoint)
         cfg = checkpoint_config(checkpoint, options.overrides)
-        folder = export_model(load_model(checkpoint, cfg), cfg, options.out, options.max_shard_size)
+        model = load_model(checkpoint, cfg)
+        if options.plain is not None:
+            folder = export_plain(model, cfg, options.plain, options.out)
+        else:
+            folder = export_model(model, cfg, options.out, options.max_shard_size)
     except ValueError as error:
         print(f"export failed: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{checkpoint} exported to {folder} (budget {cfg.reduction.budget}, score {cfg.reduction.scorer})")
+    how = f"the layout of {options.plain}" if options.plain else f"budget {cfg.reduction.budget}"
+    print(f"{checkpoint} exported to {folder} ({how}, score {cfg.reduction.scorer})")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Loads the weights a run starts from: a .safetensors file, or a distributed checkpoint, into any parallel
-layout.
+"""Loads the weights a run starts from: .safetensors files, a Hugging Face folder, or a distributed checkpoint, into
+any parallel layout.
 
 Names are those of the model's sharded state dict, which are the names of ``state_dict()`` of the unsplit
 model. Only tensors are read: from a distributed checkpoint no stored object is unpickled, and its index is
@@ -18,11 +18,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
+from hybridprune_megatron.huggingface.names import CONSTANTS
+from hybridprune_megatron.huggingface.source import INDEX_FILE, WEIGHTS_FILE, open_weights
 from hybridprune_megatron.models.lora import is_adapter
 
 # All that a genuine index of torch.distributed.checkpoint is made of. Names in full: a pickle may also ask for
@@ -65,20 +66,22 @@ def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
     Args:
         module: any tensor/pipeline split; every weight must be in the file, and every weight of the file in
             some rank's model. Adapters may be missing all together: then they stay as they were built.
-        path: a ``.safetensors`` file or a distributed checkpoint folder (ours or stock megatron's).
+        path: a ``.safetensors`` file or a folder of such files (scripts/import_hf.py), a Hugging Face folder of a
+            family that ``huggingface.names`` knows, or a distributed checkpoint folder (ours or stock megatron's).
 
     Raises:
         ValueError: if the path does not exist, or names or shapes differ.
     """
     path = Path(path)
-    if path.is_dir():
-        _load_distributed(module, path)
-    elif path.is_file():
-        _load_safetensors(module, path)
-    else:
+    if not path.exists():
         raise ValueError(
             f"model.init_checkpoint={path} does not exist; give a .safetensors file, a checkpoint folder, or null"
         )
+    holds_tensors = path.is_file() or any((path / name).is_file() for name in ("config.json", INDEX_FILE, WEIGHTS_FILE))
+    if holds_tensors:
+        _load_tensors(module, path)
+    else:
+        _load_distributed(module, path)
 
 
 def save_weights(module: MegatronModule, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -99,8 +102,7 @@ def save_weights(module: MegatronModule, path: str | Path, dtype: torch.dtype | 
         raise ValueError(
             "a .safetensors file holds whole weights: load the checkpoint with parallel=single to write one"
         )
-    state = module.state_dict()
-    weights = {entry.key: state[name] for name, entry in _sharded_tensors(module).items()}
+    weights = whole_weights(module)
     weights = {
         key: value.to(dtype if dtype is not None and value.dim() > 1 else value.dtype).contiguous()
         for key, value in weights.items()
@@ -109,6 +111,12 @@ def save_weights(module: MegatronModule, path: str | Path, dtype: torch.dtype | 
     partial = path.with_name(path.name + ".partial")
     save_file(weights, partial)
     partial.replace(path)
+
+
+def whole_weights(module: MegatronModule) -> dict[str, torch.Tensor]:
+    """The weights of an unsplit model under the names of a checkpoint."""
+    state = module.state_dict()
+    return {entry.key: state[name] for name, entry in _sharded_tensors(module).items()}
 
 
 def _sharded_tensors(module: MegatronModule) -> dict[str, ShardedTensor | ShardedTensorFactory]:
@@ -139,29 +147,32 @@ def _tensors_to_load(module: MegatronModule, names: Iterable[str], path: Path) -
     return sharded
 
 
-def _assign(module: MegatronModule, loaded: dict[str, Any]) -> None:
+def _assign(module: MegatronModule, loaded: dict[str, Any], partly: bool = False) -> None:
     missing, unexpected = module.load_state_dict(loaded, strict=False)
     # Extra states are the only entries of a state dict that are not tensors; adapters may be left as they were built.
     missing = [name for name in missing if not name.endswith("_extra_state") and not is_adapter(name)]
-    assert not missing, f"weights without a value: {missing[:5]}"
+    assert partly or not missing, f"weights without a value: {missing[:5]}"
     assert not unexpected, f"values without a weight: {unexpected[:5]}"
 
 
-def _load_safetensors(module: MegatronModule, path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        names = set(file.keys())
-        loaded: dict[str, Any] = {}
-        used: set[str] = set()
+def _load_tensors(module: MegatronModule, path: Path) -> None:
+    try:
+        weights = open_weights(path)
+    except ValueError as error:
+        raise ValueError(f"model.init_checkpoint={path}: {error}") from None
+    names = weights.names
+    used: set[str] = set()
+    with torch.no_grad():
+        # One after the other, so that no more than one whole weight is held beside the model.
         for name, entry in _tensors_to_load(module, names, path).items():
-            if entry.key not in names:
+            if entry.key in names:
+                _assign(module, {name: _local_part(entry, weights.read(entry.key), path)}, partly=True)
+                used.add(entry.key)
+            elif not entry.key.endswith(CONSTANTS):
                 raise ValueError(
                     f"model.init_checkpoint={path} has no weight {entry.key!r}; it is of another model, check model=..."
                 )
-            loaded[name] = _local_part(entry, file.get_tensor(entry.key), path)
-            used.add(entry.key)
-    _refuse_unused(names - used, path)
-    with torch.no_grad():
-        _assign(module, loaded)
+    _refuse_unused(set(names) - used, path)
 
 
 def _refuse_unused(unused: set[str], path: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,13 @@ from hybridprune_megatron.data.prompt import (
     TURN_TOKEN,
     special_token_id,
 )
+from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export.configuration_hybridprune import TRAINING_ONLY, HybridPruneConfig
-from hybridprune_megatron.export.convert import NameMap
 from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
+from hybridprune_megatron.huggingface.files import whole_folder
+from hybridprune_megatron.huggingface.names import Heads, WeightNames
 
 # What a tokenizer folder may hold; anything else in it (weights, other configurations) stays behind.
 _TOKENIZER_FILES = (
@@ -81,7 +81,7 @@ def export_model(model: nn.Module, cfg: Config, out_dir: str | Path, max_shard_s
     config = hf_config(cfg)
     weights = hf_weights(model, cfg)
     _check_against_model(weights, config)
-    with _whole_folder(out_dir) as folder:
+    with whole_folder(out_dir) as folder:
         _write_weights(folder, weights, max_shard_size)
         config.dtype = weights["language_model.backbone.embeddings.weight"].dtype
         config.save_pretrained(folder)
@@ -147,11 +147,18 @@ def hf_weights(model: nn.Module, cfg: Config) -> dict[str, Tensor]:
     Raises:
         ValueError: listing names that do not fit the configuration.
     """
-    names = NameMap(
-        cfg.model.hybrid_pattern, cfg.model.num_query_groups, cfg.model.kv_channels, cfg.model.tie_embeddings
-    )
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    return {name: value.detach().cpu().contiguous() for name, value in names.to_hf(state).items()}
+    vision = cfg.model.vision
+    heads = Heads(cfg.model.num_query_groups, cfg.model.kv_channels)
+    blocks = vision.num_layers if vision is not None else 0
+    names = WeightNames("hybridprune", cfg.model.hybrid_pattern, heads, cfg.model.tie_embeddings, blocks)
+    state = whole_weights(model)
+    names.check_ours(state, "the training model")
+    converted = {
+        name: value
+        for rule in names.rules
+        for name, value in zip(rule.theirs, rule.to_theirs([state[name] for name in rule.ours], heads))
+    }
+    return {name: value.detach().cpu().contiguous() for name, value in converted.items()}
 
 
 def processor_settings(cfg: Config) -> dict[str, Any]:
@@ -202,23 +209,3 @@ def _write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="ascii")
-
-
-@contextmanager
-def _whole_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder beside the target that takes its place at the end; nothing is left of it after an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield scratch
-        # mkdtemp makes folders that only their owner can read.
-        scratch.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            target.rename(old / "old")
-            scratch.rename(target)
-            shutil.rmtree(old)
-        else:
-            scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

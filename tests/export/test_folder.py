@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from hybridprune_megatron.export.convert import NameMap
+from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export.write import export_model
+from hybridprune_megatron.huggingface.source import open_weights, same_bytes
 
 ALONE = """
 import sys
@@ -115,41 +115,10 @@ def test_bf16_keeps_the_decay_in_fp32(world, inputs) -> None:
 def test_weights_on_disk_are_the_training_models(world) -> None:
     index = json.loads((world.folder / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
-    saved = {}
-    for name in sorted(set(index["weight_map"].values())):
-        saved.update(load_file(world.folder / name))
-    assert set(saved) == set(index["weight_map"])
-    model = world.cfg.model
-    names = NameMap(model.hybrid_pattern, model.num_query_groups, model.kv_channels)
-    back = names.to_megatron(saved)
-    state = {name: value for name, value in world.model.state_dict().items() if isinstance(value, torch.Tensor)}
-    assert set(back) == {name for name in state if not name.endswith("_extra_state")}
-    for name, value in back.items():
-        assert torch.equal(value, state[name]), name
-
-
-def test_unknown_and_missing_weights_are_listed(world) -> None:
-    model = world.cfg.model
-    names = NameMap(model.hybrid_pattern, model.num_query_groups, model.kv_channels)
-    state = dict(world.model.state_dict())
-    state["language_model.decoder.layers.0.mixer.extra"] = torch.zeros(1)
-    del state["language_model.decoder.layers.1.self_attention.linear_qkv.weight"]
-    with pytest.raises(
-        ValueError, match=r"unknown \[.*layers.0.mixer.extra'\], missing \[.*layers.1.self_attention.linear_qkv"
-    ):
-        names.to_hf(state)
-    exported = names.to_hf(world.model.state_dict())
-    del exported["language_model.backbone.layers.1.mixer.k_proj.weight"]
-    with pytest.raises(ValueError, match="k_proj"):
-        names.to_megatron(exported)
-
-
-def test_query_key_value_are_split_per_group() -> None:
-    names = NameMap("*", num_query_groups=2, head_dim=1)
-    # Two groups of two query heads, one key, one value.
-    fused = torch.arange(8.0).unsqueeze(1)
-    q, k, v = names._split_qkv(fused)
-    assert [part.flatten().tolist() for part in (q, k, v)] == [[0, 1, 4, 5], [2, 6], [3, 7]]
+    saved, state = open_weights(world.folder), whole_weights(world.model)
+    assert set(saved.names) == set(state)
+    for name, value in state.items():
+        assert same_bytes(saved.read(name), value), name
 
 
 def test_an_export_is_whole_or_not_there(world, tmp_path, monkeypatch) -> None:

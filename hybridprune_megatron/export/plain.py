@@ -1,0 +1,75 @@
+"""Writes a trained model back as the Hugging Face folder that it came from: keys, dtypes, files; nothing reduced."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.engine.weights import whole_weights
+from hybridprune_megatron.export.model_card import model_card
+from hybridprune_megatron.huggingface.files import whole_folder
+from hybridprune_megatron.huggingface.folder import read_config, weight_names
+from hybridprune_megatron.huggingface.source import TensorFiles
+
+_CARD = "README.md"
+
+
+def export_plain(model: nn.Module, cfg: Config, original: str | Path, out_dir: str | Path) -> Path:
+    """Writes the weights of a model in the layout of the folder whose weights it was trained from.
+
+    Every tensor keeps the original's name, dtype and file; what no model here has (constants of the tower) and every
+    other file are the original's. Serving engines that load the original load this.
+
+    Args:
+        model: the unsplit training model.
+        cfg: its configuration, for the model card.
+        original: a Hugging Face folder of a family that ``huggingface.names`` knows.
+        out_dir: where to write; a folder that is there is replaced.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the original is of another model, or cannot be read.
+    """
+    original, out_dir = Path(original), Path(out_dir)
+    if original.resolve() == out_dir.resolve():
+        raise ValueError(f"--out={out_dir} is the original itself: give another folder")
+    files = TensorFiles(original)
+    table = weight_names(read_config(original), files.names)
+    table.check_theirs(files.names, str(original))
+    state = whole_weights(model)
+    table.check_ours(state, "the training model")
+    with whole_folder(out_dir) as folder:
+        for entry in original.iterdir():
+            if entry.is_file() and entry.suffix != ".safetensors" and entry.name != _CARD:
+                shutil.copyfile(entry, folder / entry.name)
+        for file in sorted(set(files.files.values())):
+            names = [name for name, where in files.files.items() if where == file]
+            save_file(
+                {name: _theirs(name, state, table, files) for name in names}, folder / file.name, {"format": "pt"}
+            )
+        (folder / _CARD).write_text(model_card(cfg), encoding="ascii")
+    return out_dir
+
+
+def _theirs(name: str, state: dict[str, torch.Tensor], table: Any, files: TensorFiles) -> torch.Tensor:
+    """One tensor of theirs in the original's dtype."""
+    before = files.read(name)
+    rule = table.by_theirs.get(name)
+    if rule is None:
+        return before
+    tensors = rule.to_theirs([state[own].detach().cpu() for own in rule.ours], table.heads)
+    value = tensors[rule.theirs.index(name)]
+    if value.shape != before.shape:
+        raise ValueError(
+            f"{name} is {tuple(before.shape)} in the original and {tuple(value.shape)} in the model: give the folder "
+            "that the model was trained from"
+        )
+    return value.to(before.dtype).contiguous().clone()

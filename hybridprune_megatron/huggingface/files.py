@@ -1,0 +1,80 @@
+"""Folders and weight files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybridprune_megatron.huggingface.source import INDEX_FILE
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A fresh folder beside the target that takes its place at the end; nothing is left of it after an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch
+        # mkdtemp makes folders that only their owner can read.
+        scratch.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            target.rename(old / "old")
+            scratch.rename(target)
+            shutil.rmtree(old)
+        else:
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class ShardWriter:
+    """Writes tensors as they come into numbered files and an index; no more than one file is held in memory.
+
+    Args:
+        folder: to write to; files that are there are not touched.
+        max_bytes: of a file; a larger tensor has one of its own.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._names: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Takes one tensor."""
+        held = sum(tensor.nbytes for tensor in self._pending.values())
+        if self._pending and held + value.nbytes > self._max_bytes:
+            self._flush()
+        # A copy: a view would keep the whole that it is a part of.
+        self._pending[name] = value.detach().clone(memory_format=torch.contiguous_format)
+        self._total_bytes += value.nbytes
+
+    def close(self) -> None:
+        """Writes what is left, gives the files their final names, and writes the index."""
+        if self._pending:
+            self._flush()
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._names, 1):
+            final = f"model-{number:05d}-of-{len(self._names):05d}.safetensors"
+            (self._folder / self._part(number)).rename(self._folder / final)
+            weight_map |= dict.fromkeys(names, final)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="ascii")
+
+    def _part(self, number: int) -> str:
+        return f"part-{number:05d}.safetensors"
+
+    def _flush(self) -> None:
+        self._names.append(list(self._pending))
+        save_file(self._pending, self._folder / self._part(len(self._names)), metadata={"format": "pt"})
+        self._pending = {}

@@ -1,0 +1,74 @@
+"""Our language model against transformers' on the same weights: logits, loss, every gradient, packed and one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.parity.ours import config_of, model_of, text_batch
+from tests.parity.twins import STRUCTURES, VOCAB, write_language_twin
+from tests.worlds import run_world
+
+#: Odd, one token, one chunk of the scan and one more.
+LENGTHS = [37, 1, 17, 16]
+LOGITS = 2e-4
+GRADIENTS = 2e-4
+
+
+def _ours(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Logits and losses of a packed sequence, and gradients of the summed loss under transformers' names."""
+    from hybridprune_megatron.engine.weights import whole_weights
+    from hybridprune_megatron.huggingface.source import open_weights
+
+    model = model_of(config_of(folder))
+    batch = text_batch(LENGTHS, VOCAB)
+    with torch.no_grad():
+        logits, _ = model.logits(batch)
+    loss = model(batch)
+    loss.sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    table = open_weights(folder).table
+    gradients = whole_weights(model)
+    theirs = {
+        name: value
+        for rule in table.rules
+        for name, value in zip(rule.theirs, rule.to_theirs([gradients[own] for own in rule.ours], table.heads))
+    }
+    return logits.numpy(), loss.detach().numpy(), {name: value.detach().numpy() for name, value in theirs.items()}
+
+
+@pytest.fixture(scope="module", params=STRUCTURES)
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("twin") / "hf"
+    theirs = write_language_twin(folder, request.param)
+    return theirs, run_world(1, _ours, folder)[0]
+
+
+def test_logits_loss_and_every_gradient(results) -> None:
+    theirs, (logits, loss, gradients) = results
+    logits, loss = torch.from_numpy(logits), torch.from_numpy(loss)
+    batch = text_batch(LENGTHS, VOCAB)
+    expected, losses, start = [], [], 0
+    for length in LENGTHS:
+        ids = batch.input_ids[start : start + length]
+        # transformers' torch path refuses packed sequences: one text at a time.
+        out = theirs(input_ids=ids.unsqueeze(0)).logits[0]
+        expected.append(out)
+        losses.append(torch.nn.functional.cross_entropy(out[:-1], ids[1:], reduction="none"))
+        start += length
+    wanted = torch.cat(expected)
+    assert (logits - wanted).abs().max() < LOGITS
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(loss, torch.cat(losses).detach(), rtol=1e-4, atol=LOGITS)
+    theirs.zero_grad()
+    torch.cat(losses).sum().backward()
+    found = {name.replace("model.", "backbone.", 1): p.grad for name, p in theirs.named_parameters()}
+    assert found.keys() == gradients.keys()
+    for name, gradient in found.items():
+        error = (torch.from_numpy(gradients[name]) - gradient).norm()
+        assert error <= GRADIENTS * gradient.norm(), (name, float(error), float(gradient.norm()))

@@ -12,7 +12,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM, RadioConfig, Rad
 
 from hybridprune_megatron.huggingface.names import Heads, WeightNames
 
-VOCAB = 96
+VOCAB = 1024
 #: What differs between the twins; patterns are whole periods of the published ones.
 STRUCTURES: dict[str, dict[str, Any]] = {
     "12b": {"hybrid_override_pattern": "M-M-M-M*-M-"},

@@ -14,6 +14,7 @@ import argparse
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def convert(options: argparse.Namespace) -> str:
     # After the arguments are read: torch takes seconds to import.
     from tqdm import tqdm
 
-    from hybridprune_megatron.huggingface.files import ShardWriter, whole_folder
+    from hybridprune_megatron.huggingface.files import copy_weights, whole_folder
     from hybridprune_megatron.huggingface.folder import model_values, read_config
     from hybridprune_megatron.huggingface.source import TranslatedWeights, open_weights
 
@@ -80,10 +81,7 @@ def convert(options: argparse.Namespace) -> str:
     if options.check:
         return f"{source}: {len(weights.names)} weights fit; nothing was written (--check)"
     with whole_folder(out) as folder:
-        writer = ShardWriter(folder, round(options.max_shard_gib * 2**30))
-        for name in tqdm(list(weights.names), desc="weights", unit="tensor", disable=None):
-            writer.add(name, weights.read(name))
-        writer.close()
+        copy_weights(weights, folder, round(options.max_shard_gib * 2**30), partial(tqdm, desc="weights", disable=None))
         for file in _TOKENIZER_FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, folder / file)

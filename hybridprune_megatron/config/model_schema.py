@@ -128,7 +128,7 @@ class ModelConfig:
         norm_epsilon: epsilon of every RMSNorm.
         init_std: standard deviation of freshly initialized weights.
         spec: layer set; te (Transformer Engine + mamba_ssm), torch, or auto (te where it is installed).
-        init_checkpoint: weights to start from, a .safetensors file or a distributed checkpoint folder; null = random.
+        init_checkpoint: weights to start from; .safetensors, a Hugging Face or a checkpoint folder; null = random.
         vision: the vision tower; null makes a text-only model.
         trainable: which parts are trained.
     """

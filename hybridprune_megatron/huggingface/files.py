@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hybridprune_megatron.huggingface.source import INDEX_FILE
+from hybridprune_megatron.huggingface.source import INDEX_FILE, Weights
 
 
 @contextmanager
@@ -34,6 +34,23 @@ def whole_folder(target: Path) -> Iterator[Path]:
             scratch.rename(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def copy_weights(
+    weights: Weights, folder: Path, max_bytes: int, progress: Callable[[list[str]], Iterable[str]] = list
+) -> None:
+    """Writes all weights as .safetensors files with an index, one tensor after the other.
+
+    Args:
+        weights: to read.
+        folder: to write to.
+        max_bytes: of a file; as much is held in memory, beside one tensor and what is mapped of one file that is read.
+        progress: wraps the names, e.g. tqdm.
+    """
+    writer = ShardWriter(folder, max_bytes)
+    for name in progress(list(weights.names)):
+        writer.add(name, weights.read(name))
+    writer.close()
 
 
 class ShardWriter:

@@ -70,6 +70,7 @@ def _run(job: Any, in_save: bool | None, count: int, share: float, seconds: floa
     return run_job(job), max(saves)
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     whole, seconds = run_world(1, _run, _job(tmp_path / "whole"), None, 0, 0.0, 0.0)[0]
     draw = random.Random(20)

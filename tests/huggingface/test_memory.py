@@ -9,12 +9,12 @@ import torch
 
 from tests.worlds import run_world
 
-LAYERS, ROWS, HIDDEN = 24, 4096, 256
-SHARD = 4 * 2**20
+LAYERS, ROWS, HIDDEN = 8, 16384, 256
+SHARD = 16 * 2**20
 
 
 def _write(folder: Path) -> int:
-    """An MLP model of 24 layers in files of 4 MiB, 4 MiB a matrix; returns its bytes."""
+    """An MLP model of 8 layers in files of 16 MiB, one matrix each; returns its bytes."""
     import json
 
     from hybridprune_megatron.huggingface.files import ShardWriter
@@ -63,5 +63,5 @@ def test_peak_memory_is_two_files_and_a_layer(tmp_path: Path) -> None:
     total = run_world(1, _write, tmp_path / "source")[0]
     peak = run_world(1, _peak, tmp_path / "source", tmp_path / "out")[0]
     layer = 2 * ROWS * HIDDEN * 4
-    assert total > 24 * layer
+    assert total > LAYERS * layer
     assert peak < 2 * SHARD + layer, f"{peak / 2**20:.1f} MiB for files of {SHARD / 2**20:.0f} MiB"

@@ -49,15 +49,18 @@ def test_a_budget_of_one_is_bitwise_the_model_without_reduction():
 
 def _packing() -> None:
     model = _build()
-    samples = [tiny_sample(index, frames) for index, frames in enumerate((3, 5, 1, 4))]
+    # Clips, two videos in one sample, and text alone.
+    samples = [tiny_sample(0, 3), tiny_sample(1, 5), tiny_sample(2, 2, videos=2), tiny_sample(3, 0), tiny_sample(4, 4)]
     from hybridprune_megatron.data.batch import pack
 
     loss, gradients = _loss_and_gradients(model, pack(samples))
     alone = [_loss_and_gradients(model, pack([sample])) for sample in samples]
     torch.testing.assert_close(loss, sum(one for one, _ in alone), rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
-        total = sum(grads[name] for _, grads in alone)
-        torch.testing.assert_close(gradient, total, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        # Text alone gives the projector none.
+        total = sum(grads.get(name, torch.zeros(())) for _, grads in alone)
+        error = (gradient - total).norm()
+        assert error <= 1e-5 * total.norm(), (name, float(error), float(total.norm()))
 
 
 def test_packed_samples_equal_the_same_samples_one_by_one():

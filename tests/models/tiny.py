@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 
 import torch
 
@@ -29,18 +30,18 @@ def tiny_config(*overrides: str, pattern: str = PATTERN, budget: float = 0.5) ->
     return load_config(["experiment=demo", *fixed, *small.split(), *overrides])
 
 
-def tiny_sample(index: int, frames: int = 3, tokens_per_frame: int = 4) -> EncodedSample:
-    """Text, frames around a text, question, answer; lengths are odd and differ between samples."""
+def tiny_sample(index: int, frames: int = 3, tokens_per_frame: int = 4, videos: int = 1) -> EncodedSample:
+    """Text, frames of every video around a text, question, answer; lengths are odd and differ between samples."""
     spans = [Span(TokenKind.TEXT, 2 + index)]
-    for frame in range(frames):
-        spans += [Span(TokenKind.TEXT, 1), Span(TokenKind.FRAME, tokens_per_frame, 0, frame)]
+    for video, frame in product(range(videos), range(frames)):
+        spans += [Span(TokenKind.TEXT, 1), Span(TokenKind.FRAME, tokens_per_frame, video, frame)]
     spans += [Span(TokenKind.QUESTION, 3 + index), Span(TokenKind.TEXT, 2), Span(TokenKind.ANSWER, 2)]
     layout = SampleLayout(tuple(spans))
     generator = torch.Generator().manual_seed(index)
     ids = torch.randint(0, 64, (layout.num_tokens,), generator=generator)
     labels = torch.full_like(ids, -100)
     labels[-3:-1] = ids[-2:]
-    pixels = torch.randint(0, 256, (frames, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(0, 256, (videos * frames, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return EncodedSample(f"sample-{index}", ids, labels, layout, pixels)
 
 

@@ -122,23 +122,23 @@ def _watch(chunks: list[Any]) -> list[tuple[str, int, list[int]]]:
     return seen
 
 
-def write_weights(path: str) -> None:
+def write_weights(path: str, overrides: list[str]) -> None:
     """Random weights of the tiny model."""
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.engine.weights import save_weights
     from hybridprune_megatron.models.build import build_model
 
     init_model_parallel(seed=1)
-    save_weights(build_model(tiny_config(pattern=PATTERN)), path)
+    save_weights(build_model(tiny_config(*overrides, pattern=PATTERN)), path)
 
 
-def read(folder: str) -> dict[str, Any]:
+def read(folder: str, overrides: list[str]) -> dict[str, Any]:
     """Gradients by their global names, whole, as numpy arrays."""
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.engine.weights import load_initial_weights
     from hybridprune_megatron.models.build import build_model
 
     init_model_parallel(seed=1)
-    model = build_model(config_of({}, [], PATTERN))
+    model = build_model(config_of({}, overrides, PATTERN))
     load_initial_weights(model, folder)
     return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}

@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("weights") / "model.safetensors")
-    run_world(1, write_weights, path)
+    run_world(1, write_weights, path, [])
     return path
 
 
@@ -54,7 +54,7 @@ def run(
         for name, layer, origin in seen:
             # Every rank that runs a layer on a sequence has the same plan.
             assert kept.setdefault((name, layer), origin) == origin
-    return losses.pop(), kept, run_world(1, read, str(gradients))[0]
+    return losses.pop(), kept, run_world(1, read, str(gradients), overrides or [])[0]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,16 @@ def test_a_local_choice_moves_no_row_and_equals_one_process_with_its_chunks(
     expected = run(folders[0], weights, {}, local, local_chunks=4)
     assert expected[1] != alone[1]
     assert_same(run(folders[1], weights, LAYOUTS[layout], local), expected)
+
+
+@pytest.mark.parametrize("layout", ["PP2", "PP2 VP2"])
+def test_an_embedding_that_is_the_head_too_gets_the_gradients_of_both_ends(tmp_path: Path, layout: str):
+    tied, path = ["model.tie_embeddings=true"], str(tmp_path / "tied.safetensors")
+    run_world(1, write_weights, path, tied)
+    folders = [tmp_path / name for name in ("one", "staged")]
+    for folder in folders:
+        folder.mkdir()
+    assert_same(run(folders[1], path, LAYOUTS[layout], tied), run(folders[0], path, {}, tied))
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -45,7 +45,7 @@ class ReductionConfig:
         slope: steepness of the sigmoid, above 0.
         step_layer: the step drops once, after the first layer from this 0-based index on that may drop.
         stages: equally deep stages that keep the same share of the one before; null = one behind every dropping layer.
-        floor: share that sigmoid, linear or cosine falls to, their width then follows; null = solved for the budget.
+        floor: share that sigmoid, linear or cosine falls to, less if the budget cannot hold it; null = solved.
         retention: share of visual tokens that enters each layer, a number a layer, instead of the schedule; null = off.
         layers: layers that may drop; all, attention, mamba, every_2 (every n-th of all), or a list of 0-based indices.
         min_tokens: fewest visual tokens that stay per sample.

@@ -125,7 +125,7 @@ def retention_by_layer(
 
     - sigmoid, linear, cosine: ``r(x) = floor + (first - floor) curve(x / width)`` over relative depth x. The width is 1
       and the floor solved; a budget below what a floor of 0 reaches narrows the curve instead. With ``shape.floor`` the
-      width is solved.
+      width is solved; a budget that cannot hold that floor lowers it, with the narrowest width.
     - step: ``first`` up to the step, then one share, which is solved.
     - stages: ``first share^stage``, the share solved (PyramidDrop's lambda).
 
@@ -166,7 +166,7 @@ def retention_by_layer(
         if lowest <= budget:
             return realize(family(_bisect(partial(mean, family), budget, low, high)))
     earlier = {"step": "lower reduction.step_layer", "stages": "raise reduction.stages, or name earlier layers"}
-    fix = earlier.get(shape.schedule, "name earlier layers") if shape.floor is None else "lower reduction.floor"
+    fix = earlier.get(shape.schedule, "name earlier layers")
     raise ValueError(
         f"reduction.budget={budget}: dropping everything as early as reduction.schedule={shape.schedule} and "
         f"reduction.layers={layers} allow still keeps a mean of {lowest:.3f}; raise the budget or {fix}"
@@ -194,8 +194,12 @@ def _families(
         return lambda layer: floor + (first - floor) * curve(layer / max(num_layers - 1, 1) / width)
 
     if shape.floor is not None:
-        floor = shape.floor
-        return [(lambda width: falling(floor, width), _NARROWEST, _WIDEST)]
+        wanted = shape.floor
+        # A budget that cannot hold the floor lowers it, all dropping at once: one floor serves every budget.
+        return [
+            (lambda width: falling(wanted, width), _NARROWEST, _WIDEST),
+            (lambda floor: falling(floor, _NARROWEST), 0.0, wanted),
+        ]
     # The curve alone may keep more than the budget: narrow it towards the input, in the limit to a drop of everything
     # right after the first layer that may drop.
     return [

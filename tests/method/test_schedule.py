@@ -108,6 +108,19 @@ def test_small_budgets_drop_earlier(budget):
     assert sum(retention) / len(NANO_12B) == pytest.approx(budget, abs=1e-9)
 
 
+@pytest.mark.parametrize("layers", ["all", "attention"])
+def test_a_floor_that_the_budget_cannot_hold_is_lowered(layers: str):
+    pattern, shape = "M*-M*-M-M*-M-M*-", Shape("sigmoid", floor=0.1)
+    tight = retention_by_layer(pattern, 0.15, layers, shape)
+    assert fmean(tight) == pytest.approx(0.15)
+    first = 1 + min(reducing_layers(pattern, layers))
+    assert set(tight[:first]) == {1.0}
+    # Everything drops at once, to one share below the floor that was asked for.
+    assert tight[first:] == pytest.approx([tight[-1]] * (len(tight) - first))
+    assert 0 < tight[-1] < 0.1
+    assert retention_by_layer(pattern, 0.25, layers, shape)[-1] == pytest.approx(0.1, abs=0.01)
+
+
 def test_published_floors_of_the_sigmoid():
     """The method's notes give these floors for the 12B pattern at a budget of 0.25."""
     for midpoint, slope, floor in ((0.2, 10, 0.006), (0.1, 8, 0.044)):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,9 +71,13 @@ class ShardWriter:
         held = sum(tensor.nbytes for tensor in self._pending.values())
         if self._pending and held + value.nbytes > self._max_bytes:
             self._flush()
-        # A copy: a view would keep the whole that it is a part of.
-        self._pending[name] = value.detach().clone(memory_format=torch.contiguous_format)
+            held = 0
+        value = value.detach().contiguous()
+        # A view would keep the whole that it is a part of.
+        self._pending[name] = value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
         self._total_bytes += value.nbytes
+        if held + value.nbytes >= self._max_bytes:
+            self._flush()
 
     def close(self) -> None:
         """Writes what is left, gives the files their final names, and writes the index."""

@@ -96,7 +96,7 @@ class TranslatedWeights:
     def __init__(self, files: TensorFiles, table: WeightNames, path: Path) -> None:
         table.check_theirs(files.names, str(path))
         self.files, self.table = files, table
-        # The last rule's tensors, for one rule gives several of ours.
+        # What is left of the last rule's tensors, for one rule gives several of ours.
         self._converted: dict[str, Tensor] = {}
 
     @property
@@ -110,7 +110,8 @@ class TranslatedWeights:
             rule = self.table.by_ours[name]
             tensors = [self.files.read(other) for other in rule.theirs]
             self._converted = dict(zip(rule.ours, rule.to_ours(tensors, self.table.heads)))
-        return self._converted[name]
+        # Handed out, not kept: a whole layer of a large model would wait here for nothing.
+        return self._converted.pop(name)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all tensors, from headers."""

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from hybridprune_megatron.huggingface.source import TranslatedWeights
 
 ROOT = Path(__file__).resolve().parents[1]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -59,7 +58,7 @@ def convert(options: argparse.Namespace) -> str:
     # After the arguments are read: torch takes seconds to import.
     from tqdm import tqdm
 
-    from hybridprune_megatron.huggingface.files import copy_weights, whole_folder
+    from hybridprune_megatron.huggingface.files import TOKENIZER_FILES, copy_weights, whole_folder
     from hybridprune_megatron.huggingface.folder import model_values, read_config
     from hybridprune_megatron.huggingface.source import TranslatedWeights, open_weights
 
@@ -82,7 +81,7 @@ def convert(options: argparse.Namespace) -> str:
         return f"{source}: {len(weights.names)} weights fit; nothing was written (--check)"
     with whole_folder(out) as folder:
         copy_weights(weights, folder, round(options.max_shard_gib * 2**30), partial(tqdm, desc="weights", disable=None))
-        for file in _TOKENIZER_FILES:
+        for file in TOKENIZER_FILES:
             if (source / file).is_file():
                 shutil.copyfile(source / file, folder / file)
     group.write_text(text)

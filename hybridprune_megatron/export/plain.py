@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.engine.weights import whole_weights
@@ -44,8 +42,7 @@ def export_plain(model: nn.Module, cfg: Config, original: str | Path, out_dir: s
     files = TensorFiles(original)
     table = weight_names(read_config(original), files.names)
     table.check_theirs(files.names, str(original))
-    state = whole_weights(model)
-    table.check_ours(state, "the training model")
+    weights = table.to_theirs(whole_weights(model))
     with whole_folder(out_dir) as folder:
         for entry in original.iterdir():
             if entry.is_file() and entry.suffix != ".safetensors" and entry.name != _CARD:
@@ -53,20 +50,19 @@ def export_plain(model: nn.Module, cfg: Config, original: str | Path, out_dir: s
         for file in sorted(set(files.files.values())):
             names = [name for name, where in files.files.items() if where == file]
             save_file(
-                {name: _theirs(name, state, table, files) for name in names}, folder / file.name, {"format": "pt"}
+                {name: _as_before(files.read(name), name, weights) for name in names},
+                folder / file.name,
+                {"format": "pt"},
             )
         (folder / _CARD).write_text(model_card(cfg), encoding="ascii")
     return out_dir
 
 
-def _theirs(name: str, state: dict[str, torch.Tensor], table: Any, files: TensorFiles) -> torch.Tensor:
-    """One tensor of theirs in the original's dtype."""
-    before = files.read(name)
-    rule = table.by_theirs.get(name)
-    if rule is None:
+def _as_before(before: Tensor, name: str, weights: dict[str, Tensor]) -> Tensor:
+    """One tensor of theirs in the original's dtype; the original's own where no model here has it."""
+    if name not in weights:
         return before
-    tensors = rule.to_theirs([state[own].detach().cpu() for own in rule.ours], table.heads)
-    value = tensors[rule.theirs.index(name)]
+    value = weights[name].detach().cpu()
     if value.shape != before.shape:
         raise ValueError(
             f"{name} is {tuple(before.shape)} in the original and {tuple(value.shape)} in the model: give the folder "

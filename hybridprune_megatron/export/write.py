@@ -30,20 +30,9 @@ from hybridprune_megatron.export.configuration_hybridprune import TRAINING_ONLY,
 from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
-from hybridprune_megatron.huggingface.files import whole_folder
+from hybridprune_megatron.huggingface.files import TOKENIZER_FILES, whole_folder
 from hybridprune_megatron.huggingface.names import Heads, WeightNames
 
-# What a tokenizer folder may hold; anything else in it (weights, other configurations) stays behind.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _MODEL_CLASS = "modeling_hybridprune.HybridPruneForCausalLM"
 _PROCESSOR_CLASS = "processing_hybridprune.HybridPruneProcessor"
 _AUTO_MAP = {
@@ -88,7 +77,7 @@ def export_model(model: nn.Module, cfg: Config, out_dir: str | Path, max_shard_s
         pad = _tokenizer(cfg).pad_token_id
         end = special_token_id(_tokenizer(cfg), END_TOKEN)
         GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False).save_pretrained(folder)
-        for name in _TOKENIZER_FILES:
+        for name in TOKENIZER_FILES:
             if (Path(cfg.data.tokenizer) / name).is_file():
                 shutil.copyfile(Path(cfg.data.tokenizer) / name, folder / name)
         _write_json(folder / "processor_config.json", processor_settings(cfg))
@@ -151,13 +140,7 @@ def hf_weights(model: nn.Module, cfg: Config) -> dict[str, Tensor]:
     heads = Heads(cfg.model.num_query_groups, cfg.model.kv_channels)
     blocks = vision.num_layers if vision is not None else 0
     names = WeightNames("hybridprune", cfg.model.hybrid_pattern, heads, cfg.model.tie_embeddings, blocks)
-    state = whole_weights(model)
-    names.check_ours(state, "the training model")
-    converted = {
-        name: value
-        for rule in names.rules
-        for name, value in zip(rule.theirs, rule.to_theirs([state[name] for name in rule.ours], heads))
-    }
+    converted = names.to_theirs(whole_weights(model))
     return {name: value.detach().cpu().contiguous() for name, value in converted.items()}
 
 

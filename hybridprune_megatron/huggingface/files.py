@@ -14,6 +14,18 @@ from torch import Tensor
 
 from hybridprune_megatron.huggingface.source import INDEX_FILE, Weights
 
+#: What a tokenizer folder may hold; anything else in it (weights, other configurations) stays behind.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:

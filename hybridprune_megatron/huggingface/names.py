@@ -8,7 +8,7 @@ families are known: a Nemotron-H language model (``nemotron_h``), Nemotron Nano 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.method.schedule import layer_symbols
-
-FAMILIES = ("nemotron_h", "nemotron_vl", "radio", "hybridprune")
 
 
 @dataclass(frozen=True)
@@ -229,7 +227,7 @@ class WeightNames:
     """The table of one model.
 
     Attributes:
-        family: one of ``FAMILIES``.
+        family: one of the four above.
         pattern: hybrid layer pattern of the language model; empty for a tower alone.
         heads: of its attention layers.
         tied: the output layer is the embedding and has no weights of its own.
@@ -275,6 +273,19 @@ class WeightNames:
     def by_theirs(self) -> dict[str, Rule]:
         """The rule that gives one of their tensors."""
         return {name: rule for rule in self.rules for name in rule.theirs}
+
+    def to_theirs(self, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All weights of ours under their names.
+
+        Raises:
+            ValueError: listing names that are unknown or missing.
+        """
+        self.check_ours(ours, "the training model")
+        return {
+            name: value
+            for rule in self.rules
+            for name, value in zip(rule.theirs, rule.to_theirs([ours[own] for own in rule.ours], self.heads))
+        }
 
     def left_alone(self, theirs: Iterable[str]) -> set[str]:
         """Names of theirs that no model here has, and that an export copies from the original."""

@@ -32,13 +32,7 @@ def _ours(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad)
-    table = open_weights(folder).table
-    gradients = whole_weights(model)
-    theirs = {
-        name: value
-        for rule in table.rules
-        for name, value in zip(rule.theirs, rule.to_theirs([gradients[own] for own in rule.ours], table.heads))
-    }
+    theirs = open_weights(folder).table.to_theirs(whole_weights(model))
     return logits.numpy(), loss.detach().numpy(), {name: value.detach().numpy() for name, value in theirs.items()}
 
 

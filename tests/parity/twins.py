@@ -102,10 +102,7 @@ def write_vision_twin(folder: Path, structure: str = "12b", dtype: torch.dtype =
     blocks = tower.config.num_hidden_layers
     names = WeightNames("nemotron_vl", "", Heads(1, 1), blocks=blocks)
     own = {f"vision_model.{name}": value for name, value in tower.state_dict().items()}
-    tensors: dict[str, torch.Tensor] = {}
-    for rule in names.rules:
-        parts = rule.to_theirs([own[name] for name in rule.ours], names.heads)
-        tensors |= dict(zip(rule.theirs, parts))
+    tensors = names.to_theirs(own)
     width, inner = 4 * tower.config.hidden_size, 48
     torch.manual_seed(2)
     tensors |= {

@@ -97,16 +97,15 @@ def check_shapes(values: dict[str, Any], weights: TranslatedWeights) -> None:
         ValueError: naming the first weight that differs.
     """
     from hybridprune_megatron.config import load_config
-    from hybridprune_megatron.config.model_schema import ModelConfig, VisionConfig
+    from hybridprune_megatron.config.model_schema import ModelConfig
     from hybridprune_megatron.engine.launch import Launch
     from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel
     from hybridprune_megatron.engine.weights import whole_weights
     from hybridprune_megatron.models.build import build_model
 
-    vision = VisionConfig(**values["vision"]) if values["vision"] else None
-    model = ModelConfig(**(values | {"vision": vision, "spec": "torch"}))
+    model = ModelConfig.of(values | {"spec": "torch"})
     base = load_config(["experiment=demo", "reduction=none"])
-    sampling = "uniform" if vision else "none"
+    sampling = "uniform" if model.vision else "none"
     data = replace(base.data, sequence_length=model.max_sequence_length, sampling=sampling, num_frames=1)
     init_distributed(Launch())
     init_model_parallel()

@@ -59,6 +59,15 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
             return compose(config_name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(explain_exception(error)) from error
+    except AttributeError as error:
+        # OmegaConf cannot fill a null group from the command line.
+        key = re.search(r"full_key: (\S+)", str(error))
+        if key is None:
+            raise
+        raise ConfigError(
+            f"{key[1]} is null in this model and cannot be filled from the command line; take a model that has it, or "
+            "write its fields into a file of conf/model"
+        ) from error
 
 
 def load_config(overrides: Sequence[str] = (), config_name: str = "config") -> Config:

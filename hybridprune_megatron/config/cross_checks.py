@@ -11,10 +11,9 @@ from hybridprune_megatron.method.schedule import cut_pattern, even_edges
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config, ModelConfig, ParallelConfig
 
-PATTERN_SYMBOLS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "|": "stage cut"}
+PATTERN_SYMBOLS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "experts", "|": "stage cut"}
 # Symbols that megatron-core knows and this project does not.
 UNSUPPORTED_SYMBOLS = {
-    "E": "mixture of experts",
     "G": "gated delta net",
     "D": "sparse attention",
     "+": "latent attention",
@@ -22,8 +21,13 @@ UNSUPPORTED_SYMBOLS = {
 }
 
 
-def check_pattern(pattern: str) -> None:
-    """Every symbol of the hybrid pattern is known and no pipeline stage is empty."""
+def check_pattern(pattern: str, has_experts: bool = False) -> None:
+    """Every symbol of the hybrid pattern is known, no pipeline stage is empty, and E layers have sizes.
+
+    Args:
+        pattern: layers with stage cuts.
+        has_experts: whether model.experts is given.
+    """
     known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in PATTERN_SYMBOLS.items())
     for symbol in pattern:
         if symbol in UNSUPPORTED_SYMBOLS:
@@ -38,6 +42,11 @@ def check_pattern(pattern: str) -> None:
             "every pipeline stage needs a layer",
             "put a | only between two layers, e.g. M-M*|-M-",
         )
+    if ("E" in pattern) != has_experts:
+        what = (
+            "has E layers, and model.experts is null" if "E" in pattern else "has no E layer, and model.experts is set"
+        )
+        raise fail("model.hybrid_pattern", pattern, what, "give both or neither")
 
 
 def check_config(cfg: Config) -> None:
@@ -137,6 +146,34 @@ def check_split(cfg: Config) -> None:
         divides("data.sequence_length", cfg.data.sequence_length, "2*parallel.context", 2 * context)
     if parallel.sequence_parallel:
         divides("data.sequence_length", cfg.data.sequence_length, "parallel.tensor", tensor)
+    check_experts(cfg)
+
+
+def check_experts(cfg: Config) -> None:
+    """Expert parallelism has experts to split and processes to split them over."""
+    experts, parallel = cfg.model.experts, cfg.parallel
+    if experts is None:
+        if parallel.expert > 1:
+            what = f"model {cfg.model.name} has no experts (model.experts=null)"
+            raise fail("parallel.expert", parallel.expert, what, "set parallel.expert=1")
+        return
+    divides("model.experts.num_experts", experts.num_experts, "parallel.expert", parallel.expert)
+    divides("model.experts.shared_ffn_hidden_size", experts.shared_ffn_hidden_size, "parallel.tensor", parallel.tensor)
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        raise fail(
+            "parallel.sequence_parallel",
+            "false",
+            f"every tensor-parallel rank would send the same tokens to the experts (parallel.tensor={parallel.tensor})",
+            "set parallel.sequence_parallel=true",
+        )
+    processes = cfg.trainer.num_nodes * cfg.trainer.devices // parallel.pipeline
+    if processes % parallel.expert:
+        raise fail(
+            "parallel.expert",
+            parallel.expert,
+            f"must divide the {processes} processes of a pipeline stage",
+            "lower parallel.expert",
+        )
 
 
 def check_combinations(cfg: Config) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hybridprune_megatron.config.checks import above_zero, at_least, divides, fail, one_of
 from hybridprune_megatron.config.cross_checks import check_pattern
@@ -87,6 +89,60 @@ class VisionConfig:
 
 
 @dataclass
+class ExpertsConfig:
+    """The mixture of experts of E layers: a sigmoid router, routed experts and one that every token visits.
+
+    Attributes:
+        num_experts: routed experts.
+        experts_per_token: routed experts that a token visits; 2 or more, their weights add up to routed_scaling.
+        ffn_hidden_size: width inside a routed expert (squared ReLU).
+        shared_ffn_hidden_size: width inside the expert that every token visits; 0 = none.
+        latent_size: width that routed experts read and write, behind one linear and in front of another; null = the
+            residual stream's.
+        routed_scaling: factor on the routed experts' sum.
+        num_groups: groups of experts, of which a token visits few.
+        groups_per_token: groups that a token visits, those whose two best experts score highest together.
+        bias_update_rate: step of the router's correction bias towards even loads; 0 = it stays as loaded.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    ffn_hidden_size: int
+    shared_ffn_hidden_size: int = 0
+    latent_size: int | None = None
+    routed_scaling: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    bias_update_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        prefix = "model.experts"
+        at_least(prefix, self, 2, "num_experts", "experts_per_token")
+        at_least(prefix, self, 1, "ffn_hidden_size", "num_groups", "groups_per_token")
+        at_least(prefix, self, 0, "shared_ffn_hidden_size", "bias_update_rate")
+        above_zero(prefix, self, "routed_scaling")
+        if self.latent_size is not None:
+            at_least(prefix, self, 1, "latent_size")
+        divides(f"{prefix}.num_experts", self.num_experts, f"{prefix}.num_groups", self.num_groups)
+        reachable = self.num_experts // self.num_groups * min(self.groups_per_token, self.num_groups)
+        if self.experts_per_token > reachable:
+            raise fail(
+                f"{prefix}.experts_per_token",
+                self.experts_per_token,
+                f"must not exceed the {reachable} experts of the groups that a token visits",
+                "lower it or raise groups_per_token",
+            )
+        if self.num_groups > 1 and self.experts_per_token // self.groups_per_token != 2:
+            raise fail(
+                f"{prefix}.groups_per_token",
+                self.groups_per_token,
+                f"must be half of experts_per_token={self.experts_per_token}: megatron ranks groups by as many experts "
+                "as a token visits in each, the published models by two",
+                "set num_groups=1, or groups_per_token to that",
+            )
+
+
+@dataclass
 class TrainableConfig:
     """Which parts of the model are trained; the others stay frozen.
 
@@ -111,7 +167,7 @@ class ModelConfig:
 
     Attributes:
         name: name of the model in reports.
-        hybrid_pattern: one symbol a layer, M (Mamba-2), * (attention), - (MLP); | cuts pipeline stages.
+        hybrid_pattern: one symbol a layer, M (Mamba-2), * (attention), - (MLP), E (experts); | cuts pipeline stages.
         hidden_size: width of the residual stream.
         ffn_hidden_size: width inside an MLP layer (squared ReLU).
         num_attention_heads: query heads of an attention layer.
@@ -129,6 +185,7 @@ class ModelConfig:
         init_std: standard deviation of freshly initialized weights.
         spec: layer set; te (Transformer Engine + mamba_ssm), torch, or auto (te where it is installed).
         init_checkpoint: weights to start from; .safetensors, a Hugging Face or a checkpoint folder; null = random.
+        experts: sizes of the E layers; null where the pattern has none.
         vision: the vision tower; null makes a text-only model.
         trainable: which parts are trained.
     """
@@ -152,11 +209,12 @@ class ModelConfig:
     init_std: float = 0.02
     spec: str = "auto"
     init_checkpoint: str | None = None
+    experts: ExpertsConfig | None = None
     vision: VisionConfig | None = None
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
 
     def __post_init__(self) -> None:
-        check_pattern(self.hybrid_pattern)
+        check_pattern(self.hybrid_pattern, self.experts is not None)
         at_least("model", self, 1, "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
         at_least("model", self, 1, "kv_channels", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
         at_least("model", self, 1, "mamba_num_groups", "vocab_size", "max_sequence_length", "mamba_chunk_size")
@@ -164,6 +222,17 @@ class ModelConfig:
         one_of("model", self, "spec", ("auto", "torch", "te"))
         for heads, groups in (("num_attention_heads", "num_query_groups"), ("mamba_num_heads", "mamba_num_groups")):
             divides(f"model.{heads}", getattr(self, heads), f"model.{groups}", getattr(self, groups))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ModelConfig:
+        """From plain values, groups within them too.
+
+        Raises:
+            ConfigError: as the constructors.
+        """
+        groups = {"vision": VisionConfig, "experts": ExpertsConfig, "trainable": TrainableConfig}
+        built = {name: kind(**values[name]) for name, kind in groups.items() if values.get(name)}
+        return cls(**{**values, **built})
 
     @property
     def stages(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of, within
 from hybridprune_megatron.config.cross_checks import check_config
-from hybridprune_megatron.config.model_schema import ModelConfig, TrainableConfig, VisionConfig
+from hybridprune_megatron.config.model_schema import ExpertsConfig, ModelConfig, TrainableConfig, VisionConfig
 from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
 from hybridprune_megatron.config.tuning_checks import check_tuning
 from hybridprune_megatron.config.tuning_schema import TuningConfig
@@ -22,6 +22,7 @@ from hybridprune_megatron.config.tuning_schema import TuningConfig
 __all__ = [
     "Config",
     "DataConfig",
+    "ExpertsConfig",
     "LrScaleConfig",
     "ModelConfig",
     "OptimConfig",
@@ -222,6 +223,7 @@ class ParallelConfig:
         virtual_pipeline: chunks of layers that each of these holds, interleaved for a smaller bubble; pipeline times
             virtual_pipeline is then one more than the |.
         context: processes that split a packed sequence.
+        expert: processes that share the routed experts of E layers, taken from those of all other kinds but pipeline.
         sequence_parallel: split activations between layers along the sequence (needs tensor > 1).
         distributed_optimizer: split optimizer states over data-parallel ranks.
         overlap_grad_reduce: reduce gradients while the backward pass runs.
@@ -232,13 +234,14 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1
     context: int = 1
+    expert: int = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
     def __post_init__(self) -> None:
-        at_least("parallel", self, 1, "tensor", "pipeline", "virtual_pipeline", "context")
+        at_least("parallel", self, 1, "tensor", "pipeline", "virtual_pipeline", "context", "expert")
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise fail(
                 "parallel.virtual_pipeline",

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.layers import (
-    Experts,
     attention_widths,
     exchanged_channels,
     mamba_channels,
@@ -58,9 +57,7 @@ def total_bytes(kept: Iterable[Kept], tokens: int, tensor: int = 1, sequence_par
     return sum(each.bytes(tokens, tensor, sequence_parallel) for each in kept)
 
 
-def layer_activations(
-    model: ModelConfig, symbol: str, width: int, fused: bool, experts: Experts | None = None
-) -> list[Kept]:
+def layer_activations(model: ModelConfig, symbol: str, width: int, fused: bool) -> list[Kept]:
     """What one layer keeps, its input first.
 
     Args:
@@ -68,7 +65,6 @@ def layer_activations(
         symbol: M, *, - or E.
         width: bytes of an activation.
         fused: kernels of a GPU, else plain torch.
-        experts: of an E layer.
     """
     if symbol == "M":
         return _norm(model, width) + _mamba(model, width, fused)
@@ -79,8 +75,7 @@ def layer_activations(
         inside = [Kept(name, model.ffn_hidden_size, width, "channels") for name in ("relu", "squared")]
         return _norm(model, width) + inside
     assert symbol == "E", symbol
-    assert experts is not None, "an E layer comes with its experts' sizes"
-    return _norm(model, width) + _experts(model, experts, width)
+    return _norm(model, width) + _experts(model, width)
 
 
 def context_activations(model: ModelConfig, symbol: str, width: int, tensor: int, context: int) -> list[Kept]:
@@ -180,13 +175,18 @@ def _attention(model: ModelConfig, width: int, fused: bool) -> list[Kept]:
     return kept if fused else [*kept, Kept("outputs by sample", queries, width, "channels", core=True)]
 
 
-def _experts(model: ModelConfig, experts: Experts, width: int) -> list[Kept]:
-    hidden, topk = model.hidden_size, experts.topk
+def _experts(model: ModelConfig, width: int) -> list[Kept]:
+    """Even loads: a rank's part of the sequence visits as many experts as other ranks' tokens visit its own."""
+    experts = model.experts
+    assert experts is not None, "an E layer comes with its experts' sizes"
+    inner, visits = experts.latent_size or model.hidden_size, experts.experts_per_token
+    latent = [Kept(name, inner, width, "sequence") for name in ("latent", "latent sum")]
     return [
-        Kept("router", experts.num_experts, _FP32),
-        Kept("permuted", topk * hidden, width),
-        *(Kept(name, topk * experts.ffn_hidden_size, width, "channels") for name in ("relu", "squared")),
-        Kept("expert outputs", topk * hidden, width),
+        Kept("router", experts.num_experts, _FP32, "sequence"),
+        *(latent if experts.latent_size is not None else []),
+        Kept("permuted", visits * inner, width, "sequence"),
+        *(Kept(name, visits * experts.ffn_hidden_size, width, "sequence") for name in ("relu", "squared", "weighted")),
+        Kept("expert outputs", visits * inner, width, "sequence"),
         *(Kept(name, experts.shared_ffn_hidden_size, width, "channels") for name in ("shared relu", "shared squared")),
     ]
 

@@ -41,7 +41,7 @@ class Transfer:
     """One message of a step, as one rank sends it.
 
     Attributes:
-        what: tensor, context, scores, drop, frames, pipeline, gradients or parameters.
+        what: tensor, context, experts, scores, drop, frames, pipeline, gradients or parameters.
         phase: forward or backward of a micro-batch, or step (once an optimizer step).
         group: the ranks.
         sent: bytes.
@@ -120,6 +120,7 @@ class Wires:
         self.heads = self._group(parallel.tensor * parallel.context, 1)
         self.data = self._group(parallel.context * data, parallel.tensor)
         stage = parallel.tensor * parallel.context * data
+        self.experts = self._group(parallel.expert, 1)
         self.stages = Group(2, 2 if 2 * stage <= cfg.trainer.devices else 1)
 
     def _group(self, ranks: int, stride: int) -> Group:
@@ -131,10 +132,11 @@ class Wires:
         Tensor parallelism: under sequence parallelism the input is gathered and the output reduce-scattered; backward
         gathers the output's gradient, and beside the products the input once more and the input's gradient. Without,
         one all-reduce each way. Context parallelism: keys and values are gathered; Mamba exchanges tokens for heads in
-        front of the convolution and heads for tokens behind the scan.
+        front of the convolution and heads for tokens behind the scan. Expert parallelism: every token goes to its
+        experts and back; the tensor-parallel transfers are then those of the shared expert.
 
         Args:
-            symbol: M, * or -.
+            symbol: M, *, - or E.
             tokens: L that enter it.
         """
         stream = self._stream(tokens)
@@ -154,6 +156,10 @@ class Wires:
                 there = exchanged_channels(model, tensor, self.cfg.parallel.context)
                 for channels in (there, mamba_inner(model) // tensor):
                     transfers += all_to_all("context", phase, self.context, self._local(tokens) * channels * self.width)
+            elif symbol == "E" and model.experts is not None:
+                inner = model.experts.latent_size or model.hidden_size
+                held = self._local(tokens) // tensor * model.experts.experts_per_token * inner * self.width
+                transfers += 2 * all_to_all("experts", phase, self.experts, held)
         return transfers
 
     def reduction(self, symbol: str, before: int, after: int, visual: int, question: int) -> list[Transfer]:

@@ -6,7 +6,6 @@ Letters: L tokens, D hidden size, H heads, P Mamba head width, G groups, N state
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.ops import Cost, causal_pairs, elementwise, linear, sum_costs
@@ -16,23 +15,6 @@ if TYPE_CHECKING:
 
 CONV_TAPS = 4
 _FP32 = 4
-
-
-@dataclass(frozen=True)
-class Experts:
-    """A mixture-of-experts layer (symbol E): a router, routed experts of which each token visits a few, a shared one.
-
-    Attributes:
-        num_experts: routed experts.
-        topk: routed experts that a token visits.
-        ffn_hidden_size: width inside a routed expert (two linears and a squared ReLU, as in the MLP layer).
-        shared_ffn_hidden_size: width inside the expert that every token visits; 0 = none.
-    """
-
-    num_experts: int
-    topk: int
-    ffn_hidden_size: int
-    shared_ffn_hidden_size: int = 0
 
 
 def mamba_inner(model: ModelConfig) -> int:
@@ -112,36 +94,47 @@ def mlp_layer(model: ModelConfig, lengths: Sequence[int], width: int) -> dict[st
     }
 
 
-def expert_layer(model: ModelConfig, experts: Experts, lengths: Sequence[int], width: int) -> dict[str, Cost]:
+def expert_layer(model: ModelConfig, lengths: Sequence[int], width: int) -> dict[str, Cost]:
     """Norm, router, routed and shared experts and residual; arguments as for ``mamba_layer``.
 
     Tokens are dropped by no capacity; all experts' weights are read once, as with many tokens.
     """
-    tokens, hidden = sum(lengths), model.hidden_size
-    visits = tokens * experts.topk
-    routed = _two_linears("routed_", visits, hidden, experts.ffn_hidden_size, width)
-    weights = 2 * hidden * experts.ffn_hidden_size
+    experts, tokens, hidden = model.experts, sum(lengths), model.hidden_size
+    assert experts is not None, "an E layer comes with its experts' sizes"
+    visits = tokens * experts.experts_per_token
+    inner = experts.latent_size or hidden
+    latent = {}
+    if experts.latent_size is not None:
+        latent = {
+            "to_latent": linear(tokens, hidden, inner, width),
+            "from_latent": linear(tokens, inner, hidden, width),
+        }
     shared = {}
     if experts.shared_ffn_hidden_size:
         shared = _two_linears("shared_", tokens, hidden, experts.shared_ffn_hidden_size, width)
+    weights = 2 * inner * experts.ffn_hidden_size
     return {
         "norm": _norm(tokens, hidden, width),
         "router": linear(tokens, hidden, experts.num_experts, width),
-        **routed,
+        **latent,
+        **_two_linears("routed_", visits, inner, experts.ffn_hidden_size, width),
         "other_experts_weights": elementwise((experts.num_experts - 1) * weights, width),
         # Tokens are copied to their experts and the weighted results added up.
-        "dispatch": elementwise(2 * (tokens + visits) * hidden, width),
+        "dispatch": elementwise(2 * (tokens + visits) * inner, width),
         **shared,
         "residual": elementwise(3 * tokens * hidden, width),
     }
 
 
-_LAYERS: dict[str, Callable[..., dict[str, Cost]]] = {"M": mamba_layer, "*": attention_layer, "-": mlp_layer}
+_LAYERS: dict[str, Callable[..., dict[str, Cost]]] = {
+    "M": mamba_layer,
+    "*": attention_layer,
+    "-": mlp_layer,
+    "E": expert_layer,
+}
 
 
-def layer_operations(
-    model: ModelConfig, symbol: str, lengths: Sequence[int], width: int, experts: Experts | None = None
-) -> dict[str, Cost]:
+def layer_operations(model: ModelConfig, symbol: str, lengths: Sequence[int], width: int) -> dict[str, Cost]:
     """The operations of one layer by name.
 
     Args:
@@ -149,25 +142,18 @@ def layer_operations(
         symbol: M, *, - or E.
         lengths: tokens of every sample of the packed sequence.
         width: bytes of an activation or weight.
-        experts: of an E layer.
 
     Raises:
-        ValueError: an unknown symbol, or E without experts.
+        ValueError: an unknown symbol.
     """
-    if symbol == "E":
-        if experts is None:
-            raise ValueError("layer symbol 'E': the model has a mixture of experts; give its sizes as Experts(...)")
-        return expert_layer(model, experts, lengths, width)
     if symbol not in _LAYERS:
-        raise ValueError(f"layer symbol {symbol!r}: allowed are {', '.join(_LAYERS)} and E")
+        raise ValueError(f"layer symbol {symbol!r}: allowed are {', '.join(_LAYERS)}")
     return _LAYERS[symbol](model, lengths, width)
 
 
-def layer_cost(
-    model: ModelConfig, symbol: str, lengths: Sequence[int], width: int, experts: Experts | None = None
-) -> Cost:
+def layer_cost(model: ModelConfig, symbol: str, lengths: Sequence[int], width: int) -> Cost:
     """The sum of ``layer_operations``."""
-    return sum_costs(layer_operations(model, symbol, lengths, width, experts).values())
+    return sum_costs(layer_operations(model, symbol, lengths, width).values())
 
 
 def head_cost(model: ModelConfig, tokens: int, rows: int, width: int) -> Cost:

@@ -39,7 +39,7 @@ from hybridprune_megatron.cost.activations import (
     scan_workspace,
     total_bytes,
 )
-from hybridprune_megatron.cost.layers import CONV_TAPS, Experts, attention_widths, mamba_channels, mamba_inner
+from hybridprune_megatron.cost.layers import CONV_TAPS, attention_widths, mamba_channels, mamba_inner
 from hybridprune_megatron.cost.ops import WIDTH
 from hybridprune_megatron.cost.parameters import (
     Parameters,
@@ -132,21 +132,20 @@ class Packed:
         return self.samples * (self.visual[layer] + self.text)
 
 
-def training_memory(cfg: Config, packed: Packed, experts: Experts | None = None) -> Memory:
+def training_memory(cfg: Config, packed: Packed) -> Memory:
     """Peak memory of a training step on the fullest rank.
 
     Args:
         cfg: model, precision, recomputation and parallel split are read.
         packed: the packed sequence.
-        experts: of the model's E layers.
     """
-    stages = [Stage(cfg, index, experts) for index in range(len(cfg.model.stages))]
+    stages = [Stage(cfg, index) for index in range(len(cfg.model.stages))]
     return max((stage.training(packed) for stage in stages), key=lambda memory: memory.total)
 
 
-def prefill_memory(cfg: Config, packed: Packed, experts: Experts | None = None) -> Memory:
+def prefill_memory(cfg: Config, packed: Packed) -> Memory:
     """Peak memory of a prefill that fills the caches for decoding, on the fullest rank; arguments as above."""
-    stages = [Stage(cfg, index, experts) for index in range(len(cfg.model.stages))]
+    stages = [Stage(cfg, index) for index in range(len(cfg.model.stages))]
     return max((stage.prefill(packed) for stage in stages), key=lambda memory: memory.total)
 
 
@@ -156,11 +155,10 @@ class Stage:
     Args:
         cfg: the configuration.
         index: 0-based number of the stage.
-        experts: of the model's E layers.
     """
 
-    def __init__(self, cfg: Config, index: int, experts: Experts | None = None) -> None:
-        self.cfg, self.index, self.experts = cfg, index, experts
+    def __init__(self, cfg: Config, index: int) -> None:
+        self.cfg, self.index = cfg, index
         model, stages = cfg.model, cfg.model.stages
         self.first, self.last = index == 0, index == len(stages) - 1
         self.symbols = stages[index]
@@ -172,7 +170,7 @@ class Stage:
     def static(self) -> StaticMemory:
         """Weights, gradients and optimizer states."""
         model, learns = self.cfg.model, self.cfg.model.trainable
-        language = sum((layer_parameters(model, symbol, self.experts) for symbol in self.symbols), Parameters())
+        language = sum((layer_parameters(model, symbol) for symbol in self.symbols), Parameters())
         if self.last:
             language += final_norm_parameters(model)
         # Tied weights lie on the first stage and, if that is another one, on the last.
@@ -198,13 +196,22 @@ class Stage:
     def _part(self, parameters: Parameters, learns: bool) -> StaticMemory:
         parallel = self.cfg.parallel
         usual, fp32 = parameters.on_rank(parallel.tensor)
-        weights = usual * self.width + fp32 * _FP32
+        experts = parameters.experts // parallel.expert
+        weights = (usual + experts) * self.width + fp32 * _FP32
         if not learns:
             return StaticMemory(weights)
-        ranks = self.cfg.data_parallel_size * parallel.context if parallel.distributed_optimizer else 1
-        copy = usual if self.width < _FP32 else 0
-        states = _FP32 * (2 * (usual + fp32) + copy)
-        return StaticMemory(weights, _FP32 * (usual + fp32), -(-states // ranks))
+        replicas = self.cfg.data_parallel_size * parallel.context
+        copies = int(self.width < _FP32)
+        # Experts are whole on a rank: those that tensor-parallel ranks hold are replicas too.
+        states = (
+            (_FP32 * ((2 + copies) * usual + 2 * fp32), replicas),
+            (_FP32 * (2 + copies) * experts, replicas * parallel.tensor // parallel.expert),
+        )
+        return StaticMemory(
+            weights,
+            _FP32 * (usual + fp32 + experts),
+            sum(-(-size // (ranks if parallel.distributed_optimizer else 1)) for size, ranks in states),
+        )
 
     def training(self, packed: Packed) -> Memory:
         """The worst moment of a step: encoding the frames, some layer's backward, or the loss."""
@@ -266,7 +273,7 @@ class Stage:
 
     def _layer(self, symbol: str) -> list[Kept]:
         model, parallel = self.cfg.model, self.cfg.parallel
-        kept = layer_activations(model, symbol, self.width, self.fused, self.experts)
+        kept = layer_activations(model, symbol, self.width, self.fused)
         return kept + context_activations(model, symbol, self.width, parallel.tensor, parallel.context)
 
     def _stored(self, kept: list[Kept]) -> list[Kept]:

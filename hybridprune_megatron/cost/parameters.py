@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.cost.layers import (
     CONV_TAPS,
-    Experts,
     attention_widths,
     mamba_channels,
     mamba_inner,
@@ -31,33 +30,39 @@ class Parameters:
         split: split over tensor-parallel ranks.
         replicated: held by every rank.
         fp32: of the split ones, those that stay fp32 whatever the precision (decay rates and skips of Mamba).
+        experts: routed experts', split over expert-parallel ranks.
     """
 
     split: int = 0
     replicated: int = 0
     fp32: int = 0
+    experts: int = 0
 
     def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(self.split + other.split, self.replicated + other.replicated, self.fp32 + other.fp32)
+        return Parameters(
+            self.split + other.split,
+            self.replicated + other.replicated,
+            self.fp32 + other.fp32,
+            self.experts + other.experts,
+        )
 
     @property
     def total(self) -> int:
         """Parameters of the whole part."""
-        return self.split + self.replicated
+        return self.split + self.replicated + self.experts
 
     def on_rank(self, tensor: int) -> tuple[int, int]:
-        """Parameters of one rank in the run's precision, and those in fp32."""
+        """Parameters of one rank in the run's precision, and those in fp32; without routed experts'."""
         fp32 = self.fp32 // tensor
         return self.split // tensor + self.replicated - fp32, fp32
 
 
-def layer_parameters(model: ModelConfig, symbol: str, experts: Experts | None = None) -> Parameters:
+def layer_parameters(model: ModelConfig, symbol: str) -> Parameters:
     """One layer with its norm.
 
     Args:
         model: dimensions.
         symbol: M, *, - or E.
-        experts: of an E layer; every rank holds a slice of every expert (no expert parallelism).
     """
     hidden = model.hidden_size
     if symbol == "M":
@@ -71,9 +76,16 @@ def layer_parameters(model: ModelConfig, symbol: str, experts: Experts | None = 
     if symbol == "-":
         return Parameters(2 * hidden * model.ffn_hidden_size, hidden)
     assert symbol == "E", symbol
+    experts = model.experts
     assert experts is not None, "an E layer comes with its experts' sizes"
-    ffn = experts.num_experts * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
-    return Parameters(2 * hidden * ffn, hidden + experts.num_experts * hidden)
+    inner = experts.latent_size or hidden
+    latent = 2 * hidden * inner if experts.latent_size is not None else 0
+    return Parameters(
+        2 * hidden * experts.shared_ffn_hidden_size,
+        # Norm and router, whose correction bias is none of its parameters.
+        hidden + experts.num_experts * hidden + latent,
+        experts=2 * inner * experts.ffn_hidden_size * experts.num_experts,
+    )
 
 
 def adapter_parameters(model: ModelConfig, symbol: str, lora: LoraConfig) -> Parameters:
@@ -87,6 +99,8 @@ def adapter_parameters(model: ModelConfig, symbol: str, lora: LoraConfig) -> Par
         "M": (("in_proj", mamba_rows(model)), ("out_proj", mamba_inner(model))),
         "*": (("linear_qkv", queries + 2 * keys), ("linear_proj", queries)),
         "-": (("linear_fc1", model.ffn_hidden_size), ("linear_fc2", model.ffn_hidden_size)),
+        # Experts have no adapters.
+        "E": (("", 0), ("", 0)),
     }[symbol]
     # The other side of both is the residual stream.
     return sum(
@@ -132,9 +146,9 @@ def projector_adapter_parameters(vision: VisionConfig, output_size: int, lora: L
     return Parameters(replicated=lora.rank * widths)
 
 
-def language_parameters(model: ModelConfig, experts: Experts | None = None) -> Parameters:
+def language_parameters(model: ModelConfig) -> Parameters:
     """The whole language model."""
-    layers = (layer_parameters(model, symbol, experts) for symbol in "".join(model.stages))
+    layers = (layer_parameters(model, symbol) for symbol in "".join(model.stages))
     tables = embedding_parameters(model)
     if not model.tie_embeddings:
         tables += embedding_parameters(model)

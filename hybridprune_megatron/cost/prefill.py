@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.layers import Experts, embedding_cost, head_cost, layer_operations
+from hybridprune_megatron.cost.layers import embedding_cost, head_cost, layer_operations
 from hybridprune_megatron.cost.ops import WIDTH, Cost, sum_costs
 from hybridprune_megatron.cost.scoring import drop_operations, front_operations, scoring_operations
 from hybridprune_megatron.cost.vision import projector_cost, tower_cost
@@ -119,7 +119,6 @@ def prefill_cost(
     retention: Sequence[float],
     prompt: Prompt,
     precision: str,
-    experts: Experts | None = None,
 ) -> Prefill:
     """Counts one prefill: all tokens in, the logits of the last one out.
 
@@ -129,11 +128,10 @@ def prefill_cost(
         retention: share of the visual tokens that enters every layer.
         prompt: the sample.
         precision: fp32 or bf16.
-        experts: of the model's E layers.
     """
     width, symbols = WIDTH[precision], layer_symbols(model.hybrid_pattern)
     counts = kept_counts(_handed_on(model, reduction, retention, prompt), prompt.visual, reduction.min_tokens)
-    full = {symbol: layer_operations(model, symbol, [prompt.tokens], width, experts) for symbol in set(symbols)}
+    full = {symbol: layer_operations(model, symbol, [prompt.tokens], width) for symbol in set(symbols)}
     rows = []
     for layer, symbol in enumerate(symbols):
         tokens, left = counts[layer] + prompt.text, counts[min(layer + 1, len(counts) - 1)]
@@ -147,7 +145,7 @@ def prefill_cost(
                 retention=retention[layer],
                 visual=counts[layer],
                 full=full[symbol],
-                reduced=layer_operations(model, symbol, [tokens], width, experts),
+                reduced=layer_operations(model, symbol, [tokens], width),
                 scoring=scoring,
             )
         )

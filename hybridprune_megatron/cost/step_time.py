@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from hybridprune_megatron.cost.assumptions import Assumptions
     from hybridprune_megatron.cost.prefill import Prefill
 
-_LINEARS = {"in_proj", "out_proj", "qkv", "fc1", "fc2", "patches", "projector"}
+_LINEARS = {"in_proj", "out_proj", "qkv", "fc1", "fc2", "patches", "projector"} | {
+    "router",
+    "to_latent",
+    "from_latent",
+    *(f"{kind}_{name}" for kind in ("routed", "shared") for name in ("fc1", "fc2")),
+}
 # What a rank does whatever the others do: rank every visual token, and copy the rows of its context shard.
 _WHOLE, _BY_CONTEXT = {"rank", "smooth"}, {"take", "merge", "match", "importance"}
 _BACKWARD = 2
@@ -283,7 +288,7 @@ class Clock:
 def _again(recompute: str, symbol: str, operations: Mapping[str, Cost]) -> tuple[Mapping[str, Cost], set[str]]:
     """What backward computes again of a layer, and what it sends again."""
     if recompute == "full":
-        return operations, {"tensor", "context"}
+        return operations, {"tensor", "context", "experts"}
     if recompute == "none":
         return {}, set()
     core = {"M": {"conv", "scan"}, "*": {"attention"}}.get(symbol, set())

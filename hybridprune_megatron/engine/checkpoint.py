@@ -52,7 +52,8 @@ SHARDED_FORMAT = {
     # format, dp_reshardable, gathers nothing and fits no other tensor or pipeline size.
     "distrib_optim_sharding_type": "fully_reshardable",
     "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
+    # One entry an expert, named by its number.
+    "singleton_local_shards": True,
     # One entry a layer and weight, named as in state_dict().
     "non_homogeneous_layers": True,
 }

@@ -106,6 +106,11 @@ def _seed_cpu_generator(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
+def _as_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """A tensor that is on the CPU already; splits of an all-to-all are numpy arrays there."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _null_context() -> Callable[..., Any]:
     @contextlib.contextmanager
     def context(*_: Any, **__: Any) -> Iterator[None]:
@@ -171,8 +176,12 @@ def _stay_eager() -> None:
 
 
 def _patch_megatron() -> None:
-    """Megatron's own setter would queue its work for a CUDA context that never comes."""
+    """Two functions of megatron that ask whether a tensor is on a GPU."""
     import megatron.core.tensor_parallel.random as megatron_random
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_on_cpu
+    # The setter would queue its work for a CUDA context that never comes.
 
     megatron_random._set_cuda_rng_state = _set_cpu_generator_state
     megatron_random._get_cuda_rng_state = _cpu_generator_state

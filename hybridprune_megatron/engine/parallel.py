@@ -106,6 +106,7 @@ def init_model_parallel(
     seed: int = 0,
     timeout_minutes: float = 30.0,
     virtual_pipeline: int = 1,
+    expert: int = 1,
 ) -> None:
     """Builds megatron's groups and seeds every generator (python, numpy, torch, megatron's tracker).
     Idempotent in the groups.
@@ -117,6 +118,7 @@ def init_model_parallel(
         seed: of the run; equal on every rank. Ranks of one tensor group draw different weights from it.
         timeout_minutes: how long a collective of these groups waits for the others before the job fails.
         virtual_pipeline: chunks of layers that each stage holds.
+        expert: processes of a stage that share the routed experts.
 
     Raises:
         ValueError: if the sizes do not divide the number of processes, or the seed is out of range.
@@ -136,6 +138,9 @@ def init_model_parallel(
             pipeline_model_parallel_size=pipeline,
             virtual_pipeline_model_parallel_size=virtual_pipeline if virtual_pipeline > 1 else None,
             context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            # Experts are whole: a rank's part of the sequence goes to them, not a part of each expert to the rank.
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=timeout_minutes,
             # Megatron wants a second, gloo set of groups beside nccl only for a gathering optimizer format
             # that is not used here.

@@ -96,6 +96,7 @@ class MegatronStrategy(DDPStrategy):
             cfg.trainer.seed,
             timeout,
             parallel.virtual_pipeline,
+            parallel.expert,
         )
 
     def setup(self, trainer: Trainer) -> None:

@@ -59,7 +59,7 @@ class HybridPruneConfig(PreTrainedConfig):
     settings and solves the schedule again.
 
     Args:
-        hybrid_override_pattern: one symbol a layer: M Mamba-2, * attention, - MLP.
+        hybrid_override_pattern: one symbol a layer: M Mamba-2, * attention, - MLP, E mixture of experts.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
         intermediate_size: width inside an MLP layer (squared ReLU).
@@ -76,6 +76,7 @@ class HybridPruneConfig(PreTrainedConfig):
         max_position_embeddings: longest context; there are no positions, so nothing breaks past it.
         time_step_limit: range of dt after softplus, (0, inf): no clamp, as in megatron. transformers' own
             ``nemotron_h`` clamps dt to 1e-3 from below, which these weights do not expect.
+        experts: fields of the training configuration's ``model.experts``; None: there is no E layer.
         vision: fields of the training configuration's ``model.vision``; None: text only.
         reduction: see ``resolve_reduction``; None: no reduction.
         image_token_id, image_start_token_id, image_end_token_id, turn_token_id: special tokens of the prompt format.
@@ -105,6 +106,7 @@ class HybridPruneConfig(PreTrainedConfig):
         layer_norm_epsilon: float = 1e-5,
         max_position_embeddings: int = 4096,
         time_step_limit: list[float | str] | None = None,
+        experts: dict[str, Any] | None = None,
         vision: dict[str, Any] | None = None,
         reduction: dict[str, Any] | None = None,
         image_token_id: int | None = None,
@@ -139,6 +141,7 @@ class HybridPruneConfig(PreTrainedConfig):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.max_position_embeddings = max_position_embeddings
         self.time_step_limit = limit
+        self.experts = experts
         self.vision = vision
         self.reduction = resolve_reduction(hybrid_override_pattern, reduction)
         self.image_token_id = image_token_id

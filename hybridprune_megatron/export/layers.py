@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hybridprune_megatron.export.cache import AttentionCache, HybridCache, MambaCache
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
+from hybridprune_megatron.export.experts import Expert, ExpertsMixture
 from hybridprune_megatron.method.dt_filter import filtered_steps
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.scorers import Scorer
@@ -21,7 +22,6 @@ from hybridprune_megatron.ops.attention import packed_attention
 from hybridprune_megatron.ops.conv import causal_conv
 from hybridprune_megatron.ops.norm import gated_rms_norm
 from hybridprune_megatron.ops.ssd import ssd_final_states, ssd_scan, ssd_step
-from hybridprune_megatron.vision.encoder import SquaredReLU
 
 
 @dataclass(frozen=True)
@@ -166,30 +166,45 @@ class AttentionMixer(nn.Module):
         return query, key, value
 
 
-class MLPMixer(nn.Module):
+class MLPMixer(Expert):
     """Linear, squared ReLU, linear; keeps no state and scores nothing."""
 
     def __init__(self, config: HybridPruneConfig, index: int) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = SquaredReLU()
+        super().__init__(config.hidden_size, config.intermediate_size)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, hidden: Tensor, packing: Packing, scorer: Scorer | None, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor | None]:
         """[L, D] to [L, D]."""
-        return self.down_proj(self.activation(self.up_proj(hidden))), None
+        return super().forward(hidden), None
 
     def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
         """[S, D] to [S, D]."""
-        return self.down_proj(self.activation(self.up_proj(hidden)))
+        return super().forward(hidden)
 
 
-_MIXERS: dict[str, type[MambaMixer] | type[AttentionMixer] | type[MLPMixer]] = {
+class ExpertsMixer(ExpertsMixture):
+    """A mixture of experts; keeps no state and scores nothing."""
+
+    def __init__(self, config: HybridPruneConfig, index: int) -> None:
+        super().__init__(config)
+
+    def forward(  # type: ignore[override]
+        self, hidden: Tensor, packing: Packing, scorer: Scorer | None, cache: HybridCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[L, D] to [L, D]."""
+        return super().forward(hidden), None
+
+    def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
+        """[S, D] to [S, D]."""
+        return super().forward(hidden)
+
+
+_MIXERS: dict[str, type[MambaMixer] | type[AttentionMixer] | type[MLPMixer] | type[ExpertsMixer]] = {
     "M": MambaMixer,
     "*": AttentionMixer,
     "-": MLPMixer,
+    "E": ExpertsMixer,
 }
 
 

@@ -31,7 +31,7 @@ from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
 from hybridprune_megatron.huggingface.files import TOKENIZER_FILES, whole_folder
-from hybridprune_megatron.huggingface.names import Heads, WeightNames
+from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 
 _MODEL_CLASS = "modeling_hybridprune.HybridPruneForCausalLM"
 _PROCESSOR_CLASS = "processing_hybridprune.HybridPruneProcessor"
@@ -90,6 +90,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
     """The export's configuration of a run."""
     model, tokenizer = cfg.model, _tokenizer(cfg)
     vision = asdict(model.vision) if model.vision is not None else None
+    experts = asdict(model.experts) if model.experts is not None else None
     reduction = {name: value for name, value in asdict(cfg.reduction).items() if name not in TRAINING_ONLY}
     special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
     ids = {token: special_token_id(tokenizer, token) for token in (*special, IMAGE_TOKEN)}
@@ -114,6 +115,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
         layer_norm_epsilon=model.norm_epsilon,
         max_position_embeddings=model.max_sequence_length,
         initializer_range=model.init_std,
+        experts=experts,
         vision=vision,
         reduction=reduction,
         image_token_id=ids[IMAGE_TOKEN],
@@ -139,7 +141,9 @@ def hf_weights(model: nn.Module, cfg: Config) -> dict[str, Tensor]:
     vision = cfg.model.vision
     heads = Heads(cfg.model.num_query_groups, cfg.model.kv_channels)
     blocks = vision.num_layers if vision is not None else 0
-    names = WeightNames("hybridprune", cfg.model.hybrid_pattern, heads, cfg.model.tie_embeddings, blocks)
+    experts = cfg.model.experts
+    parts = ExpertParts.of(asdict(experts)) if experts is not None else None
+    names = WeightNames("hybridprune", cfg.model.hybrid_pattern, heads, cfg.model.tie_embeddings, blocks, parts)
     converted = names.to_theirs(whole_weights(model))
     return {name: value.detach().cpu().contiguous() for name, value in converted.items()}
 

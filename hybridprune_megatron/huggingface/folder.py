@@ -9,7 +9,7 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.huggingface.names import Heads, WeightNames
+from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 
 Values = Mapping[str, Any]
 
@@ -71,13 +71,15 @@ def weight_names(config: Values, names: Collection[str]) -> WeightNames:
     if family == "radio":
         return WeightNames(family, "", Heads(1, 1), blocks=len(blocks))
     language = language_values(config)
+    pattern = pattern_of(language)
     return WeightNames(
         family,
-        pattern_of(language),
+        pattern,
         Heads(language["num_key_value_heads"], language["head_dim"]),
         # transformers' nemotron_h ties nothing, whatever its configuration says.
         not any(name.endswith("lm_head.weight") for name in names),
         len(blocks),
+        ExpertParts.of(_expert_values(language)) if "E" in pattern else None,
     )
 
 
@@ -97,11 +99,11 @@ def pattern_of(language: Values) -> str:
     """
     kinds = language.get("layers_block_type") or language.get("layer_types")
     pattern = language.get("hybrid_override_pattern") or "".join(_SYMBOLS.get(kind, "?") for kind in kinds or ())
-    if not pattern or set(pattern) - set("M*-"):
-        odd = "".join(sorted(set(pattern) - set("M*-"))) or "none"
+    odd = "".join(sorted(set(pattern) - set("M*-E"))) or "none"
+    if not pattern or odd != "none":
         raise ValueError(
-            f"config.json has the layers {pattern or kinds}: M (Mamba-2), * (attention) and - (MLP) are supported, "
-            f"not {odd}"
+            f"config.json has the layers {pattern or kinds}: M (Mamba-2), * (attention), - (MLP) and E (experts) are "
+            f"supported, not {odd}"
         )
     return pattern
 
@@ -141,7 +143,27 @@ def model_values(name: str, config: Values, shape: Callable[[str], tuple[int, ..
         "max_sequence_length": language["max_position_embeddings"],
         "tie_embeddings": table.tied,
         "norm_epsilon": language.get("layer_norm_epsilon", 1e-5),
+        "experts": _expert_values(language) if table.experts else None,
         "vision": vision,
+    }
+
+
+def _expert_values(language: Values) -> Values:
+    if language.get("experts"):
+        return dict(language["experts"])
+    if not language.get("norm_topk_prob", True):
+        raise ValueError(
+            "config.json has norm_topk_prob=false: routed experts' weights that do not add up to one are not supported"
+        )
+    return {
+        "num_experts": language["n_routed_experts"],
+        "experts_per_token": language["num_experts_per_tok"],
+        "ffn_hidden_size": language["moe_intermediate_size"],
+        "shared_ffn_hidden_size": language.get("moe_shared_expert_intermediate_size") or 0,
+        "latent_size": language.get("moe_latent_size"),
+        "routed_scaling": float(language.get("routed_scaling_factor", 1.0)),
+        "num_groups": language.get("n_group", 1),
+        "groups_per_token": language.get("topk_group", 1),
     }
 
 

@@ -8,9 +8,10 @@ families are known: a Nemotron-H language model (``nemotron_h``), Nemotron Nano 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,9 +75,10 @@ class Rule:
     """Some of our tensors and the ones of theirs that hold the same values.
 
     Attributes:
-        ours: names, {} for the number of a layer.
+        ours: names, {} for the number of a layer, a second {} for that of an expert.
         theirs: names in the order in which they are converted.
-        over: once for every layer of this symbol, for every "block" of the tower, or (empty) once.
+        over: once for every layer of this symbol, for every "expert" of every E layer, for every "block" of the tower,
+            or (empty) once.
         to_ours: their tensors to ours.
         to_theirs: ours to theirs.
     """
@@ -87,9 +89,9 @@ class Rule:
     to_ours: Convert = _same
     to_theirs: Convert = _same
 
-    def numbered(self, number: int) -> Rule:
-        """The rule of one layer."""
-        ours, theirs = (tuple(name.format(number) for name in names) for names in (self.ours, self.theirs))
+    def numbered(self, *numbers: int) -> Rule:
+        """The rule of one layer, or of one of its experts."""
+        ours, theirs = (tuple(name.format(*numbers) for name in names) for names in (self.ours, self.theirs))
         return Rule(ours, theirs, "", self.to_ours, self.to_theirs)
 
     def below(self, ours: str, theirs: str) -> Rule:
@@ -161,6 +163,26 @@ _LANGUAGE = [
         ours="decoder.layers.{}.mlp.",
         theirs="backbone.layers.{}.",
     ),
+    *_renamed(
+        {
+            "pre_mlp_layernorm.weight": "norm.weight",
+            "mlp.router.weight": "mixer.gate.weight",
+            "mlp.router.expert_bias": "mixer.gate.e_score_correction_bias",
+            "mlp.shared_experts.linear_fc1.weight": "mixer.shared_experts.up_proj.weight",
+            "mlp.shared_experts.linear_fc2.weight": "mixer.shared_experts.down_proj.weight",
+            "mlp.fc1_latent_proj.weight": "mixer.fc1_latent_proj.weight",
+            "mlp.fc2_latent_proj.weight": "mixer.fc2_latent_proj.weight",
+        },
+        over="E",
+        ours="decoder.layers.{}.",
+        theirs="backbone.layers.{}.",
+    ),
+    *_renamed(
+        {"linear_fc1.weight": "up_proj.weight", "linear_fc2.weight": "down_proj.weight"},
+        over="expert",
+        ours="decoder.layers.{}.mlp.experts.experts.{}.",
+        theirs="backbone.layers.{}.mixer.experts.{}.",
+    ),
 ]
 _PROJECTOR = [Rule((f"mlp1.{part}.weight",), (f"mlp1.{part}.weight",)) for part in (0, 1, 3)]
 
@@ -215,11 +237,40 @@ _TOWER = [
 #: Constants of the tower, which the configuration holds: never read, and left to their builder.
 CONSTANTS = ("summary_idxs", "input_conditioner.norm_mean", "input_conditioner.norm_std")
 _CONSTANT_RULES = [Rule((name,), (name,)) for name in CONSTANTS]
-# Weights of theirs that no model here has: constants, and what reads other things than frames and text.
+# Weights of theirs that no model here has: constants, what reads other things than frames and text, and the layers that
+# predict several tokens at once, which transformers leaves out too.
 _LEFT_ALONE = re.compile(
     r"(vision_model\.)?(radio_model\.)?(summary_idxs|input_conditioner\.norm_(mean|std))"
+    r"|(language_model\.)?mtp\..*"
     r"|vision_model\.radio_model\.model\.patch_generator\.video_embedder\.weight"
 )
+
+
+@dataclass(frozen=True)
+class ExpertParts:
+    """What an E layer is made of.
+
+    Attributes:
+        count: routed experts.
+        shared: there is one that every token visits.
+        latent: routed experts read a narrower stream.
+    """
+
+    count: int
+    shared: bool
+    latent: bool
+
+    @staticmethod
+    def of(experts: Mapping[str, Any]) -> ExpertParts:
+        """From the fields of ``model.experts``."""
+        return ExpertParts(
+            experts["num_experts"], bool(experts["shared_ffn_hidden_size"]), experts["latent_size"] is not None
+        )
+
+    def has(self, rule: Rule) -> bool:
+        """Whether a rule of an E layer applies."""
+        name = rule.ours[0]
+        return (self.shared or "shared_experts" not in name) and (self.latent or "latent_proj" not in name)
 
 
 @dataclass(frozen=True)
@@ -232,6 +283,7 @@ class WeightNames:
         heads: of its attention layers.
         tied: the output layer is the embedding and has no weights of its own.
         blocks: of the vision tower; 0: none.
+        experts: of the E layers; None: there are none.
     """
 
     family: str
@@ -239,6 +291,7 @@ class WeightNames:
     heads: Heads
     tied: bool = False
     blocks: int = 0
+    experts: ExpertParts | None = None
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
@@ -251,18 +304,30 @@ class WeightNames:
             }.get(self.family, [rule.below("vision_model.", "vision_model.radio_model.model.") for rule in _TIMM_TOWER])
         if self.pattern:
             prefix = "" if self.family == "nemotron_h" else "language_model."
-            rules = [rule for rule in _LANGUAGE if not (self.tied and rule.ours == (_OUTPUT_LAYER,))]
+            rules = [rule for rule in _LANGUAGE if self._has(rule)]
             language = [rule.below("language_model.", prefix) for rule in rules]
         if self.blocks and self.pattern:
             projector = _PROJECTOR
-        layers = list(enumerate(layer_symbols(self.pattern)))
-        blocks = [(number, "block") for number in range(self.blocks)]
+        blocks = [((number,), "block") for number in range(self.blocks)]
         return tuple(
-            rule.numbered(number) if rule.over else rule
-            for number, symbol in (*blocks, *layers, (-1, ""))
+            rule.numbered(*numbers) if rule.over else rule
+            for numbers, over in (*blocks, *self._parts_of_layers(), ((), ""))
             for rule in (*vision, *projector, *language)
-            if rule.over == symbol
+            if rule.over == over
         )
+
+    def _has(self, rule: Rule) -> bool:
+        """Whether this model has the weights of a rule of the language model."""
+        if rule.ours == (_OUTPUT_LAYER,):
+            return not self.tied
+        return rule.over != "E" or (self.experts is not None and self.experts.has(rule))
+
+    def _parts_of_layers(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Numbers and kind of every layer, and of every expert behind its layer."""
+        for number, symbol in enumerate(layer_symbols(self.pattern)):
+            yield (number,), symbol
+            if symbol == "E" and self.experts is not None:
+                yield from (((number, expert), "expert") for expert in range(self.experts.count))
 
     @cached_property
     def by_ours(self) -> dict[str, Rule]:

@@ -19,6 +19,7 @@ from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.models.distillation import DistillingModel
+from hybridprune_megatron.models.experts import expert_settings, freeze_routers
 from hybridprune_megatron.models.language_model import ReductionHybridModel
 from hybridprune_megatron.models.lora import adapt_projector, is_adapter, train_adapters_only
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
@@ -94,6 +95,8 @@ def _build(
         model.trainable.vision,
         build_reduction(cfg),
     )
+    if model.experts is not None and not model.experts.bias_update_rate:
+        freeze_routers(result)
     _choose_trained(result, cfg)
     return result
 
@@ -173,6 +176,7 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        **expert_settings(model.experts, parallel.expert),
         sequence_parallel=parallel.sequence_parallel,
         # A packed batch is as long as its samples, and shorter with depth; this setting demands the dispatcher's even
         # without experts.

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from hybridprune_megatron.config.tuning_schema import LoraConfig
+from hybridprune_megatron.models.experts import backend_experts_spec, torch_experts_spec
 from hybridprune_megatron.models.lora import adapted
 from hybridprune_megatron.models.mamba_ops import KernelMambaOps, MambaOps, TorchMambaOps
 from hybridprune_megatron.models.mixers import ReductionMambaMixer, scoring_attention
@@ -64,6 +65,7 @@ def stack_spec(name: str, chunk_size: int, lora: LoraConfig | None = None) -> Mo
             TENorm,
             TERowParallelLinear,
         )
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         return _spec(
             TELayerNormColumnParallelLinear,
@@ -71,11 +73,19 @@ def stack_spec(name: str, chunk_size: int, lora: LoraConfig | None = None) -> Mo
             TEDotProductAttention,
             TENorm,
             KernelMambaOps(),
+            backend_experts_spec(TENorm, TESpecProvider()),
             chunk_size,
             lora,
         )
     return _spec(
-        NormColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm, TorchMambaOps(), chunk_size, lora
+        NormColumnParallelLinear,
+        RowParallelLinear,
+        PackedAttention,
+        RMSNorm,
+        TorchMambaOps(),
+        torch_experts_spec(RMSNorm),
+        chunk_size,
+        lora,
     )
 
 
@@ -85,6 +95,7 @@ def _spec(
     core_attention: type[nn.Module],
     norm: type[nn.Module],
     mamba_ops: MambaOps,
+    experts: ModuleSpec,
     chunk_size: int,
     lora: LoraConfig | None,
 ) -> ModuleSpec:
@@ -130,5 +141,7 @@ def _spec(
     return ModuleSpec(
         module=ReductionStack,
         params={"final_norm": norm},
-        submodules=HybridStackSubmodules(mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp),
+        submodules=HybridStackSubmodules(
+            mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp, moe_layer=experts
+        ),
     )

@@ -17,6 +17,38 @@ from hybridprune_megatron.config.explain import explain_override
 FALLING = "1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05"
 # What is wrong with an override by itself: overrides, then the whole line (a regular expression).
 OVERRIDE_CASES = {
+    "sizes without experts": (
+        ["model=demo_experts", "model.hybrid_pattern=M-M"],
+        r".*has no E layer, and model.experts is set; give both or neither",
+    ),
+    "experts from nowhere": (
+        ["model.experts={num_experts: 4}"],
+        r"model.experts is null in this model and cannot be filled from the command line; .*",
+    ),
+    "one expert a token": (
+        ["model=demo_experts", "model.experts.experts_per_token=1"],
+        r"model.experts.experts_per_token=1: must be at least 2.*",
+    ),
+    "more experts than a token reaches": (
+        ["model=demo_experts", "model.experts.experts_per_token=5"],
+        r"model.experts.experts_per_token=5: must not exceed the 4 experts .*",
+    ),
+    "experts ranked otherwise": (
+        ["model=demo_experts", "model.experts.experts_per_token=3"],
+        r"model.experts.groups_per_token=2: must be half of experts_per_token=3: .*",
+    ),
+    "unsplittable experts": (
+        ["model=demo_experts", "parallel.expert=3", "trainer.devices=3"],
+        r"model.experts.num_experts=8: .*parallel.expert=3.*",
+    ),
+    "expert parallelism without processes": (
+        ["model=demo_experts", "parallel.expert=2", "trainer.devices=1"],
+        r"parallel.expert=2: must divide the 1 processes of a pipeline stage.*",
+    ),
+    "experts without sequence parallelism": (
+        ["model=demo_experts", "parallel.tensor=2", "trainer.devices=2"],
+        r"parallel.sequence_parallel=false: every tensor-parallel rank would send the same tokens .*",
+    ),
     "unknown top-level key": (
         ["xyz=1"],
         r"xyz=1: unknown key xyz; the top level has name, .*parallel.*\(see --help-all\)",
@@ -142,9 +174,13 @@ VALUE_CASES = {
         [f"reduction.retention=[{FALLING}]", "reduction.budget=0.5"],
         r".*\(its mean\)=0.265: .*set reduction.budget=0.265.*",
     ),
-    "mixture of experts": (
+    "experts without sizes": (
         ["model.hybrid_pattern=MEM"],
-        r".*has 'E' \(mixture of experts\), which is not supported yet.*",
+        r"model.hybrid_pattern=MEM: has E layers, and model.experts is null; give both or neither",
+    ),
+    "expert parallelism without experts": (
+        ["parallel.expert=2", "trainer.devices=2"],
+        r"parallel.expert=2: model .* has no experts .*",
     ),
     "unknown symbol": (["model.hybrid_pattern=MXM"], r".*unknown symbol 'X'; use only M .*\* .*- .*\| .*"),
     "empty stage": (["model.hybrid_pattern=M-|"], r".*every pipeline stage needs a layer.*"),

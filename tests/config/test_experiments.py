@@ -52,7 +52,9 @@ def language_parameters(model: ModelConfig, vocab_size: int) -> int:
 
 def test_expected_experiments_are_shipped() -> None:
     study = {"bench", "bench_base", "bench_base_clips", "bench_base_dense"}
-    assert {"demo", "demo_base", "demo_base_clips", "twin", *study, *PUBLISHED} == set(EXPERIMENTS)
+    assert {"demo", "demo_base", "demo_base_clips", "twin", *study, "nemotron_3_nano_30b_a3b", *PUBLISHED} == set(
+        EXPERIMENTS
+    )
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -106,7 +108,8 @@ def test_every_model_and_data_option_is_part_of_an_experiment() -> None:
     """So that ``test_experiment_composes`` covers them."""
     texts = [path.read_text(encoding="ascii") for path in (CONF_DIR / "experiment").glob("*.yaml")]
     for group in ("model", "data"):
-        for option in group_options(CONF_DIR, group):
+        # tests/parallel/test_experts.py composes and trains the other.
+        for option in {*group_options(CONF_DIR, group)} - {"demo_experts"}:
             assert any(f"override /{group}: {option}\n" in text for text in texts), (group, option)
 
 
@@ -134,6 +137,8 @@ def test_parallel_option_composes(option: str) -> None:
     overrides = [f"parallel={option}", "trainer.devices=32", "trainer.global_batch_size=32"]
     if option.startswith("tp8"):
         overrides += ["model=nemotron_nano_12b_v2_vl", "data=video_sft"]
+    if option == "tp2_ep8":
+        overrides += ["model=demo_experts"]
     if option == "pp2":
         overrides += ["model.hybrid_pattern=M-M*-|M-M*-"]
     cfg = load_config(overrides)

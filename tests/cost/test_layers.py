@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hybridprune_megatron.cost.layers import Experts, head_cost, layer_cost, layer_operations
+from hybridprune_megatron.config.schema import ExpertsConfig
+from hybridprune_megatron.cost.layers import head_cost, layer_cost, layer_operations
 from hybridprune_megatron.cost.ops import Cost, linear, sum_costs
 from hybridprune_megatron.cost.vision import projector_cost, tower_operations
 
@@ -88,21 +89,25 @@ def test_mlp_and_head():
 
 
 def test_experts():
-    experts = Experts(num_experts=8, topk=3, ffn_hidden_size=5, shared_ffn_hidden_size=7)
-    cost = layer_cost(MODEL, "E", LENGTHS, 2, experts)
+    def with_experts(**sizes):
+        return SimpleNamespace(**vars(MODEL), experts=ExpertsConfig(**sizes))
+
+    model = with_experts(num_experts=8, experts_per_token=3, ffn_hidden_size=5, shared_ffn_hidden_size=7)
+    cost = layer_cost(model, "E", LENGTHS, 2)
     per_token = 11 * 8 + 3 * (2 * 11 * 5) + 2 * 11 * 7
     assert cost.flops == cost.executed == TOKENS * per_token * 2
     # A token that visits every expert costs an MLP as wide as all of them.
-    wide = Experts(num_experts=4, topk=4, ffn_hidden_size=5)
+    wide = with_experts(num_experts=4, experts_per_token=4, ffn_hidden_size=5)
     mlp = SimpleNamespace(**{**vars(MODEL), "ffn_hidden_size": 20})
     router = TOKENS * 11 * 4 * 2
-    assert layer_cost(MODEL, "E", LENGTHS, 2, wide).flops == layer_cost(mlp, "-", LENGTHS, 2).flops + router
-    with pytest.raises(ValueError, match="layer symbol 'E': the model has a mixture of experts"):
-        layer_cost(MODEL, "E", LENGTHS, 2)
+    assert layer_cost(wide, "E", LENGTHS, 2).flops == layer_cost(mlp, "-", LENGTHS, 2).flops + router
+    # Latent experts: two linears round the routed ones, which read and write 3 numbers instead of 11.
+    latent = with_experts(num_experts=4, experts_per_token=4, ffn_hidden_size=5, latent_size=3)
+    assert layer_cost(latent, "E", LENGTHS, 2).flops == TOKENS * 2 * (11 * 4 + 2 * 11 * 3 + 4 * 2 * 3 * 5)
 
 
 def test_unknown_symbol():
-    with pytest.raises(ValueError, match=r"layer symbol 'X': allowed are M, \*, - and E"):
+    with pytest.raises(ValueError, match=r"layer symbol 'X': allowed are M, \*, -, E"):
         layer_cost(MODEL, "X", LENGTHS, 2)
 
 

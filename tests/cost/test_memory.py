@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hybridprune_megatron.config import load_config
+from hybridprune_megatron.config.schema import ExpertsConfig
 from hybridprune_megatron.cost.activations import (
     SCAN_BLOCK_ELEMENTS,
     block_activations,
@@ -22,7 +23,6 @@ from hybridprune_megatron.cost.activations import (
     projector_activations,
     total_bytes,
 )
-from hybridprune_megatron.cost.layers import Experts
 from hybridprune_megatron.cost.memory import GIB, Packed, Stage, StaticMemory, prefill_memory, training_memory
 from hybridprune_megatron.cost.parameters import (
     adapter_parameters,
@@ -79,8 +79,11 @@ def test_parameters_of_the_published_models():
     for name, parameters in published.items():
         model = replace(load_config([f"experiment={name}"]).model, vocab_size=131072)
         assert language_parameters(model).total == parameters
-    experts = Experts(num_experts=3, topk=2, ffn_hidden_size=5, shared_ffn_hidden_size=7)
-    assert layer_parameters(model, "E", experts).total == 4096 * (1 + 3 + 2 * 3 * 5 + 2 * 7)
+    experts = ExpertsConfig(num_experts=3, experts_per_token=2, ffn_hidden_size=5, shared_ffn_hidden_size=7)
+    routed = replace(model, hybrid_pattern="E", experts=experts)
+    assert layer_parameters(routed, "E").total == 4096 * (1 + 3 + 2 * 3 * 5 + 2 * 7)
+    latent = replace(routed, experts=replace(experts, latent_size=11))
+    assert layer_parameters(latent, "E").total == 4096 * (1 + 3 + 2 * 7) + 11 * (2 * 4096 + 2 * 3 * 5)
 
 
 def _kept_bytes(run: Callable[[], Tensor], parameters: set[int]) -> int:

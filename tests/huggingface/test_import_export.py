@@ -35,9 +35,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A language model in bf16 and a video model as published: bf16, decays and constants in fp32."""
     root = tmp_path_factory.mktemp("originals")
     write_language_twin(root / "language", "12b", torch.bfloat16)
+    write_language_twin(root / "experts", "latent experts", torch.bfloat16)
+    _add_token_predictor(root / "experts")
     write_vision_twin(root / "video")
     (root / "video" / "configuration.py").write_text("# remote code\n")
-    return {name: root / name for name in ("language", "video")}
+    return {name: root / name for name in ("language", "experts", "video")}
+
+
+def _add_token_predictor(folder: Path) -> None:
+    """A tensor of the layers that predict several tokens, as Nemotron 3 has them."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["mtp.layers.0.mixer.q_proj.weight"] = "extra.safetensors"
+    save_file({"mtp.layers.0.mixer.q_proj.weight": torch.randn(3, 5)}, folder / "extra.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def _import(source: Path, out: Path, conf: Path) -> None:
@@ -50,17 +60,16 @@ def _export(group: Path, original: Path, out: Path) -> None:
     """From imported weights through the training model to the original's layout."""
     from omegaconf import OmegaConf
 
-    from hybridprune_megatron.config.schema import ModelConfig, VisionConfig
+    from hybridprune_megatron.config.schema import ModelConfig
     from hybridprune_megatron.export.plain import export_plain
     from tests.parity.ours import config_with, model_of
 
     values: Any = OmegaConf.to_container(OmegaConf.load(group))
-    vision = VisionConfig(**values.pop("vision")) if values["vision"] else values.pop("vision")
-    cfg = config_with(ModelConfig(**values, vision=vision, spec="torch"))
+    cfg = config_with(ModelConfig.of({**values, "spec": "torch"}))
     export_plain(model_of(cfg), cfg, original, out)
 
 
-@pytest.mark.parametrize("kind", ["language", "video"])
+@pytest.mark.parametrize("kind", ["language", "experts", "video"])
 def test_every_tensor_comes_back_with_its_bytes(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     original, conf = folders[kind], tmp_path / "conf"
     (conf / "model").mkdir(parents=True)
@@ -123,7 +132,7 @@ def _config(**values: Any) -> Any:
         (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), r"lacks 1 of its weight files, first model-"),
         (lambda folder: (folder / "config.json").unlink(), r"config.json cannot be read"),
         (_config(model_type="llama"), r"model_type=llama: models of nemotron_h, .* can be read"),
-        (_config(llm_config={"hybrid_override_pattern": "MEM*"}), r"M \(Mamba-2\), .* are supported, not E"),
+        (_config(llm_config={"hybrid_override_pattern": "MGM*"}), r"M \(Mamba-2\), .* are supported, not G"),
         (_config(force_image_size=36), r"model.vision.frame_size=36"),
     ],
 )

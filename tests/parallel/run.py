@@ -13,6 +13,8 @@ BATCHES = ((17, 25), (22, 9, 12), (40,), (15, 0, 23))
 #: Every layout here shares a sequence evenly if its length divides by this.
 MULTIPLE_OF = 8
 PATTERN = "M*M-M*M-"
+#: Sizes of ``parallel`` that take no processes of their own.
+SHARING = ("virtual_pipeline", "expert")
 #: Drops behind layers 0 (M), 1 (*), 2 (M), 4 (M) and 5 (*), on both sides of the stage cut in the middle.
 RETENTION = "reduction.retention=[1.0,0.3,0.2,0.15,0.15,0.1,0.05,0.05]"
 
@@ -48,7 +50,12 @@ def step(
     cfg = config_of(sizes, overrides, pattern)
     parallel = cfg.parallel
     init_model_parallel(
-        parallel.tensor, parallel.pipeline, parallel.context, seed=1, virtual_pipeline=parallel.virtual_pipeline
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        seed=1,
+        virtual_pipeline=parallel.virtual_pipeline,
+        expert=parallel.expert,
     )
     model = HybridPruneModule(cfg, partial(build_model, cfg), lambda *_: None).build_stage()
     load_initial_weights(model, weights)
@@ -80,7 +87,7 @@ def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:
     """The tiny configuration under a layout."""
     devices = 1
     for name, size in sizes.items():
-        devices *= size if name != "virtual_pipeline" else 1
+        devices *= size if name not in SHARING else 1
     split = [f"parallel.{name}={size}" for name, size in sizes.items() if name != "data"]
     return tiny_config(
         *split,
@@ -122,23 +129,29 @@ def _watch(chunks: list[Any]) -> list[tuple[str, int, list[int]]]:
     return seen
 
 
-def write_weights(path: str, overrides: list[str]) -> None:
-    """Random weights of the tiny model."""
+def write_weights(path: str, overrides: list[str], pattern: str = PATTERN) -> None:
+    """Random weights of the tiny model, correction biases too."""
+    import torch
+
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.engine.weights import save_weights
     from hybridprune_megatron.models.build import build_model
 
     init_model_parallel(seed=1)
-    save_weights(build_model(tiny_config(*overrides, pattern=PATTERN)), path)
+    model = build_model(tiny_config(*overrides, pattern=pattern))
+    for name, value in model.named_buffers():
+        if name.endswith("expert_bias"):
+            torch.nn.init.normal_(value, std=0.2)
+    save_weights(model, path)
 
 
-def read(folder: str, overrides: list[str]) -> dict[str, Any]:
+def read(folder: str, overrides: list[str], pattern: str = PATTERN) -> dict[str, Any]:
     """Gradients by their global names, whole, as numpy arrays."""
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.engine.weights import load_initial_weights
     from hybridprune_megatron.models.build import build_model
 
     init_model_parallel(seed=1)
-    model = build_model(config_of({}, overrides, PATTERN))
+    model = build_model(config_of({}, overrides, pattern))
     load_initial_weights(model, folder)
     return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}

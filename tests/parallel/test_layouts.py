@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parallel.run import PATTERN, read, step, write_weights
+from hybridprune_megatron.method.schedule import cut_pattern, even_edges
+from tests.parallel.run import PATTERN, SHARING, read, step, write_weights
 from tests.worlds import run_world
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -38,13 +39,17 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(
-    folder: Path, weights: str, sizes: dict[str, int], overrides: list[str] | None = None, local_chunks: int = 0
+    folder: Path,
+    weights: str,
+    sizes: dict[str, int],
+    overrides: list[str] | None = None,
+    local_chunks: int = 0,
+    layers: str = PATTERN,
 ) -> Any:
     """Loss, tokens that enter each layer by sequence and layer, and gradients."""
-    world = math.prod(size for name, size in sizes.items() if name != "virtual_pipeline")
-    pattern = {1: PATTERN, 2: "M*M-|M*M-", 4: "M*|M-|M*|M-"}[
-        sizes.get("pipeline", 1) * sizes.get("virtual_pipeline", 1)
-    ]
+    world = math.prod(size for name, size in sizes.items() if name not in SHARING)
+    stages = sizes.get("pipeline", 1) * sizes.get("virtual_pipeline", 1)
+    pattern = cut_pattern(layers, even_edges(len(layers), stages))
     gradients = folder / "gradients"
     ranks = run_world(world, step, weights, str(gradients), sizes, overrides or [], pattern, local_chunks)
     losses = {loss for loss, _ in ranks}
@@ -54,7 +59,7 @@ def run(
         for name, layer, origin in seen:
             # Every rank that runs a layer on a sequence has the same plan.
             assert kept.setdefault((name, layer), origin) == origin
-    return losses.pop(), kept, run_world(1, read, str(gradients), overrides or [])[0]
+    return losses.pop(), kept, run_world(1, read, str(gradients), overrides or [], layers)[0]
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,13 @@ import torch
 
 def config_of(folder: Path, *overrides: str) -> Any:
     """The demo's configuration with the model of a folder, in fp32 and without reduction."""
-    from hybridprune_megatron.config.schema import ModelConfig, VisionConfig
+    from hybridprune_megatron.config.schema import ModelConfig
     from hybridprune_megatron.huggingface.folder import model_values, read_config
     from hybridprune_megatron.huggingface.source import open_weights
 
     weights: Any = open_weights(folder)
-    values = dict(model_values("twin", read_config(folder), weights.files.shape, weights.table))
-    vision = values.pop("vision")
-    model = ModelConfig(
-        **values,
-        vision=VisionConfig(**vision) if vision else None,
-        init_checkpoint=str(folder),
-        spec="torch",
-    )
+    values = model_values("twin", read_config(folder), weights.files.shape, weights.table)
+    model = ModelConfig.of({**values, "init_checkpoint": str(folder), "spec": "torch"})
     return config_with(model, *overrides)
 
 

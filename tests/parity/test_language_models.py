@@ -16,6 +16,9 @@ from tests.worlds import run_world
 LENGTHS = [37, 1, 17, 16]
 LOGITS = 2e-4
 GRADIENTS = 2e-4
+#: An expert that only the text of one token visits has no gradient; in a packed sequence the running sums of the scan
+#: leave rounding there, 1e-10 where others are near 1.
+ROUNDING = 1e-9
 
 
 def _ours(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -33,7 +36,20 @@ def _ours(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         for parameter in model.parameters():
             parameter.copy_(parameter.grad)
     theirs = open_weights(folder).table.to_theirs(whole_weights(model))
-    return logits.numpy(), loss.detach().numpy(), {name: value.detach().numpy() for name, value in theirs.items()}
+    learned = {name: value.detach().numpy() for name, value in theirs.items() if not name.endswith("correction_bias")}
+    return logits.numpy(), loss.detach().numpy(), learned
+
+
+def _as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers holds a layer's experts in one tensor, files in one each."""
+    single = {}
+    for name, value in tensors.items():
+        layer, stacked, part = name.rpartition(".experts.")
+        for number, expert in enumerate(value) if stacked else ():
+            single[f"{layer}.experts.{number}.{part}.weight"] = expert
+        if not stacked:
+            single[name] = value
+    return single
 
 
 @pytest.fixture(scope="module", params=STRUCTURES)
@@ -61,8 +77,8 @@ def test_logits_loss_and_every_gradient(results) -> None:
     torch.testing.assert_close(loss, torch.cat(losses).detach(), rtol=1e-4, atol=LOGITS)
     theirs.zero_grad()
     torch.cat(losses).sum().backward()
-    found = {name.replace("model.", "backbone.", 1): p.grad for name, p in theirs.named_parameters()}
+    found = _as_in_files({name.replace("model.", "backbone.", 1): p.grad for name, p in theirs.named_parameters()})
     assert found.keys() == gradients.keys()
     for name, gradient in found.items():
         error = (torch.from_numpy(gradients[name]) - gradient).norm()
-        assert error <= GRADIENTS * gradient.norm(), (name, float(error), float(gradient.norm()))
+        assert error <= GRADIENTS * gradient.norm() + ROUNDING, (name, float(error), float(gradient.norm()))

@@ -20,6 +20,26 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "8b": {"hybrid_override_pattern": "M-M*-M-M-", "mamba_head_dim": 16},
     "attention heavy": {"hybrid_override_pattern": "M*-*-M*-*", "num_key_value_heads": 4},
     "a group a head": {"hybrid_override_pattern": "MM*-M", "n_groups": 8},
+    # Every token visits 2 of 4 groups of experts, and 4 experts of them.
+    "experts": {
+        "hybrid_override_pattern": "ME*EM-E",
+        "n_routed_experts": 12,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 18,
+        "moe_shared_expert_intermediate_size": 26,
+        "routed_scaling_factor": 2.5,
+    },
+    "latent experts": {
+        "hybrid_override_pattern": "MEM*EM",
+        "n_routed_experts": 9,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "moe_latent_size": 14,
+        "moe_shared_expert_intermediate_size": 22,
+        "routed_scaling_factor": 1.5,
+    },
     # transformers does not tie the embeddings of this family, though its configuration can say so.
     "one group, one key-value head": {
         "hybrid_override_pattern": "M-*M",
@@ -47,7 +67,10 @@ def language_config(structure: str) -> NemotronHConfig:
         "max_position_embeddings": 4096,
         "initializer_range": 0.2,
     }
-    return NemotronHConfig(**(sizes | STRUCTURES[structure]))
+    config = NemotronHConfig(**(sizes | STRUCTURES[structure]))
+    # One expert after the other: the grouped products want widths that divide by four.
+    config._experts_implementation = "eager"
+    return config
 
 
 def language_model(structure: str, seed: int = 0) -> NemotronHForCausalLM:
@@ -61,6 +84,9 @@ def language_model(structure: str, seed: int = 0) -> NemotronHForCausalLM:
         for name, value in model.named_parameters():
             if name.endswith(("norm.weight", "norm_f.weight", "dt_bias", ".D", "conv1d.bias")):
                 value.add_(torch.randn_like(value) * 0.1)
+        for name, value in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                value.add_(torch.randn_like(value) * 0.2)
     for module in model.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, float("inf"))

@@ -23,7 +23,7 @@ class Router(nn.Module):
         self.groups, self.groups_per_token = sizes["num_groups"], sizes["groups_per_token"]
         self.weight = nn.Parameter(torch.zeros(sizes["num_experts"], config.hidden_size))
         # fp32 whatever the model's dtype: a rounded bias would choose other experts.
-        self.register_buffer("e_score_correction_bias", torch.zeros(sizes["num_experts"], dtype=torch.float32))
+        self.e_score_correction_bias = nn.Buffer(torch.zeros(sizes["num_experts"], dtype=torch.float32))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """[L, D] to the chosen experts int64 [L, k] and their weights float32 [L, k], which add up to the scaling."""

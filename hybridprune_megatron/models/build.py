@@ -19,7 +19,7 @@ from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.models.distillation import DistillingModel
-from hybridprune_megatron.models.experts import expert_settings, freeze_routers
+from hybridprune_megatron.models.experts import expert_settings, prepare_experts
 from hybridprune_megatron.models.language_model import ReductionHybridModel
 from hybridprune_megatron.models.lora import adapt_projector, is_adapter, train_adapters_only
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
@@ -95,8 +95,8 @@ def _build(
         model.trainable.vision,
         build_reduction(cfg),
     )
-    if model.experts is not None and not model.experts.bias_update_rate:
-        freeze_routers(result)
+    if model.experts is not None:
+        prepare_experts(result, update_bias=model.experts.bias_update_rate > 0)
     _choose_trained(result, cfg)
     return result
 

@@ -86,11 +86,20 @@ def expert_settings(experts: ExpertsConfig | None, parallel: int) -> dict[str, A
     }
 
 
-def freeze_routers(module: nn.Module) -> None:
-    """Keeps every correction bias as it was loaded."""
+def prepare_experts(module: nn.Module, update_bias: bool) -> None:
+    """Sets what megatron's constructors leave to others.
+
+    Args:
+        module: a built model.
+        update_bias: whether correction biases move; else they stay as they are loaded.
+    """
     for part in module.modules():
         if isinstance(part, TopKRouter):
-            part.frozen_expert_bias = True
+            part.frozen_expert_bias = not update_bias
+        elif isinstance(part, MoELayer):
+            for parameter in part.experts.parameters():
+                # Of the experts' own replicas and optimizer whatever the layout, so that checkpoints fit all of them.
+                parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 class TorchMoELayer(MoELayer):

@@ -20,10 +20,16 @@ LAYOUTS = {
     "CP2": (1, 1, 2, 1),
     "DP2": (1, 1, 1, 1),
 }
+#: The same with the processes that share experts, of a model that has some.
+EXPERT_LAYOUTS = {
+    "DP2": (1, 1, 1, 1, 1),
+    "DP2 EP2": (1, 1, 1, 1, 2),
+    "TP2+SP EP2": (2, 1, 1, 1, 2),
+}
 _BEFORE, _AFTER = 2, 3
 _MULTIPLE = 8
 
-Sizes = tuple[int, int, int, int]
+Sizes = tuple[int, ...]
 Steps = list[tuple[float, float, str]]
 
 
@@ -31,14 +37,15 @@ Steps = list[tuple[float, float, str]]
 def _config(sizes: Sizes, processes: int) -> Any:
     from tests.models.tiny import tiny_config
 
-    tensor, pipeline, context, chunks = sizes
+    tensor, pipeline, context, chunks, *expert = sizes
     return tiny_config(
+        *(["model=demo_experts", f"parallel.expert={expert[0]}"] if expert else []),
         *(f"parallel.tensor={tensor}", f"parallel.sequence_parallel={tensor > 1}", f"trainer.devices={processes}"),
         *(f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={chunks}", f"parallel.context={context}"),
         *("reduction.retention=[1.0,0.5,0.3,0.2]", f"reduction.multiple_of={_MULTIPLE}"),
         # A large epsilon: no update hangs on the sign of a gradient that is nearly zero.
         *("optim.lr=0.01", "optim.eps=1.0e-3", "optim.warmup_steps=2", "trainer.max_steps=8"),
-        pattern={1: "M*M*", 2: "M*|M*", 4: "M|*|M|*"}[pipeline * chunks],
+        pattern="M*ME" if expert else {1: "M*M*", 2: "M*|M*", 4: "M|*|M|*"}[pipeline * chunks],
         budget=0.5,
     )
 
@@ -57,8 +64,9 @@ def _open(sizes: Sizes, weights: Path) -> tuple[Any, Any]:
     from tests.engine.tiny import ClipLoader
 
     parallel_state.destroy_model_parallel()
-    *groups, chunks = sizes
-    init_model_parallel(*groups, seed=3, virtual_pipeline=chunks)
+    tensor, pipeline, context, chunks, *expert = sizes
+    shared = expert[0] if expert else 1
+    init_model_parallel(tensor, pipeline, context, seed=3, virtual_pipeline=chunks, expert=shared)
     cfg = _config(sizes, dist.get_world_size())
     model = HybridPruneModule(cfg, functools.partial(build_model, cfg), lambda *_: None).build_stage()
     if weights.exists():
@@ -87,25 +95,27 @@ PAIRS = [
 ]
 
 
-def _undisturbed(folder: Path) -> Steps:
-    return _steps(*_open((1, 1, 1, 1), folder / "weights.safetensors"), 1, _BEFORE + _AFTER)
+def _undisturbed(folder: Path, sizes: Sizes = (1, 1, 1, 1)) -> Steps:
+    return _steps(*_open(sizes, folder / "weights.safetensors"), 1, _BEFORE + _AFTER)
 
 
-def _all_pairs(folder: Path) -> dict[tuple[str, str], Steps]:
+def _all_pairs(
+    folder: Path, layouts: dict[str, Sizes], pairs: list[tuple[str, str]]
+) -> dict[tuple[str, str], Steps]:
     from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint
 
     saved = {}
-    for name, sizes in LAYOUTS.items():
+    for name, sizes in layouts.items():
         state, loader = _open(sizes, folder / "weights.safetensors")
         _steps(state, loader, 1, _BEFORE)
         saved[name] = CheckpointSaver(folder / name).save(_BEFORE, state, loader.save_state(), {}, {})
     results = {}
-    for source, target in PAIRS:
-        path, sizes = saved[source], LAYOUTS[target]
+    for source, target in pairs:
+        path, sizes = saved[source], layouts[target]
         state, loader = _open(sizes, folder / "weights.safetensors")
         loaded = load_checkpoint(path, state, loader.save_state())
         # Random states belong to ranks, and chunks of layers change none.
-        assert (loaded["rng"] is None) == (LAYOUTS[source][:3] != sizes[:3])
+        assert (loaded["rng"] is None) == (layouts[source][:3] != sizes[:3])
         loader.load_state(loaded["loader"])
         results[source, target] = _steps(state, loader, _BEFORE + 1, _AFTER)
     return results
@@ -115,9 +125,18 @@ def _all_pairs(folder: Path) -> dict[tuple[str, str], Steps]:
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Steps, dict[tuple[str, str], Steps]]:
     folder = tmp_path_factory.mktemp("layouts")
     whole = run_world(1, _undisturbed, folder)[0]
-    one, other = run_world(2, _all_pairs, folder)
+    one, other = run_world(2, _all_pairs, folder, LAYOUTS, PAIRS)
     assert one == other
     return whole, one
+
+
+def test_experts_move_between_processes(tmp_path: Path) -> None:
+    whole = run_world(1, _undisturbed, tmp_path, (1, 1, 1, 1, 1))[0]
+    pairs = list(itertools.permutations(EXPERT_LAYOUTS, 2))
+    for found in run_world(2, _all_pairs, tmp_path, EXPERT_LAYOUTS, pairs)[0].values():
+        for step, expected in zip(found, whole[_BEFORE:], strict=True):
+            assert step[:2] == pytest.approx(expected[:2], rel=1e-4)
+            assert step[2] == expected[2]
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)

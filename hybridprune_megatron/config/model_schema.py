@@ -177,6 +177,8 @@ class ModelConfig:
         mamba_head_dim: width of one Mamba head.
         mamba_state_dim: state size per channel of a Mamba head.
         mamba_num_groups: groups of heads that share B and C.
+        time_step_min: lowest step size dt of a Mamba head; 0 as in megatron and the original code, 1e-3 for weights
+            that transformers trained.
         vocab_size: rows of the embedding and of the output layer.
         max_sequence_length: longest context, tokens.
         mamba_chunk_size: tokens in one chunk of the scan (speed only).
@@ -204,6 +206,7 @@ class ModelConfig:
     vocab_size: int
     max_sequence_length: int
     mamba_chunk_size: int = 128
+    time_step_min: float = 0.0
     tie_embeddings: bool = False
     norm_epsilon: float = 1e-5
     init_std: float = 0.02
@@ -219,6 +222,7 @@ class ModelConfig:
         at_least("model", self, 1, "kv_channels", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
         at_least("model", self, 1, "mamba_num_groups", "vocab_size", "max_sequence_length", "mamba_chunk_size")
         above_zero("model", self, "norm_epsilon", "init_std")
+        at_least("model", self, 0, "time_step_min")
         one_of("model", self, "spec", ("auto", "torch", "te"))
         for heads, groups in (("num_attention_heads", "num_query_groups"), ("mamba_num_heads", "mamba_num_groups")):
             divides(f"model.{heads}", getattr(self, heads), f"model.{groups}", getattr(self, groups))

@@ -57,9 +57,10 @@ def _build(
     model = cfg.model
     meta = config.init_model_with_meta_device
     spec, lora = resolve_spec(model.spec), cfg.tuning.lora
+    mamba = {"chunk_size": model.mamba_chunk_size, "time_step_min": model.time_step_min}
     language_model = ReductionHybridModel(
         config,
-        hybrid_stack_spec=stack_spec(spec, model.mamba_chunk_size, lora if lora.rank else None),
+        hybrid_stack_spec=stack_spec(spec, mamba, lora if lora.rank else None),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_sequence_length,
         hybrid_layer_pattern=model.hybrid_pattern,

@@ -102,6 +102,7 @@ class ReductionMambaMixer(MambaMixer):
         ops: convolution and scan.
         d_conv: taps of the convolution.
         chunk_size: tokens a chunk of the scan.
+        time_step_min: lowest step size dt behind the softplus; 0: no clamp.
         layer_number: 1-based.
         pg_collection: process groups.
         pp_layer_offset: unused; part of the builder's interface.
@@ -116,6 +117,7 @@ class ReductionMambaMixer(MambaMixer):
         ops: MambaOps,
         d_conv: int = 4,
         chunk_size: int = 128,
+        time_step_min: float = 0.0,
         layer_number: int = 1,
         pg_collection: ProcessGroupCollection | None = None,
         pp_layer_offset: int = 0,
@@ -125,6 +127,7 @@ class ReductionMambaMixer(MambaMixer):
         assert pg_collection is not None, "pg_collection must be provided"
         self.config, self.ops = config, ops
         self.d_model, self.d_conv, self.chunk_size = d_model, d_conv, chunk_size
+        self.time_step_min = time_step_min
         self.layer_number = layer_number
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         self.d_state, self.headdim = config.mamba_state_dim, config.mamba_head_dim
@@ -279,6 +282,8 @@ class ReductionMambaMixer(MambaMixer):
         x = x.unflatten(-1, (-1, self.headdim))
         B, C = B.unflatten(-1, (-1, self.d_state)), C.unflatten(-1, (-1, self.d_state))
         dt = nn.functional.softplus(raw_dt.float() + self.dt_bias[heads].float())
+        if self.time_step_min:
+            dt = dt.clamp(min=self.time_step_min)
         A = -torch.exp(self.A_log[heads].float())
         if packing.dt_filter is not None:
             dt = filtered_steps(dt, A, packing.layout, packing.dt_filter)

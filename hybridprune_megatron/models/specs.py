@@ -8,7 +8,9 @@ other and into stock.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -50,12 +52,12 @@ def resolve_spec(name: str) -> str:
     return name
 
 
-def stack_spec(name: str, chunk_size: int, lora: LoraConfig | None = None) -> ModuleSpec:
+def stack_spec(name: str, mamba: Mapping[str, Any], lora: LoraConfig | None = None) -> ModuleSpec:
     """The spec of the decoder.
 
     Args:
         name: "torch" or "te", from ``resolve_spec``.
-        chunk_size: tokens a chunk of the Mamba scan.
+        mamba: further arguments of ``ReductionMambaMixer``.
         lora: adapters on the linears that it names; None: none.
     """
     if name == "te":
@@ -74,7 +76,7 @@ def stack_spec(name: str, chunk_size: int, lora: LoraConfig | None = None) -> Mo
             TENorm,
             KernelMambaOps(),
             backend_experts_spec(TENorm, TESpecProvider()),
-            chunk_size,
+            mamba,
             lora,
         )
     return _spec(
@@ -84,7 +86,7 @@ def stack_spec(name: str, chunk_size: int, lora: LoraConfig | None = None) -> Mo
         RMSNorm,
         TorchMambaOps(),
         torch_experts_spec(RMSNorm),
-        chunk_size,
+        mamba,
         lora,
     )
 
@@ -96,7 +98,7 @@ def _spec(
     norm: type[nn.Module],
     mamba_ops: MambaOps,
     experts: ModuleSpec,
-    chunk_size: int,
+    mamba: Mapping[str, Any],
     lora: LoraConfig | None,
 ) -> ModuleSpec:
     def column(target: str) -> type[nn.Module]:
@@ -105,12 +107,12 @@ def _spec(
     def row(target: str) -> type[nn.Module]:
         return adapted(row_linear, lora, 1) if lora is not None and target in lora.targets else row_linear
 
-    mamba = ModuleSpec(
+    mamba_layer = ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
             mixer=ModuleSpec(
                 module=ReductionMambaMixer,
-                params={"ops": mamba_ops, "chunk_size": chunk_size},
+                params={"ops": mamba_ops, **mamba},
                 submodules=MambaMixerSubmodules(in_proj=column("in_proj"), out_proj=row("out_proj")),
             ),
             mamba_bda=get_bias_dropout_add,
@@ -142,6 +144,6 @@ def _spec(
         module=ReductionStack,
         params={"final_norm": norm},
         submodules=HybridStackSubmodules(
-            mamba_layer=mamba, attention_layer=attention, mlp_layer=mlp, moe_layer=experts
+            mamba_layer=mamba_layer, attention_layer=attention, mlp_layer=mlp, moe_layer=experts
         ),
     )

@@ -130,7 +130,7 @@ def _stock_model(cfg):
             self.final_norm = RMSNorm(config, config.hidden_size)
 
     mamba_mixer.HAVE_MAMBA_SSM, mamba_mixer.ExtendedRMSNorm = True, gated_norm
-    spec = copy.deepcopy(stack_spec("torch", 8))
+    spec = copy.deepcopy(stack_spec("torch", {"chunk_size": 8}))
     spec.module = StockStack
     mixer = spec.submodules.mamba_layer.submodules.mixer
     mixer.module, mixer.params = MambaMixer, {"chunk_size": 8}

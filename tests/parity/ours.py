@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def config_of(folder: Path, *overrides: str) -> Any:
+def config_of(folder: Path, *overrides: str, **values_of_model: Any) -> Any:
     """The demo's configuration with the model of a folder, in fp32 and without reduction."""
     from hybridprune_megatron.config.schema import ModelConfig
     from hybridprune_megatron.huggingface.folder import model_values, read_config
@@ -17,7 +17,7 @@ def config_of(folder: Path, *overrides: str) -> Any:
 
     weights: Any = open_weights(folder)
     values = model_values("twin", read_config(folder), weights.files.shape, weights.table)
-    model = ModelConfig.of({**values, "init_checkpoint": str(folder), "spec": "torch"})
+    model = ModelConfig.of({**values, "init_checkpoint": str(folder), "spec": "torch", **values_of_model})
     return config_with(model, *overrides)
 
 

@@ -21,6 +21,25 @@ GRADIENTS = 2e-4
 ROUNDING = 1e-9
 
 
+def _logits(folder: Path, time_step_min: float) -> np.ndarray:
+    with torch.no_grad():
+        return model_of(config_of(folder, time_step_min=time_step_min)).logits(text_batch(LENGTHS, VOCAB))[0].numpy()
+
+
+def test_steps_can_be_held_up_as_transformers_does(tmp_path: Path) -> None:
+    """Weights that were trained under its clamp want it, and others do not: both conventions are there."""
+    floor = 0.5
+    theirs = write_language_twin(tmp_path / "hf", "8b", time_step_min=floor)
+    ids = text_batch(LENGTHS, VOCAB).input_ids[: LENGTHS[0]]
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids.unsqueeze(0)).logits[0]
+    held, free = (
+        torch.from_numpy(run_world(1, _logits, tmp_path / "hf", value)[0])[: LENGTHS[0]] for value in (floor, 0.0)
+    )
+    assert (held - wanted).abs().max() < LOGITS
+    assert (free - wanted).abs().max() > 100 * LOGITS
+
+
 def _ours(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Logits and losses of a packed sequence, and gradients of the summed loss under transformers' names."""
     from hybridprune_megatron.engine.weights import whole_weights

@@ -50,8 +50,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def language_config(structure: str) -> NemotronHConfig:
-    """transformers' configuration of a twin."""
+def language_config(structure: str, time_step_min: float = 0.0) -> NemotronHConfig:
+    """transformers' configuration of a twin; it clamps dt at ``time_step_min`` whatever its ``time_step_limit``."""
     sizes = {
         "vocab_size": VOCAB,
         "hidden_size": 40,
@@ -66,6 +66,9 @@ def language_config(structure: str) -> NemotronHConfig:
         "chunk_size": 16,
         "max_position_embeddings": 4096,
         "initializer_range": 0.2,
+        # Of what dt's bias is drawn from, too.
+        "time_step_min": time_step_min or 1e-3,
+        "time_step_max": max(0.1, 2 * time_step_min),
     }
     config = NemotronHConfig(**(sizes | STRUCTURES[structure]))
     # One expert after the other: the grouped products want widths that divide by four.
@@ -73,13 +76,14 @@ def language_config(structure: str) -> NemotronHConfig:
     return config
 
 
-def language_model(structure: str, seed: int = 0) -> NemotronHForCausalLM:
-    """transformers' model of a twin with random weights, its time step without a clamp.
+def language_model(structure: str, seed: int = 0, time_step_min: float = 0.0) -> NemotronHForCausalLM:
+    """transformers' model of a twin with random weights.
 
-    transformers clamps dt from below at ``time_step_min`` on every path; Megatron and the original code do not.
+    transformers clamps dt from below at ``time_step_min`` on every path; Megatron and the original code do not. At 0
+    the clamp is taken out.
     """
     torch.manual_seed(seed)
-    model = NemotronHForCausalLM(language_config(structure)).eval()
+    model = NemotronHForCausalLM(language_config(structure, time_step_min)).eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if name.endswith(("norm.weight", "norm_f.weight", "dt_bias", ".D", "conv1d.bias")):
@@ -88,14 +92,16 @@ def language_model(structure: str, seed: int = 0) -> NemotronHForCausalLM:
             if name.endswith("e_score_correction_bias"):
                 value.add_(torch.randn_like(value) * 0.2)
     for module in model.modules():
-        if hasattr(module, "time_step_limit"):
+        if hasattr(module, "time_step_limit") and not time_step_min:
             module.time_step_limit = (0.0, float("inf"))
     return model
 
 
-def write_language_twin(folder: Path, structure: str, dtype: torch.dtype = torch.float32) -> NemotronHForCausalLM:
+def write_language_twin(
+    folder: Path, structure: str, dtype: torch.dtype = torch.float32, time_step_min: float = 0.0
+) -> NemotronHForCausalLM:
     """Writes a twin as transformers does and returns it."""
-    model = language_model(structure).to(dtype)
+    model = language_model(structure, time_step_min=time_step_min).to(dtype)
     model.save_pretrained(folder, max_shard_size="60KB")
     return model
 

@@ -3,6 +3,7 @@
     python scripts/import_hf.py path/to/Nemotron-Nano-12B-v2-VL --name my_vl
     python recipes/finetune.py experiment=nemotron_nano_12b_v2_vl model=my_vl data.train=...
 
+With --tower a RADIO folder and a projector that begins at random make a video model of a language model.
 Reads the folder tensor by tensor and holds no more than one file of its own beside them, whatever the model's size.
 Writes ``<out>/*.safetensors`` and ``conf/model/<name>.yaml``, which names them as ``model.init_checkpoint``; any
 parallel layout loads them. A tensor that is unknown, missing or of another shape ends it before anything is written.
@@ -19,7 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hybridprune_megatron.huggingface.assemble import AssembledWeights
     from hybridprune_megatron.huggingface.source import TranslatedWeights
+
+    Source = TranslatedWeights | AssembledWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +32,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Command line to options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="FOLDER", help="a Hugging Face model: config.json and its .safetensors files")
+    parser.add_argument("--tower", metavar="FOLDER", help="a RADIO vision tower to put in front of a language model")
+    parser.add_argument("--frame-size", type=int, default=512, help="px, of frames for --tower (default %(default)s)")
     parser.add_argument("--name", required=True, help="of the model group to write: conf/model/<name>.yaml")
     parser.add_argument("--out", help="folder for the weights (default runs/imported/<name>); replaced if it exists")
     parser.add_argument("--conf", default=str(ROOT / "conf"), help="folder of the configuration (default %(default)s)")
@@ -58,20 +64,23 @@ def convert(options: argparse.Namespace) -> str:
     # After the arguments are read: torch takes seconds to import.
     from tqdm import tqdm
 
+    from hybridprune_megatron.huggingface.assemble import AssembledWeights, open_tower, vision_values
     from hybridprune_megatron.huggingface.files import TOKENIZER_FILES, copy_weights, whole_folder
     from hybridprune_megatron.huggingface.folder import model_values, read_config
     from hybridprune_megatron.huggingface.source import TranslatedWeights, open_weights
 
     source = Path(options.source)
     config = read_config(source)
-    weights = open_weights(source)
-    assert isinstance(weights, TranslatedWeights), type(weights)
-    if not weights.table.pattern:
-        raise ValueError(f"{source} is a vision tower alone: give the folder of a language or video model")
+    model = open_weights(source)
+    assert isinstance(model, TranslatedWeights), type(model)
+    if not model.table.pattern:
+        raise ValueError(f"{source} is a vision tower alone: give it as --tower beside the folder of a language model")
     out = Path(options.out or ROOT / "runs" / "imported" / options.name)
-    values = dict(model_values(options.name, config, weights.files.shape, weights.table)) | {
-        "init_checkpoint": str(out)
-    }
+    values = dict(model_values(options.name, config, model.files.shape, model.table)) | {"init_checkpoint": str(out)}
+    weights: Source = model
+    if options.tower:
+        values["vision"] = vision_values(Path(options.tower), options.frame_size, values["hidden_size"])
+        weights = AssembledWeights(model, open_tower(Path(options.tower)), values["vision"])
     check_shapes(values, weights)
     group = Path(options.conf) / "model" / f"{options.name}.yaml"
     text = group_text(source, values)
@@ -90,7 +99,7 @@ def convert(options: argparse.Namespace) -> str:
     return f"{source} is model={options.name} now ({group}); e.g. {command}"
 
 
-def check_shapes(values: dict[str, Any], weights: TranslatedWeights) -> None:
+def check_shapes(values: dict[str, Any], weights: Source) -> None:
     """Compares every shape with that of the model which the values describe; neither takes memory.
 
     Raises:

@@ -68,8 +68,9 @@ def weight_names(config: Values, names: Collection[str]) -> WeightNames:
     """
     family = family_of(config)
     blocks = {int(match[1]) for name in names if (match := _BLOCK.match(name))}
+    layer_scale = any(name.endswith("layer_scale1.lambda1") for name in names)
     if family == "radio":
-        return WeightNames(family, "", Heads(1, 1), blocks=len(blocks))
+        return WeightNames(family, "", Heads(1, 1), blocks=len(blocks), layer_scale=layer_scale)
     language = language_values(config)
     pattern = pattern_of(language)
     return WeightNames(
@@ -80,6 +81,7 @@ def weight_names(config: Values, names: Collection[str]) -> WeightNames:
         not any(name.endswith("lm_head.weight") for name in names),
         len(blocks),
         ExpertParts.of(_expert_values(language)) if "E" in pattern else None,
+        layer_scale,
     )
 
 

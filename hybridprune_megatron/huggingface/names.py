@@ -2,7 +2,7 @@
 
 Ours are the names of a distributed checkpoint: those of the unsplit model, the norms beside their linears. Four
 families are known: a Nemotron-H language model (``nemotron_h``), Nemotron Nano V2 VL (``nemotron_vl``), a RADIO tower
-(``radio``, transformers' names) and this project's own export (``hybridprune``).
+(``radio``) and this project's own export (``hybridprune``).
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ _EMBEDDINGS = {
 _BLOCK_SAME = [f"{part}.{kind}" for part in ("norm1", "norm2", "mlp.fc1") for kind in ("weight", "bias")]
 # Where the tower ends in a linear with a layer scale behind it.
 _SCALED = {"attention.o_proj": ("attn.proj", "layer_scale1"), "mlp.fc2": ("mlp.fc2", "layer_scale2")}
-#: timm's block, as the checkpoints have it: one matrix for queries, keys and values, no layer scale.
+#: timm's block, as files have it: one matrix for queries, keys and values.
 _TIMM_TOWER = [
     *_renamed(_EMBEDDINGS, over="", ours="", theirs=""),
     *(Rule((f"encoder.layer.{{}}.{name}",), (f"blocks.{{}}.{name}",), "block") for name in _BLOCK_SAME),
@@ -208,34 +208,42 @@ _TIMM_TOWER = [
         )
         for kind in ("weight", "bias")
     ),
-    *(
-        Rule(
-            (
-                f"encoder.layer.{{}}.{own}.weight",
-                f"encoder.layer.{{}}.{own}.bias",
-                f"encoder.layer.{{}}.{scale}.lambda1",
-            ),
-            (f"blocks.{{}}.{other}.weight", f"blocks.{{}}.{other}.bias"),
-            "block",
-            _with_scale,
-            _fold_scale,
-        )
-        for own, (other, scale) in _SCALED.items()
-    ),
 ]
-#: Transformers' own tower has our names.
+
+
+def _ends_of_block(layer_scale: bool) -> list[Rule]:
+    """The linears in front of the residuals, whose scales the published video model's files lack."""
+    rules = []
+    for own, (other, scale) in _SCALED.items():
+        ours = [f"encoder.layer.{{}}.{own}.weight", f"encoder.layer.{{}}.{own}.bias"]
+        theirs = [f"blocks.{{}}.{other}.weight", f"blocks.{{}}.{other}.bias"]
+        ours.append(f"encoder.layer.{{}}.{scale}.lambda1")
+        if layer_scale:
+            theirs.append(f"blocks.{{}}.{scale}.lambda1")
+            rules.append(Rule(tuple(ours), tuple(theirs), "block"))
+        else:
+            rules.append(Rule(tuple(ours), tuple(theirs), "block", _with_scale, _fold_scale))
+    return rules
+
+
+#: Our own names are those of transformers' model in memory.
 _BLOCK_NAMES = [
     *_BLOCK_SAME,
     *(f"attention.{part}_proj.{kind}" for part in "qkvo" for kind in ("weight", "bias")),
     *(f"mlp.fc2.{kind}" for kind in ("weight", "bias")),
     *(f"{scale}.lambda1" for _, scale in _SCALED.values()),
 ]
-_TOWER = [
+_OWN_TOWER = [
     *(Rule((name,), (name,)) for name in _EMBEDDINGS),
     *(Rule((f"encoder.layer.{{}}.{name}",), (f"encoder.layer.{{}}.{name}",), "block") for name in _BLOCK_NAMES),
 ]
 #: Constants of the tower, which the configuration holds: never read, and left to their builder.
 CONSTANTS = ("summary_idxs", "input_conditioner.norm_mean", "input_conditioner.norm_std")
+_TOWER_PREFIX = {
+    "radio": "radio_model.model.",
+    "nemotron_vl": "vision_model.radio_model.model.",
+    "hybridprune": "vision_model.",
+}
 _CONSTANT_RULES = [Rule((name,), (name,)) for name in CONSTANTS]
 # Weights of theirs that no model here has: constants, what reads other things than frames and text, and the layers that
 # predict several tokens at once, which transformers leaves out too.
@@ -284,6 +292,7 @@ class WeightNames:
         tied: the output layer is the embedding and has no weights of its own.
         blocks: of the vision tower; 0: none.
         experts: of the E layers; None: there are none.
+        layer_scale: the files hold the scales of the tower's residuals; else these are 1.
     """
 
     family: str
@@ -292,16 +301,16 @@ class WeightNames:
     tied: bool = False
     blocks: int = 0
     experts: ExpertParts | None = None
+    layer_scale: bool = False
 
     @cached_property
     def rules(self) -> tuple[Rule, ...]:
         """One rule for each group of tensors, in order of depth."""
         vision, language, projector = [], [], []
         if self.blocks:
-            vision = {
-                "radio": [rule.below("vision_model.", "") for rule in _TOWER],
-                "hybridprune": [rule.below("vision_model.", "vision_model.") for rule in (*_TOWER, *_CONSTANT_RULES)],
-            }.get(self.family, [rule.below("vision_model.", "vision_model.radio_model.model.") for rule in _TIMM_TOWER])
+            timm, prefix = [*_TIMM_TOWER, *_ends_of_block(self.layer_scale)], _TOWER_PREFIX[self.family]
+            tower = [*_OWN_TOWER, *_CONSTANT_RULES] if self.family == "hybridprune" else timm
+            vision = [rule.below("vision_model.", prefix) for rule in tower]
         if self.pattern:
             prefix = "" if self.family == "nemotron_h" else "language_model."
             rules = [rule for rule in _LANGUAGE if self._has(rule)]

@@ -99,7 +99,7 @@ def prepare_experts(module: nn.Module, update_bias: bool) -> None:
         elif isinstance(part, MoELayer):
             for parameter in part.experts.parameters():
                 # Of the experts' own replicas and optimizer whatever the layout, so that checkpoints fit all of them.
-                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.allreduce = False
 
 
 class TorchMoELayer(MoELayer):

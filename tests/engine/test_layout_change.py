@@ -99,9 +99,7 @@ def _undisturbed(folder: Path, sizes: Sizes = (1, 1, 1, 1)) -> Steps:
     return _steps(*_open(sizes, folder / "weights.safetensors"), 1, _BEFORE + _AFTER)
 
 
-def _all_pairs(
-    folder: Path, layouts: dict[str, Sizes], pairs: list[tuple[str, str]]
-) -> dict[tuple[str, str], Steps]:
+def _all_pairs(folder: Path, layouts: dict[str, Sizes], pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Steps]:
     from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint
 
     saved = {}

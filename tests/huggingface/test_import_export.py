@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hybridprune_megatron.huggingface.names import CONSTANTS
 from hybridprune_megatron.huggingface.source import TensorFiles, open_weights, same_bytes
-from tests.parity.twins import write_language_twin, write_vision_twin
+from tests.parity.twins import radio_twin, write_language_twin, write_vision_twin
 from tests.worlds import run_world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +91,39 @@ def test_every_tensor_comes_back_with_its_bytes(folders: dict[str, Path], tmp_pa
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
         (original / "config.json").read_text()
     )
+
+
+def _assemble(language: Path, tower: Path, out: Path, conf: Path) -> None:
+    arguments = [str(language), "--tower", str(tower), "--frame-size", "32", "--name", "both", "--out", str(out)]
+    script("import_hf").main([*arguments, "--conf", str(conf)])
+
+
+def _weights_of(group: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    from hybridprune_megatron.config.schema import ModelConfig
+    from hybridprune_megatron.engine.weights import whole_weights
+    from tests.parity.ours import config_with, model_of
+
+    values: Any = OmegaConf.to_container(OmegaConf.load(group))
+    model = model_of(config_with(ModelConfig.of({**values, "spec": "torch"})))
+    return {name: value.numpy() for name, value in whole_weights(model).items()}
+
+
+def test_a_language_model_and_a_tower_become_a_video_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    tower, conf = radio_twin(), tmp_path / "conf"
+    tower.save_pretrained(tmp_path / "radio")
+    (conf / "model").mkdir(parents=True)
+    run_world(1, _assemble, folders["language"], tmp_path / "radio", tmp_path / "both", conf)
+    found = run_world(1, _weights_of, conf / "model" / "both.yaml")[0]
+    for name, value in tower.state_dict().items():
+        if not name.endswith(CONSTANTS):
+            assert torch.equal(torch.from_numpy(found[f"vision_model.{name}"]), value), name
+    language = open_weights(folders["language"])
+    for name in language.names:
+        assert torch.equal(torch.from_numpy(found[name]), language.read(name).float()), name
+    assert found["mlp1.1.weight"].std() == pytest.approx(0.02, rel=0.05)
+    assert (found["mlp1.0.weight"] == 1).all()
 
 
 def _changed(folder: Path, target: Path, change: Any) -> Path:

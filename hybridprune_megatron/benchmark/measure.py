@@ -1,0 +1,229 @@
+"""Times and memory of one language model on one sample of random embeddings, reduced and not, and of its peer.
+
+Every measurement is of the same weights, embeddings and tokens; candidates take turns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridprune_megatron.evaluation.forward import device_of, measuring
+from hybridprune_megatron.evaluation.timing import in_turn
+from hybridprune_megatron.method.layout import SampleLayout, TokenLayout
+from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.method.scorers import Scorer
+from hybridprune_megatron.models.video_language_model import VideoLanguageModel
+
+#: Largest difference of logits from the peer's, relative to their largest.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
+_ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample as embeddings.
+
+    Attributes:
+        layout: what every token is.
+        hidden: [L, 1, D].
+    """
+
+    layout: TokenLayout
+    hidden: Tensor
+
+    @staticmethod
+    def of(model: VideoLanguageModel, sample: SampleLayout) -> Prompt:
+        """Random embeddings, the same for every model of a width."""
+        layout = TokenLayout.from_samples([sample], device_of(model))
+        weight = next(model.language_model.parameters())
+        values = torch.randn(layout.num_tokens, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        return Prompt(layout, values.to(weight.device, weight.dtype))
+
+
+def check_peer(model: VideoLanguageModel, peer: Any, prompt: Prompt) -> float:
+    """Largest difference of any logit from the peer's, relative to the largest logit.
+
+    Raises:
+        ValueError: it is above ``TOLERANCE``; nothing should be timed then.
+    """
+    with measuring(model, None):
+        ours, _ = model.language_model(prompt.hidden, prompt.layout, None, None)
+        theirs = peer(inputs_embeds=prompt.hidden.transpose(0, 1), use_cache=False).logits[0]
+    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    allowed = TOLERANCE[prompt.hidden.dtype]
+    if not difference <= allowed:
+        raise ValueError(
+            f"logits differ from transformers' by {difference:.1e} of their largest, allowed {allowed:.0e}: nothing "
+            "was timed"
+        )
+    return difference
+
+
+def check_reduction(model: VideoLanguageModel, prompt: Prompt, reduction: Reduction) -> None:
+    """The rows that the reduced model ends with are those of each layer run by itself on the tokens that it is to see.
+
+    Raises:
+        ValueError: they are not; nothing should be timed then.
+    """
+    from hybridprune_megatron.models.packed import pack_for_layer
+
+    trace: list[TokenLayout] = []
+    with measuring(model, None):
+        found, left = model.language_model(prompt.hidden, prompt.layout, reduction, None, None, trace)
+        hidden, layout = prompt.hidden, prompt.layout
+        decoder = model.language_model.decoder
+        for layer, after in zip(decoder.layers, [*trace[1:], left], strict=True):
+            out = layer(
+                hidden_states=hidden,
+                attention_mask=None,
+                packed_seq_params=pack_for_layer(layout, None, reduction.dt_filter, None),
+            )
+            hidden = out[0] if isinstance(out, tuple) else out
+            stays = torch.isin(layout.origin, after.origin)
+            hidden, layout = hidden[stays], after
+        expected = model.language_model.output_layer(decoder.final_norm(hidden))[0].squeeze(1)
+    counts = [sum(layout.visual_counts) for layout in trace]
+    wanted = [sum(counts) for counts in reduction.counts_by_layer(prompt.layout)]
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    if counts != wanted or not difference <= TOLERANCE[prompt.hidden.dtype]:
+        raise ValueError(
+            f"the reduced model keeps {counts} visual tokens (wanted {wanted}) and its logits differ by "
+            f"{difference:.1e} from its layers run one by one: nothing was timed"
+        )
+
+
+def time_prefill(
+    model: VideoLanguageModel, peer: Any, prompt: Prompt, reduction: Reduction, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of prefills, in turn, from embeddings to the logits of the last token: full, reduced, transformers."""
+    last = prompt.layout.origin[-1:]
+
+    def ours(reduction: Reduction | None) -> object:
+        return model.language_model(prompt.hidden, prompt.layout, reduction, last)
+
+    candidates: dict[str, Callable[[], object]] = {"full": partial(ours, None), "reduced": partial(ours, reduction)}
+    if peer is not None:
+        embeds = prompt.hidden.transpose(0, 1)
+        candidates["transformers"] = partial(peer, inputs_embeds=embeds, use_cache=False, logits_to_keep=1)
+    with measuring(model, None):
+        return in_turn(candidates, rounds)
+
+
+class TimedScorer:
+    """A scorer that keeps the seconds it took.
+
+    Args:
+        scorer: of a mixer's signals.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer, self.seconds = scorer, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.scorer, name)
+
+    def attention(self, *arguments: Any) -> Tensor:
+        """As the scorer."""
+        return self._timed(self.scorer.attention, arguments)
+
+    def mamba(self, *arguments: Any) -> Tensor:
+        """As the scorer."""
+        return self._timed(self.scorer.mamba, arguments)
+
+    def _timed(self, score: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+        _wait()
+        start = time.perf_counter()
+        scores = score(*arguments)
+        _wait()
+        self.seconds += time.perf_counter() - start
+        return scores
+
+
+def time_scoring(model: VideoLanguageModel, prompt: Prompt, reduction: Reduction, rounds: int) -> list[float]:
+    """Seconds that all scores of one reduced prefill take, by round."""
+    assert reduction.scorer is not None, "a reduction that asks no mixer scores nothing"
+    timed = TimedScorer(reduction.scorer)
+    last, taken = prompt.layout.origin[-1:], []
+    with measuring(model, None):
+        for turn in range(rounds + 1):
+            timed.seconds = 0.0
+            model.language_model(prompt.hidden, prompt.layout, replace(reduction, scorer=timed), last)
+            if turn:
+                taken.append(timed.seconds)
+    return taken
+
+
+def time_training(
+    model: VideoLanguageModel, prompt: Prompt, reduction: Reduction, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Forward and backward of the language model on one sample, all of its weights learning.
+
+    Returns:
+        Seconds by name in every round, and bytes of activations that autograd keeps between forward and backward.
+    """
+    layout = prompt.layout
+    rows = layout.origin[-_ANSWER_TOKENS - 1 : -1]
+    labels = rows % model.language_model.vocab_size
+    hidden = prompt.hidden.detach().requires_grad_()
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def loss(reduction: Reduction | None) -> Tensor:
+        return model.language_model(hidden, layout, reduction, rows, labels)[0].sum()
+
+    def step(reduction: Reduction | None) -> None:
+        loss(reduction).backward()
+        model.zero_grad(set_to_none=True)
+        hidden.grad = None
+
+    kept = {}
+    model.train()
+    reductions: Mapping[str, Reduction | None] = {"full": None, "reduced": reduction}
+    for name, each in reductions.items():
+        with _SavedBytes(own) as saved:
+            loss(each)
+        kept[name] = saved.total
+    return in_turn({name: partial(step, each) for name, each in reductions.items()}, rounds), kept
+
+
+class _SavedBytes:
+    """Bytes of all storages that autograd keeps while it is on, parameters not counted.
+
+    Args:
+        own: addresses of the parameters' storages.
+    """
+
+    def __init__(self, own: set[int]) -> None:
+        self.own, self.storages = own, dict[int, tuple[int, Tensor]]()
+
+    @property
+    def total(self) -> int:
+        """Bytes."""
+        return sum(size for size, _ in self.storages.values())
+
+    def __enter__(self) -> _SavedBytes:
+        self._hooks: AbstractContextManager = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.own:
+            # The tensor is held, so that its address is not given to another.
+            self.storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

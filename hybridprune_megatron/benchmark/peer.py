@@ -1,0 +1,64 @@
+"""transformers' ``nemotron_h`` with the weights of a model of ours."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from hybridprune_megatron.config.schema import ModelConfig
+from hybridprune_megatron.engine.weights import whole_weights
+from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
+from hybridprune_megatron.models.video_language_model import VideoLanguageModel
+
+
+def transformers_peer(model: VideoLanguageModel, shape: ModelConfig) -> NemotronHForCausalLM:
+    """The same language model as transformers computes it, in eval mode on the same device.
+
+    Args:
+        model: unsplit.
+        shape: its configuration.
+    """
+    experts = shape.experts
+    sizes = {}
+    if experts is not None:
+        sizes = {
+            "n_routed_experts": experts.num_experts,
+            "num_experts_per_tok": experts.experts_per_token,
+            "moe_intermediate_size": experts.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+            "moe_latent_size": experts.latent_size,
+            "routed_scaling_factor": experts.routed_scaling,
+            "n_group": experts.num_groups,
+            "topk_group": experts.groups_per_token,
+        }
+    config = NemotronHConfig(
+        hybrid_override_pattern=shape.hybrid_pattern,
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        head_dim=shape.kv_channels,
+        mamba_num_heads=shape.mamba_num_heads,
+        mamba_head_dim=shape.mamba_head_dim,
+        ssm_state_size=shape.mamba_state_dim,
+        n_groups=shape.mamba_num_groups,
+        chunk_size=shape.mamba_chunk_size,
+        layer_norm_epsilon=shape.norm_epsilon,
+        **sizes,
+    )
+    peer = NemotronHForCausalLM(config)
+    for module in peer.modules():
+        # transformers clamps dt at time_step_min whatever its configuration says.
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = (shape.time_step_min, float("inf"))
+    heads = Heads(shape.num_query_groups, shape.kv_channels)
+    parts = ExpertParts.of(asdict(experts)) if experts is not None else None
+    table = WeightNames("nemotron_h", shape.hybrid_pattern, heads, experts=parts)
+    weights = whole_weights(model)
+    theirs = table.to_theirs({name: weights[name] for name in table.by_ours})
+    renamed = {name.replace("backbone.", "model.", 1): value for name, value in theirs.items()}
+    weight = next(model.language_model.parameters())
+    peer.load_state_dict(renamed)
+    return peer.to(weight.device, weight.dtype).eval()

@@ -1,0 +1,113 @@
+"""The page and the picture of benchmark reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Report = Mapping[str, Any]
+
+_COLOURS = {"full": "#0072B2", "reduced": "#D55E00", "transformers": "#999999"}
+_HEAD = """# Performance
+
+<!-- Made by `python recipes/benchmark.py --keep NAME` from docs/performance/*.json. Do not edit by hand. -->
+
+The language model alone, random weights and embeddings, one sample; medians, candidates in turn. *Limit* is the ratio of
+counted operations ([planner.md](planner.md)). Before anything is timed, logits are compared: with transformers', and the
+reduced model's with its own layers run one by one.
+"""
+
+
+def headline(report: Report) -> list[str]:
+    """The five ratios in lines for a terminal."""
+    lines = [
+        ("prefill, full over reduced", report["prefill_speedup"], report["prefill_limit"]),
+        ("scoring, share of full prefill", report["scoring_share"], None),
+        ("prefill, transformers over full", report["prefill_vs_transformers"], None),
+        ("training step, full over reduced", report["train_step_speedup"], report["train_limit"]),
+        ("activations, reduced over full", report["activation_memory_ratio"], None),
+    ]
+    return [
+        f"{name:<34}"
+        + ("not measured" if value is None else f"{value:>12.3f}")
+        + (f"  (by operations {limit:.2f})" if limit is not None else "")
+        for name, value, limit in lines
+    ]
+
+
+def write_page(page: Path, folder: Path) -> None:
+    """docs/performance.md from all kept reports."""
+    parts = [_HEAD]
+    for path in sorted(folder.glob("*.json")):
+        parts += _section(path.stem, json.loads(path.read_text()))
+    page.write_text("\n".join(parts) + "\n", encoding="ascii")
+
+
+def _section(name: str, report: Report) -> Iterable[str]:
+    settings, machine = report["settings"], report["device"]
+    versions = ", ".join(f"{package} {number}" for package, number in machine["versions"].items())
+    yield f"## {name}\n"
+    yield (
+        f"Model `{settings['model']}` ({settings['pattern']}, hidden size {settings['hidden_size']}, "
+        f"{settings['parameters']:,} parameters, {settings['precision']}), budget {settings['budget']:g} of "
+        f"`{settings['scorer']}`, {settings['text_tokens']} text tokens. {machine['device']}, "
+        f"{settings['threads']} threads; {versions}. `{settings['command']}`\n"
+    )
+    columns = ("visual tokens", "full, s", "reduced, s", "full / reduced", "limit", "scoring, share of full")
+    yield from _table_head(*columns, "transformers, s", "transformers / full")
+    for row in report["prefill"]:
+        peer, ratio = row["seconds"].get("transformers"), row["vs_transformers"]
+        yield (
+            f"| {row['visual_tokens']:,} | {row['seconds']['full']:.3f} | {row['seconds']['reduced']:.3f} | "
+            f"**{row['speedup']:.2f}** | {row['limit']:.2f} | {row['scoring_share']:.2%} | "
+            + (f"{peer:.3f} | {ratio:.2f} |" if peer else "not measured | |")
+        )
+    yield ""
+    if report["train"] is None:
+        return
+    train = report["train"]
+    columns = ("training step, visual tokens", "full, s", "reduced, s", "full / reduced", "limit")
+    yield from _table_head(*columns, "activations full, MiB", "reduced, MiB", "reduced / full")
+    mib = {key: value / 2**20 for key, value in train["activation_bytes"].items()}
+    yield (
+        f"| {train['visual_tokens']:,} | {train['seconds']['full']:.3f} | {train['seconds']['reduced']:.3f} | "
+        f"**{report['train_step_speedup']:.2f}** | {report['train_limit']:.2f} | {mib['full']:.0f} | "
+        f"{mib['reduced']:.0f} | **{report['activation_memory_ratio']:.2f}** |\n"
+    )
+
+
+def _table_head(*columns: str) -> Iterable[str]:
+    yield f"| {' | '.join(columns)} |"
+    yield "|" + " --- |" * len(columns)
+
+
+def plot_prefill(path: Path, report: Report) -> None:
+    """Seconds of a prefill over the visual tokens, and how many times as fast the reduced one is."""
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    rows: Sequence[Report] = report["prefill"]
+    tokens = [row["visual_tokens"] for row in rows]
+    for name, colour in _COLOURS.items():
+        points = [(n, row["seconds"][name]) for n, row in zip(tokens, rows) if name in row["seconds"]]
+        if points:
+            left.plot(*zip(*points), marker="o", color=colour, label=name)
+    left.set(
+        xscale="log", yscale="log", xlabel="visual tokens", ylabel="seconds", title="Prefill of the language model"
+    )
+    left.legend(frameon=False)
+    right.plot(tokens, [row["speedup"] for row in rows], marker="o", color=_COLOURS["reduced"], label="measured")
+    right.plot(tokens, [row["limit"] for row in rows], linestyle=":", color="black", label="by operations")
+    right.set(xscale="log", xlabel="visual tokens", ylabel="full / reduced", ylim=(0, None), title="Speedup")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
+        axes.minorticks_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,188 @@
+"""Times the language model with and without reduction, and transformers on the same weights.
+
+    python recipes/benchmark.py                                   # the twin of the 12B model, on this machine
+    python recipes/benchmark.py --visual-tokens 2048 8192 32768 --no-train
+    python recipes/benchmark.py experiment=nemotron_nano_12b_v2_vl parallel=single trainer.devices=1 \\
+        'model.hybrid_pattern="M-M-M-M*-M-M-M-M*-"' --visual-tokens 32768 131072 --no-peer
+
+Prefill from embeddings to the last token's logits, the share of it that scoring takes, and a training step (forward
+and backward, all weights learning) with the activations that it keeps. Weights are random. Before anything is timed,
+logits are compared with transformers', and the reduced model with its own layers run one by one; if they differ,
+nothing is printed.
+Writes runs/bench/report.json and prefill.png; --keep NAME adds the report to docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config.checks import fail
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "performance"
+DEFAULT = ["experiment=twin", "reduction.budget=0.25"]
+TEXT_TOKENS, QUESTION_TOKENS = 200, 30
+CHECKED_TOKENS = 700
+
+
+def main(argv: list[str]) -> None:
+    """Measures, prints five ratios, writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[2048, 8192], help="default: 2048 8192")
+    parser.add_argument("--rounds", type=int, default=5, help="medians of so many (default 5)")
+    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--no-train", action="store_true", help="leave the training step out")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder (default runs/bench)")
+    parser.add_argument("--keep", metavar="NAME", help="add the report to docs/performance.md under this name")
+    options, overrides = parser.parse_known_args(argv)
+    cfg = exit_on_config_error(overrides if any("experiment=" in each for each in overrides) else DEFAULT + overrides)
+    try:
+        report = benchmark(cfg, options) | {"settings": settings_of(cfg, options, argv)}
+    except ValueError as error:
+        print(f"benchmark failed: {error}", file=sys.stderr)
+        sys.exit(2)
+    finish(report, options)
+
+
+def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements.
+
+    Raises:
+        ValueError: a model computes something wrong, or the configuration drops nothing.
+    """
+    from hybridprune_megatron.engine.launch import Launch
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+
+    quiet_libraries()
+    from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel, shut_down
+
+    device = init_distributed(Launch(0, 1, 0, 1))
+    init_model_parallel(seed=cfg.trainer.seed)
+    from hybridprune_megatron.benchmark.measure import (
+        Prompt,
+        check_peer,
+        check_reduction,
+        time_prefill,
+        time_scoring,
+        time_training,
+    )
+    from hybridprune_megatron.benchmark.peer import transformers_peer
+    from hybridprune_megatron.evaluation.language_prefill import one_sample
+    from hybridprune_megatron.evaluation.machine import describe_machine
+    from hybridprune_megatron.models.build import build_model, build_reduction
+
+    reduction = build_reduction(cfg)
+    if reduction is None or reduction.front is not None:
+        raise fail("reduction.budget", cfg.reduction.budget, "nothing is dropped inside the model", "set it below 1")
+    model = build_model(cfg).to(device)
+    peer = None if options.no_peer else transformers_peer(model, cfg.model)
+
+    def prompt(visual: int) -> Any:
+        return Prompt.of(model, one_sample(visual, TEXT_TOKENS, QUESTION_TOKENS))
+
+    small = prompt(CHECKED_TOKENS)
+    difference = check_peer(model, peer, small) if peer is not None else None
+    check_reduction(model, small, reduction)
+    rows = []
+    for visual in options.visual_tokens:
+        taken = time_prefill(model, peer, prompt(visual), reduction, options.rounds)
+        scoring = median(time_scoring(model, prompt(visual), reduction, options.rounds))
+        rows.append(_prefill_row(cfg, visual, taken, scoring))
+    train, headline_row = None, rows[-1]
+    if not options.no_train:
+        visual = options.visual_tokens[-1]
+        seconds, kept = time_training(model, prompt(visual), reduction, options.rounds)
+        middle = {name: median(each) for name, each in seconds.items()}
+        train = {"visual_tokens": visual, "seconds": middle, "rounds": seconds, "activation_bytes": kept}
+    shut_down()
+    return {
+        "prefill_speedup": headline_row["speedup"],
+        "prefill_limit": headline_row["limit"],
+        "scoring_share": headline_row["scoring_share"],
+        "prefill_vs_transformers": headline_row["vs_transformers"],
+        "train_step_speedup": train["seconds"]["full"] / train["seconds"]["reduced"] if train else None,
+        "train_limit": headline_row["limit"] if train else None,
+        "activation_memory_ratio": train["activation_bytes"]["reduced"] / train["activation_bytes"]["full"]
+        if train
+        else None,
+        "prefill": rows,
+        "train": train,
+        "largest_difference_from_transformers": difference,
+        "device": describe_machine(),
+    }
+
+
+def _prefill_row(cfg: Config, visual: int, taken: dict[str, list[float]], scoring: float) -> dict[str, Any]:
+    """One length: medians, ratios, and what counting operations allows."""
+    from hybridprune_megatron.cost.prefill import Prompt, prefill_cost
+
+    counted = prefill_cost(
+        cfg.model,
+        cfg.reduction,
+        cfg.retention_by_layer,
+        Prompt(visual, TEXT_TOKENS, QUESTION_TOKENS),
+        cfg.trainer.precision,
+    )
+    seconds = {name: median(each) for name, each in taken.items()}
+    peer = seconds.get("transformers")
+    return {
+        "visual_tokens": visual,
+        "seconds": seconds,
+        "rounds": taken,
+        "speedup": seconds["full"] / seconds["reduced"],
+        "limit": counted.speedup,
+        "scoring_seconds": scoring,
+        "scoring_share": scoring / seconds["full"],
+        "vs_transformers": peer / seconds["full"] if peer else None,
+    }
+
+
+def settings_of(cfg: Config, options: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    """What was run."""
+    import torch
+
+    from hybridprune_megatron.cost.parameters import language_parameters
+    from hybridprune_megatron.models.specs import resolve_spec
+
+    return {
+        "model": cfg.model.name,
+        "pattern": cfg.model.hybrid_pattern,
+        "hidden_size": cfg.model.hidden_size,
+        "parameters": language_parameters(cfg.model).total,
+        "precision": cfg.trainer.precision,
+        "spec": resolve_spec(cfg.model.spec),
+        "scorer": cfg.reduction.scorer,
+        "budget": cfg.reduction.budget,
+        "text_tokens": TEXT_TOKENS,
+        "question_tokens": QUESTION_TOKENS,
+        "seed": cfg.trainer.seed,
+        "rounds": options.rounds,
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(["python", "recipes/benchmark.py", *argv]),
+    }
+
+
+def finish(report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Prints the ratios and writes the files."""
+    from hybridprune_megatron.benchmark.report import headline, plot_prefill, write_page
+
+    text = json.dumps(report, indent=1) + "\n"
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "report.json").write_text(text, encoding="ascii")
+    plot_prefill(options.out / "prefill.png", report)
+    print("\n".join([*headline(report), f"{options.out / 'report.json'}, {options.out / 'prefill.png'}"]))
+    if options.keep:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        (KEPT / f"{options.keep}.json").write_text(text, encoding="ascii")
+        write_page(ROOT / "docs" / "performance.md", KEPT)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

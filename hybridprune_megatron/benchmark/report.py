@@ -17,9 +17,9 @@ _HEAD = """# Performance
 
 <!-- Made by `python recipes/benchmark.py --keep NAME` from docs/performance/*.json. Do not edit by hand. -->
 
-The language model alone, random weights and embeddings, one sample; medians, candidates in turn. *Limit* is the ratio of
-counted operations ([planner.md](planner.md)). Before anything is timed, logits are compared: with transformers', and the
-reduced model's with its own layers run one by one.
+The language model alone, random weights and embeddings, one sample; medians, candidates in turn. *Limit* is the ratio
+of counted operations ([planner.md](planner.md)). Before anything is timed, logits are compared: with transformers', and
+the reduced model's with its own layers run one by one.
 """
 
 

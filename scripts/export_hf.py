@@ -48,16 +48,17 @@ def main(argv: list[str]) -> None:
     # After the arguments are read: these take half a minute to import.
     from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
     from hybridprune_megatron.export.plain import export_plain
+    from hybridprune_megatron.export.run_facts import read_facts
     from hybridprune_megatron.export.write import export_model
 
     try:
         checkpoint = find_checkpoint(options.checkpoint)
         cfg = checkpoint_config(checkpoint, options.overrides)
-        model = load_model(checkpoint, cfg)
+        model, facts = load_model(checkpoint, cfg), read_facts(checkpoint)
         if options.plain is not None:
-            folder = export_plain(model, cfg, options.plain, options.out)
+            folder = export_plain(model, cfg, options.plain, options.out, facts)
         else:
-            folder = export_model(model, cfg, options.out, options.max_shard_size)
+            folder = export_model(model, cfg, options.out, options.max_shard_size, facts)
     except ValueError as error:
         print(f"export failed: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,43 +16,15 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hybridprune_megatron.data.chat_template import CHAT_TEMPLATE
+from hybridprune_megatron.data.conversation import END_TOKEN, RESERVED_TOKENS, VIDEO_TOKEN
 from hybridprune_megatron.data.needles import CHOICES, KINDS, NeedlePlan, NeedleTask, plan_samples
-from hybridprune_megatron.data.prompt import (
-    DEFAULT_FRAME_TEXT,
-    END_TOKEN,
-    RESERVED_TOKENS,
-    SYSTEM_TOKEN,
-    TURN_TOKEN,
-    VIDEO_TOKEN,
-)
+from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT
 
 PAD_TOKEN, UNK_TOKEN = "<pad>", "<unk>"
 VOCAB_SIZE = 768
 #: A frame text, an answer with a dash, a word with the space before it, a run of punctuation, a newline, other space.
 WORD_PATTERN = r"Frame \d+ sampled at \d+\.\d+ seconds: | ?\w+(?:-\w+)*| ?[^\s\w]+|\n|[^\S\n]+"
-
-#: Renders what ``data.prompt.render_chat`` renders.
-CHAT_TEMPLATE = (
-    "{%- for message in messages -%}"
-    "{%- set content = namespace(text='') -%}"
-    "{%- if message['content'] is string -%}"
-    "{%- set content.text = message['content'] -%}"
-    "{%- else -%}"
-    "{%- for part in message['content'] -%}"
-    "{%- set content.text = content.text + ('" + VIDEO_TOKEN + "' if part['type'] == 'video' else part['text']) -%}"
-    "{%- endfor -%}"
-    "{%- endif -%}"
-    "{%- if message['role'] == 'system' -%}"
-    "{{- '" + SYSTEM_TOKEN + "System\n' + content.text + '\n' -}}"
-    "{%- elif message['role'] == 'user' -%}"
-    "{%- if loop.previtem is defined and loop.previtem['role'] == 'assistant' -%}{{- '\n' -}}{%- endif -%}"
-    "{{- '" + TURN_TOKEN + "User\n' + content.text + '\n' -}}"
-    "{%- else -%}"
-    "{{- '" + TURN_TOKEN + "Assistant\n' + content.text + '\n" + END_TOKEN + "' -}}"
-    "{%- endif -%}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '" + TURN_TOKEN + "Assistant\n' -}}{%- endif -%}"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hybridprune_megatron.data.prompt import read_conversation
+from hybridprune_megatron.data.conversation import read_conversation
 from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS, ShardWriter
 from hybridprune_megatron.data.video import FrameSampling, probe_video
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample
+from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.features import StoredFeatures
-from hybridprune_megatron.data.prompt import VIDEO_TOKEN
 from hybridprune_megatron.data.sample_encoder import SampleEncoder
 from hybridprune_megatron.data.video import FrameSampling, probe_video
 from hybridprune_megatron.evaluation.held_out import StoredSample, read_samples

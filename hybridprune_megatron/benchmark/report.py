@@ -71,8 +71,10 @@ def _section(name: str, report: Report) -> Iterable[str]:
     if report["train"] is None:
         return
     train = report["train"]
-    columns = ("training step, visual tokens", "full, s", "reduced, s", "full / reduced", "limit")
-    yield from _table_head(*columns, "activations full, MiB", "reduced, MiB", "reduced / full")
+    measures = ("activations full, MiB", "reduced, MiB", "reduced / full")
+    yield from _table_head(
+        "training step, visual tokens", "full, s", "reduced, s", "full / reduced", "limit", *measures
+    )
     mib = {key: value / 2**20 for key, value in train["activation_bytes"].items()}
     yield (
         f"| {train['visual_tokens']:,} | {train['seconds']['full']:.3f} | {train['seconds']['reduced']:.3f} | "

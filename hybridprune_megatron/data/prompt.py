@@ -3,69 +3,35 @@
 The same code builds training samples and inference prompts, so that both see the same tokens. Text is tokenized in
 pieces that end where a special token, a question or an answer starts or ends; a span therefore never cuts a token.
 
-Format (system turn left out if there is none):
-
-    <SPECIAL_10>System\\n{system}\\n<SPECIAL_11>User\\n{content}\\n<SPECIAL_11>Assistant\\n{answer}\\n<SPECIAL_12>
-
-with a newline between ``<SPECIAL_12>`` and the next turn. ``<video>`` in the user's content becomes the frames of that
-video, joined by newlines, then one newline (a newline that directly follows the placeholder is taken for that one):
-
-    Frame 1 sampled at 0.00 seconds: <img><image>...<image></img>
+The format is in ``conversation.py``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from hybridprune_megatron.data.batch import IGNORE_LABEL
+from hybridprune_megatron.data.conversation import (
+    END_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    MEDIA_PATTERN,
+    MEDIA_TOKENS,
+    RESERVED_TOKENS,
+    SYSTEM_TOKEN,
+    TURN_TOKEN,
+    VIDEO_TOKEN,
+    Conversation,
+    read_conversation,
+)
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 
-SYSTEM_TOKEN = "<SPECIAL_10>"
-TURN_TOKEN = "<SPECIAL_11>"
-END_TOKEN = "<SPECIAL_12>"
-IMAGE_TOKEN = "<image>"
-IMAGE_START_TOKEN = "<img>"
-IMAGE_END_TOKEN = "</img>"
-VIDEO_TOKEN = "<video>"
-
-#: Special tokens that the prompt itself writes: content that holds one would change the roles or the frame counts.
-RESERVED_TOKENS = (SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
 CONVERSATION_MODES = ("first_question", "split_turns", "all_turns")
 DEFAULT_FRAME_TEXT = "Frame {index} sampled at {seconds:.2f} seconds: "
-
-_ROLE_MARKERS = {
-    "system": f"{SYSTEM_TOKEN}System\n",
-    "user": f"{TURN_TOKEN}User\n",
-    "assistant": f"{TURN_TOKEN}Assistant\n",
-}
-_TURN_PATTERN = re.compile("|".join(f"(?P<{role}>{re.escape(marker)})" for role, marker in _ROLE_MARKERS.items()))
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """A conversation whose turns alternate.
-
-    Attributes:
-        system: text of the system turn, or None.
-        questions: user contents, at least one; ``<video>`` stands for a video.
-        answers: assistant texts; one fewer than questions in a prompt that waits for its answer.
-    """
-
-    system: str | None
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
-
-    @property
-    def num_videos(self) -> int:
-        return sum(question.count(VIDEO_TOKEN) for question in self.questions)
-
-    def up_to(self, num_turns: int) -> Conversation:
-        """The first turns only."""
-        return Conversation(self.system, self.questions[:num_turns], self.answers[:num_turns])
 
 
 @dataclass(frozen=True)
@@ -83,67 +49,6 @@ class EncodedPrompt:
     labels: list[int]
     layout: SampleLayout
     num_videos: int
-
-
-def read_conversation(messages: Sequence[dict[str, Any]]) -> Conversation:
-    """Checks a list of ``{"role", "content"}``; content is a string or a list of ``{"type": "video"|"text"}`` parts.
-
-    Raises:
-        ValueError: roles do not alternate, there is no question, or a content holds a reserved token.
-    """
-    if not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"conversation is {messages!r:.60}: expected a list of messages with role and content")
-    contents: list[tuple[str, str]] = []
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"message {message!r:.60}: expected an object with role and content")
-        contents.append((message["role"], _content_text(message["content"])))
-    system = contents.pop(0)[1] if contents[0][0] == "system" else None
-    expected = ["user", "assistant"] * (len(contents) // 2 + 1)
-    roles = [role for role, _ in contents]
-    if not roles or roles != expected[: len(roles)]:
-        raise ValueError(f"roles {roles}: expected user and assistant in turn, after at most one system message")
-    for role, text in contents:
-        held = [token for token in RESERVED_TOKENS if token in text]
-        if role != "user" and VIDEO_TOKEN in text:
-            held.append(VIDEO_TOKEN)
-        if held:
-            raise ValueError(f"{role} content holds {held[0]}: reserved for the prompt format; remove it from the text")
-    texts = [text for _, text in contents]
-    return Conversation(system, tuple(texts[0::2]), tuple(texts[1::2]))
-
-
-def render_chat(conversation: Conversation) -> str:
-    """The conversation as one string, videos not expanded: what the chat template of the export renders."""
-    text = "" if conversation.system is None else f"{_ROLE_MARKERS['system']}{conversation.system}\n"
-    for turn, question in enumerate(conversation.questions):
-        text += "\n" if turn else ""
-        text += f"{_ROLE_MARKERS['user']}{question}\n{_ROLE_MARKERS['assistant']}"
-        if turn < len(conversation.answers):
-            text += f"{conversation.answers[turn]}\n{END_TOKEN}"
-    return text
-
-
-def parse_chat(text: str) -> Conversation:
-    """The reverse of ``render_chat``; a last user turn without the assistant's marker gets it.
-
-    Raises:
-        ValueError: the text is not in the format of the chat template.
-    """
-    marks = list(_TURN_PATTERN.finditer(text))
-    if not marks or text[: marks[0].start()].strip():
-        raise ValueError(
-            f"prompt starts with {text[:40]!r}: expected {TURN_TOKEN}User; render it with the chat template"
-        )
-    messages = []
-    for mark, following in zip(marks, [*marks[1:], None]):
-        content = text[mark.end() : following.start() if following else len(text)]
-        if mark.lastgroup == "assistant":
-            if following is None and not content:
-                break
-            content = content.removesuffix("\n").removesuffix(END_TOKEN)
-        messages.append({"role": mark.lastgroup, "content": content.removesuffix("\n")})
-    return read_conversation(messages)
 
 
 class PromptEncoder:
@@ -174,19 +79,40 @@ class PromptEncoder:
         self._tokenize = lru_cache(maxsize=4096)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
 
     def encode_prompt(
-        self, conversation: Conversation, timestamps: Sequence[Sequence[float]], mode: str = "first_question"
+        self, conversation: Conversation, timestamps: Sequence[Sequence[float] | None], mode: str = "first_question"
     ) -> EncodedPrompt:
         """A prompt that ends with the assistant's marker, for inference.
 
         Args:
             conversation: has one more question than answers.
-            timestamps: for every video its frame times in seconds.
+            timestamps: for every video its frame times in seconds, for every image None.
             mode: which questions score, as in training: the first, the last (``split_turns``) or all of them.
         """
         turns = len(conversation.questions)
         if len(conversation.answers) != turns - 1:
             raise ValueError(f"the conversation ends with an answer ({turns} turns): a prompt ends with a question")
         return self._encode(conversation, timestamps, _scoring_turns(mode, turns), range(0))
+
+    def encode_next_turn(self, question: str, closed: bool = True) -> list[int]:
+        """What follows an answer: the next question, up to the marker of its answer.
+
+        Args:
+            question: text without a video.
+            closed: whether the answer has its end token; False writes it first.
+
+        Raises:
+            ValueError: the question holds a video, an image or a reserved token.
+        """
+        conversation = read_conversation([{"role": "user", "content": question}], tuple(MEDIA_TOKENS))
+        if conversation.num_videos:
+            raise ValueError("a question over filled caches holds a video or an image: prefill the whole chat for it")
+        pieces = _Pieces()
+        if not closed:
+            self._text(pieces, "\n")
+            self._special_token(pieces, END_TOKEN)
+        self._text(pieces, "\n")
+        self._user_turn(pieces, conversation.questions[0], TokenKind.TEXT, (), 0)
+        return pieces.ids
 
     def encode_samples(
         self, conversation: Conversation, timestamps: Sequence[Sequence[float]], mode: str = "first_question"
@@ -226,7 +152,7 @@ class PromptEncoder:
     def _encode(
         self,
         conversation: Conversation,
-        timestamps: Sequence[Sequence[float]],
+        timestamps: Sequence[Sequence[float] | None],
         scoring_turns: range,
         loss_turns: range,
     ) -> EncodedPrompt:
@@ -240,11 +166,8 @@ class PromptEncoder:
         for turn, question in enumerate(conversation.questions):
             if turn:
                 self._text(pieces, "\n")
-            self._special_token(pieces, TURN_TOKEN)
             kind = TokenKind.QUESTION if turn in scoring_turns else TokenKind.TEXT
-            video = self._question(pieces, question, kind, timestamps, video)
-            self._special_token(pieces, TURN_TOKEN)
-            self._text(pieces, "Assistant\n")
+            video = self._user_turn(pieces, question, kind, timestamps, video)
             if turn < len(conversation.answers):
                 loss = turn in loss_turns
                 kind = TokenKind.ANSWER if loss else TokenKind.TEXT
@@ -252,12 +175,22 @@ class PromptEncoder:
                 pieces.add((self._special[END_TOKEN],), kind, loss=loss)
         return pieces.finish(num_videos=video)
 
+    def _user_turn(
+        self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Sequence[float] | None], video: int
+    ) -> int:
+        """Writes a user turn and the assistant's marker; returns the number of videos written so far."""
+        self._special_token(pieces, TURN_TOKEN)
+        video = self._question(pieces, content, kind, timestamps, video)
+        self._special_token(pieces, TURN_TOKEN)
+        self._text(pieces, "Assistant\n")
+        return video
+
     def _question(
-        self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Sequence[float]], video: int
+        self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Sequence[float] | None], video: int
     ) -> int:
         """Writes one user content; returns the number of videos written so far."""
         before = "User\n"
-        texts = content.split(VIDEO_TOKEN)
+        texts = MEDIA_PATTERN.split(content)
         for position, text in enumerate(texts):
             last = position == len(texts) - 1
             if position:
@@ -283,12 +216,14 @@ class PromptEncoder:
         else:
             pieces.add(ids, kind)
 
-    def _video(self, pieces: _Pieces, before: str, seconds: Sequence[float], video: int) -> None:
-        if not seconds:
+    def _video(self, pieces: _Pieces, before: str, seconds: Sequence[float] | None, video: int) -> None:
+        """Writes the frames of a video, or an image."""
+        if seconds is not None and not seconds:
             raise ValueError(f"video {video} has no frames")
+        texts = [self.frame_text.format(index=frame + 1, seconds=time) for frame, time in enumerate(seconds or ())]
         image = (self._special[IMAGE_TOKEN],) * self.tokens_per_frame
-        for frame, time in enumerate(seconds):
-            self._text(pieces, before + self.frame_text.format(index=frame + 1, seconds=time))
+        for frame, text in enumerate(texts or [""]):
+            self._text(pieces, before + text)
             self._special_token(pieces, IMAGE_START_TOKEN)
             pieces.add(image, TokenKind.FRAME, video=video, frame=frame)
             self._special_token(pieces, IMAGE_END_TOKEN)
@@ -338,29 +273,7 @@ def special_token_id(tokenizer: Any, token: str) -> int:
 
 
 def _scoring_turns(mode: str, num_turns: int) -> range:
-    if mode == "first_question":
-        return range(1)
-    if mode == "split_turns":
-        return range(num_turns - 1, num_turns)
-    if mode == "all_turns":
-        return range(num_turns)
-    raise ValueError(f"data.conversation={mode!r}: choose one of {', '.join(CONVERSATION_MODES)}")
-
-
-def _content_text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ValueError(f"content {content!r:.60}: expected a string or a list of parts")
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append(part["text"])
-        elif kind == "video":
-            parts.append(VIDEO_TOKEN)
-        else:
-            raise ValueError(
-                f'content part {part!r:.60}: expected {{"type": "video"}} or {{"type": "text", "text": ...}}'
-            )
-    return "".join(parts)
+    turns = {"first_question": range(1), "split_turns": range(num_turns - 1, num_turns), "all_turns": range(num_turns)}
+    if mode not in turns:
+        raise ValueError(f"data.conversation={mode!r}: choose one of {', '.join(CONVERSATION_MODES)}")
+    return turns[mode]

@@ -15,8 +15,9 @@ import torch
 from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample, join_features, no_pixels
+from hybridprune_megatron.data.conversation import Conversation, read_conversation
 from hybridprune_megatron.data.features import StoredFeatures
-from hybridprune_megatron.data.prompt import Conversation, EncodedPrompt, PromptEncoder, read_conversation
+from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder
 from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
 
 #: Why a sample may be left out.

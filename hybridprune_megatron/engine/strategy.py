@@ -29,6 +29,7 @@ from hybridprune_megatron.engine.parallel import (
     init_distributed,
     init_model_parallel,
 )
+from hybridprune_megatron.engine.source_commit import source_commit
 from hybridprune_megatron.engine.watch import report_failure, start_watch
 
 
@@ -119,6 +120,7 @@ class MegatronStrategy(DDPStrategy):
             "world_size": dist.get_world_size(),
             "config": asdict(module.cfg),
             "versions": versions(),
+            "commit": source_commit(),
         }
         loader = {stream: plain(state, "the loader's state") for stream, state in module.loader.save_state().items()}
         self._saver.save(checkpoint["global_step"], module.state, loader, common, run)

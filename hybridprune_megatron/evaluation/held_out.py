@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.features import StoredFeatures
-from hybridprune_megatron.data.prompt import VIDEO_TOKEN
 from hybridprune_megatron.data.sample_encoder import SampleEncoder
 from hybridprune_megatron.data.shards import CONVERSATION_PART, read_shard, stored_videos
 from hybridprune_megatron.evaluation.questions import Question

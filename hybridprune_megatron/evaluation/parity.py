@@ -49,7 +49,7 @@ def _difference(model: VideoLanguageModel, exported: Any, sample: EncodedSample)
         pixel_values=batch.pixel_values if len(batch.pixel_values) else None,
         output_reduction=True,
     )
-    for layer, (mine, theirs) in enumerate(zip(trace, output.reduction_trace, strict=True)):
+    for layer, (mine, theirs) in enumerate(zip(trace, output.reduction.positions, strict=True)):
         if not torch.equal(mine.position[mine.visual_index], torch.cat(theirs)):
             raise ValueError(f"sample {sample.key}: training model and export keep different tokens in layer {layer}")
     return (logits - output.logits[0, layout.origin]).abs().max().item()

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from hybridprune_megatron.export.outputs import ReductionStatistics
+
 # Room for new tokens is made in steps of this many, so that a decoding step rarely copies the cache.
 _GROWTH = 128
 
@@ -62,6 +64,7 @@ class AttentionCache:
 
     def reorder(self, order: Tensor) -> None:
         """Makes sample i a copy of the old sample ``order[i]``."""
+        order = order.to(self.keys.device)
         self.keys, self.values, self.lengths = (each[order] for each in (self.keys, self.values, self.lengths))
 
 
@@ -78,15 +81,21 @@ class MambaCache:
 
     def reorder(self, order: Tensor) -> None:
         """Makes sample i a copy of the old sample ``order[i]``."""
+        order = order.to(self.state.device)
         self.inputs, self.state = self.inputs[order], self.state[order]
 
 
 class HybridCache:
     """The caches of a model; what ``generate`` calls ``past_key_values``.
 
+    Each layer holds the tokens that entered it, and Mamba's states what they wrote. A dropped token stays dropped for
+    whatever comes later: layers in front of the drop remember it, those behind it never saw it.
+
+    A cache is written in place. Two questions over one video need ``copy.deepcopy`` of it in front of the first.
+
     Attributes:
         layers: by index, of the layers that have a state.
-        num_columns: columns of ``input_ids`` seen so far, padding and dropped tokens included.
+        reduction: what was dropped, if prefill was asked for it (``output_reduction``).
     """
 
     # Asked for by transformers' generate.
@@ -95,13 +104,28 @@ class HybridCache:
 
     def __init__(self) -> None:
         self.layers: dict[int, AttentionCache | MambaCache] = {}
-        self.num_columns = 0
+        self.reduction: ReductionStatistics | None = None
+        self._columns: list[Tensor] = []
+
+    def add_columns(self, input_ids: Tensor) -> None:
+        """Notes the columns int64 [S, columns] that the layers have seen."""
+        self._columns.append(input_ids)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of ``input_ids`` that need not be given again; the layers may hold fewer tokens."""
-        return self.num_columns
+        """Columns of ``input_ids`` seen, padding and dropped tokens included; the layers may hold fewer tokens."""
+        return sum(part.shape[1] for part in self._columns)
+
+    @property
+    def num_rows(self) -> int:
+        """S of filled caches."""
+        return len(self._columns[0])
+
+    def seen(self) -> Tensor:
+        """int64 [S, columns] the ``input_ids`` so far."""
+        return torch.cat(self._columns, 1)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follows a beam search's choice of beams."""
+        """Follows a beam search's choice of beams, which never leave their sample."""
+        self._columns = [self.seen()[beam_idx]]
         for layer in self.layers.values():
             layer.reorder(beam_idx)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from transformers import PreTrainedConfig
 
+from hybridprune_megatron.config.checks import closest, fail
 from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
 from hybridprune_megatron.method.schedule import Shape, layer_symbols
 
@@ -27,13 +29,11 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
 
     Raises:
         ValueError: an unknown key, a value that the key does not allow, a budget that cannot be met, or a retention of
-            another length.
+            another length. One line.
     """
     if reduction is None:
         return None
-    unknown = sorted(set(reduction) - set(_KEYS))
-    if unknown:
-        raise ValueError(f"reduction has the key {unknown[0]!r}: allowed are {', '.join(_KEYS)}")
+    _check_types(reduction)
     settings = ReductionConfig(**{"scorer": "query", "budget": 1.0, **reduction})
     resolved = {name: getattr(settings, name) for name in _KEYS}
     return resolved | {"retention": list(resolved_retention(settings, pattern))}
@@ -43,9 +43,14 @@ def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | 
     """The saved reduction with some settings replaced; None turns it off.
 
     The saved retention goes if anything is replaced that it was solved from.
+
+    Raises:
+        ValueError: what is given is no mapping.
     """
     if given is None:
         return None
+    if not isinstance(given, Mapping):
+        raise fail("reduction", given, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
     merged = {**(saved or {}), **given}
     if "retention" not in given and _SCHEDULE_KEYS & set(given):
         merged["retention"] = None
@@ -58,7 +63,7 @@ class HybridPruneConfig(PreTrainedConfig):
     ``from_pretrained(folder, reduction=None)`` turns the reduction off; ``reduction={"budget": 0.5}`` keeps the other
     settings and solves the schedule again.
 
-    Args:
+    Attributes:
         hybrid_override_pattern: one symbol a layer: M Mamba-2, * attention, - MLP, E mixture of experts.
         vocab_size: rows of the embedding.
         hidden_size: width of the residual stream.
@@ -74,86 +79,66 @@ class HybridPruneConfig(PreTrainedConfig):
         chunk_size: tokens a chunk of the scan (speed only).
         layer_norm_epsilon: of every norm except Mamba's gated one (1e-5, as in megatron).
         max_position_embeddings: longest context; there are no positions, so nothing breaks past it.
-        time_step_limit: range of dt after softplus, (0, inf): no clamp, as in megatron. transformers' own
-            ``nemotron_h`` clamps dt to 1e-3 from below, which these weights do not expect.
+        time_step_limit: lowest and highest step size dt after softplus that the weights expect. [0, "inf"]: no clamp,
+            as in megatron and the original code. [0.001, "inf"]: what transformers' own ``nemotron_h`` computes
+            with its default ``time_step_min``, whatever the ``time_step_limit`` of its configuration says.
         experts: fields of the training configuration's ``model.experts``; None: there is no E layer.
         vision: fields of the training configuration's ``model.vision``; None: text only.
         reduction: see ``resolve_reduction``; None: no reduction.
         image_token_id, image_start_token_id, image_end_token_id, turn_token_id: special tokens of the prompt format.
         special_token_ids: all ids that are no plain text.
         use_cache: whether generation keeps caches.
-        kwargs: of ``PreTrainedConfig``.
+        initializer_range: deviation of new weights.
+        tie_word_embeddings: whether the output layer is the embedding.
+        eos_token_id, pad_token_id: end of an answer, and padding.
+        num_hidden_layers: length of the pattern; what is given is not read.
     """
 
     model_type = "hybridprune_vl"
     keys_to_ignore_at_inference = ("past_key_values",)
 
-    def __init__(
-        self,
-        hybrid_override_pattern: str = "M-M*-",
-        vocab_size: int = 1024,
-        hidden_size: int = 128,
-        intermediate_size: int = 512,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int = 2,
-        head_dim: int = 32,
-        mamba_num_heads: int = 8,
-        mamba_head_dim: int = 32,
-        ssm_state_size: int = 32,
-        n_groups: int = 2,
-        conv_kernel: int = 4,
-        chunk_size: int = 128,
-        layer_norm_epsilon: float = 1e-5,
-        max_position_embeddings: int = 4096,
-        time_step_limit: list[float | str] | None = None,
-        experts: dict[str, Any] | None = None,
-        vision: dict[str, Any] | None = None,
-        reduction: dict[str, Any] | None = None,
-        image_token_id: int | None = None,
-        image_start_token_id: int | None = None,
-        image_end_token_id: int | None = None,
-        turn_token_id: int | None = None,
-        special_token_ids: list[int] | None = None,
-        use_cache: bool = True,
-        initializer_range: float = 0.02,
-        tie_word_embeddings: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        limit = list(time_step_limit or (0.0, "inf"))
-        if [float(bound) for bound in limit] != [0.0, float("inf")]:
-            raise ValueError(
-                f"time_step_limit={limit}: this model code does not clamp dt; only [0.0, 'inf'] is allowed"
-            )
-        self.hybrid_override_pattern = hybrid_override_pattern
-        self.num_hidden_layers = len(layer_symbols(hybrid_override_pattern))
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.mamba_num_heads = mamba_num_heads
-        self.mamba_head_dim = mamba_head_dim
-        self.ssm_state_size = ssm_state_size
-        self.n_groups = n_groups
-        self.conv_kernel = conv_kernel
-        self.chunk_size = chunk_size
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.max_position_embeddings = max_position_embeddings
-        self.time_step_limit = limit
-        self.experts = experts
-        self.vision = vision
-        self.reduction = resolve_reduction(hybrid_override_pattern, reduction)
-        self.image_token_id = image_token_id
-        self.image_start_token_id = image_start_token_id
-        self.image_end_token_id = image_end_token_id
-        self.turn_token_id = turn_token_id
-        self.special_token_ids = special_token_ids or []
-        self.use_cache = use_cache
-        self.initializer_range = initializer_range
-        # num_hidden_layers follows from the pattern, also where the saved file repeats it.
-        kwargs.pop("num_hidden_layers", None)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+    hybrid_override_pattern: str = "M-M*-"
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 32
+    mamba_num_heads: int = 8
+    mamba_head_dim: int = 32
+    ssm_state_size: int = 32
+    n_groups: int = 2
+    conv_kernel: int = 4
+    chunk_size: int = 128
+    layer_norm_epsilon: float = 1e-5
+    max_position_embeddings: int = 4096
+    time_step_limit: Sequence[float | str] = (0.0, "inf")
+    experts: dict[str, Any] | None = None
+    vision: dict[str, Any] | None = None
+    reduction: dict[str, Any] | None = None
+    image_token_id: int | None = None
+    image_start_token_id: int | None = None
+    image_end_token_id: int | None = None
+    turn_token_id: int | None = None
+    special_token_ids: Sequence[int] = ()
+    use_cache: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    num_hidden_layers: int = 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Checks and completes what depends on other fields.
+
+        Raises:
+            ValueError: a pattern, a reduction or a limit of dt that is not allowed.
+        """
+        self.num_hidden_layers = len(layer_symbols(self.hybrid_override_pattern))
+        self.time_step_limit = _checked_limit(self.time_step_limit)
+        self.special_token_ids = list(self.special_token_ids)
+        self.reduction = resolve_reduction(self.hybrid_override_pattern, self.reduction)
+        super().__post_init__(**kwargs)
 
     @property
     def tokens_per_frame(self) -> int:
@@ -168,3 +153,32 @@ class HybridPruneConfig(PreTrainedConfig):
             merged = merge_reduction(config_dict.get("reduction"), kwargs.pop("reduction"))
             config_dict = {**config_dict, "reduction": merged}
         return super().from_dict(config_dict, **kwargs)
+
+
+def _check_types(reduction: Mapping[str, Any]) -> None:
+    """Keys are known and values are of their type, which a training run's configuration has checked by itself."""
+    hints = get_type_hints(ReductionConfig)
+    for name, value in reduction.items():
+        if name not in _KEYS:
+            nearest = closest(name, _KEYS)
+            fix = f"did you mean {nearest}?" if nearest else f"leave {name} out"
+            raise fail(f"reduction.{name}", value, f"no such key; allowed are {', '.join(_KEYS)}", fix)
+        hint = hints[name]
+        options = [get_origin(option) or option for option in get_args(hint)] if type(hint) is UnionType else [hint]
+        numbers = [type(each) in (int, float) for each in value] if type(value) is list and list in options else [True]
+        if hint is not Any and not (type(value) in (*options, int if float in options else None) and all(numbers)):
+            words = hint if type(hint) is UnionType else hint.__name__
+            raise fail(f"reduction.{name}", repr(value), f"must be {words}", f"set reduction.{name} to such a value")
+
+
+def _checked_limit(limit: Sequence[float | str]) -> list[float | str]:
+    """Two bounds in JSON's numbers, which have no infinity."""
+    try:
+        low, high = (float(bound) for bound in limit)
+    except (TypeError, ValueError):
+        low, high = 1.0, 0.0
+    if not 0 <= low < high:
+        raise fail(
+            "time_step_limit", limit, "must be two bounds of dt, 0 or more, rising", 'set e.g. [0.0, "inf"], no clamp'
+        )
+    return [low, "inf" if high == float("inf") else high]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.accelerate import force_accelerate_hooks
 
 from hybridprune_megatron.export.cache import AttentionCache, HybridCache, MambaCache
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
@@ -39,6 +40,10 @@ class Packing:
         sample_index = layout.sample_index()
         return Packing(layout, sample_index, layout.sample_position(sample_index), dt_filter)
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packing:
+        """The same on another device; asked for by accelerate, where layers lie on several."""
+        return Packing.of(self.layout.to(device), self.dt_filter)
+
 
 class GatedRMSNorm(nn.Module):
     """``rms_norm(y * silu(z))`` over groups of channels."""
@@ -53,12 +58,13 @@ class GatedRMSNorm(nn.Module):
 
 
 class MambaMixer(nn.Module):
-    """Mamba-2. In-projection rows are [z | x | B | C | dt]; dt is not clamped."""
+    """Mamba-2. In-projection rows are [z | x | B | C | dt]."""
 
     def __init__(self, config: HybridPruneConfig, index: int) -> None:
         super().__init__()
         self.index, self.chunk_size = index, config.chunk_size
         self.head_dim, self.state_size = config.mamba_head_dim, config.ssm_state_size
+        self.time_step_limit = tuple(float(bound) for bound in config.time_step_limit)
         inner, state = config.mamba_num_heads * config.mamba_head_dim, config.n_groups * config.ssm_state_size
         channels = inner + 2 * state
         self.projection_sizes = [inner, channels, config.mamba_num_heads]
@@ -72,10 +78,14 @@ class MambaMixer(nn.Module):
         self.norm = GatedRMSNorm(inner, inner // config.n_groups)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
+    @force_accelerate_hooks("conv1d")
     def forward(
-        self, hidden: Tensor, packing: Packing, scorer: Scorer | None, cache: HybridCache | None
+        self, hidden: Tensor, packing: Packing | None, scorer: Scorer | None, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """[L, D] to [L, D], with the scores [V] of the visual tokens if a scorer is given."""
+        """As ``HybridLayer.forward``."""
+        if packing is None:
+            assert cache is not None, "one more token needs caches"
+            return self._step(hidden, cache), None
         z, inputs, raw_dt = self.in_proj(hidden).split(self.projection_sizes, dim=-1)
         weight, bias = self._taps()
         x, B, C = self._heads(nn.functional.silu(causal_conv(inputs, weight, bias, packing.layout.sample_lengths)))
@@ -92,7 +102,7 @@ class MambaMixer(nn.Module):
         y = ssd_scan(x, dt, A, B, C, self.D, packing.sample_index, self.chunk_size)
         return self.out_proj(self.norm(y.flatten(1), z)), scores
 
-    def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
+    def _step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
         """One more token of every sample: [S, D] to [S, D]."""
         layer = cache.layers[self.index]
         assert isinstance(layer, MambaCache), type(layer)
@@ -119,7 +129,8 @@ class MambaMixer(nn.Module):
 
     def _steps(self, raw_dt: Tensor) -> tuple[Tensor, Tensor]:
         """Step sizes float32 [L, H] and decay rates float32 [H]."""
-        return nn.functional.softplus(raw_dt.float() + self.dt_bias.float()), -torch.exp(self.A_log.float())
+        dt = nn.functional.softplus(raw_dt.float() + self.dt_bias.float())
+        return dt.clamp(*self.time_step_limit), -torch.exp(self.A_log.float())
 
 
 class AttentionMixer(nn.Module):
@@ -135,9 +146,12 @@ class AttentionMixer(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(
-        self, hidden: Tensor, packing: Packing, scorer: Scorer | None, cache: HybridCache | None
+        self, hidden: Tensor, packing: Packing | None, scorer: Scorer | None, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """[L, D] to [L, D], with the scores [V] of the visual tokens if a scorer is given."""
+        """As ``HybridLayer.forward``."""
+        if packing is None:
+            assert cache is not None, "one more token needs caches"
+            return self._step(hidden, cache), None
         query, key, value = self._heads(hidden)
         lengths = packing.layout.sample_lengths
         scores = None
@@ -150,7 +164,7 @@ class AttentionMixer(nn.Module):
             )
         return self.o_proj(packed_attention(query, key, value, lengths)), scores
 
-    def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
+    def _step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
         """One more token of every sample: [S, D] to [S, D]."""
         layer = cache.layers[self.index]
         assert isinstance(layer, AttentionCache), type(layer)
@@ -173,14 +187,10 @@ class MLPMixer(Expert):
         super().__init__(config.hidden_size, config.intermediate_size)
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, packing: Packing, scorer: Scorer | None, cache: HybridCache | None
+        self, hidden: Tensor, packing: Packing | None, scorer: Scorer | None, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """[L, D] to [L, D]."""
+        """As ``HybridLayer.forward``."""
         return super().forward(hidden), None
-
-    def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
-        """[S, D] to [S, D]."""
-        return super().forward(hidden)
 
 
 class ExpertsMixer(ExpertsMixture):
@@ -190,14 +200,10 @@ class ExpertsMixer(ExpertsMixture):
         super().__init__(config)
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, packing: Packing, scorer: Scorer | None, cache: HybridCache | None
+        self, hidden: Tensor, packing: Packing | None, scorer: Scorer | None, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """[L, D] to [L, D]."""
+        """As ``HybridLayer.forward``."""
         return super().forward(hidden), None
-
-    def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
-        """[S, D] to [S, D]."""
-        return super().forward(hidden)
 
 
 _MIXERS: dict[str, type[MambaMixer] | type[AttentionMixer] | type[MLPMixer] | type[ExpertsMixer]] = {
@@ -217,15 +223,23 @@ class HybridLayer(nn.Module):
         self.mixer = _MIXERS[symbol](config, index)
 
     def forward(
-        self, hidden: Tensor, packing: Packing, scorer: Scorer | None, cache: HybridCache | None
+        self, hidden: Tensor, packing: Packing | None, scorer: Scorer | None, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """[L, D] to [L, D], with scores if asked for."""
+        """A packed sequence, or one more token of every sample behind the caches.
+
+        Both go through ``forward``, where accelerate moves inputs and weights if layers lie on several devices.
+
+        Args:
+            hidden: [L, D]; without a packing [S, D], a token a sample.
+            packing: of the sequence; None: one more token of every sample.
+            scorer: scores the visual tokens; None: no scores.
+            cache: gets the layer's state, or has it; None: nothing is kept.
+
+        Returns:
+            As ``hidden``, and the scores float32 [V] if asked for.
+        """
         out, scores = self.mixer(self.norm(hidden), packing, scorer, cache)
         return hidden + out, scores
-
-    def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
-        """[S, D] to [S, D]."""
-        return hidden + self.mixer.step(self.norm(hidden), cache)
 
 
 def _last_rows(values: Tensor, packing: Packing, count: int) -> Tensor:

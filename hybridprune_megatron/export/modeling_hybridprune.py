@@ -3,21 +3,20 @@
 Parameter names are those of Nemotron Nano V2 VL (``language_model.backbone.*``, ``language_model.lm_head``,
 ``mlp1.*``, ``vision_model.*``, the last one in transformers' own names). Prefill runs over the real tokens of all
 samples packed one after another, with the layout, scores and selection of training; a padded batch therefore equals its
-samples one by one. Decoding continues over the shortened caches.
+samples one by one. Decoding continues over the shortened caches; what they hold, and what that means for a second
+question, is in ``generation.py`` and ``cache.py``.
 
 Shape letters: B samples, L columns of a padded batch, R real tokens packed, D hidden size, F frames.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, RadioModel
+from transformers import PreTrainedModel, RadioModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from hybridprune_megatron.export.cache import HybridCache
 from hybridprune_megatron.export.configuration_hybridprune import (
@@ -25,45 +24,14 @@ from hybridprune_megatron.export.configuration_hybridprune import (
     merge_reduction,
     resolve_reduction,
 )
+from hybridprune_megatron.export.generation import HybridGenerationMixin
 from hybridprune_megatron.export.layers import HybridLayer, MambaMixer, Packing
-from hybridprune_megatron.export.token_kinds import derive_token_kinds
-from hybridprune_megatron.method.layout import SampleLayout, TokenKind, TokenLayout
+from hybridprune_megatron.export.outputs import HybridPruneOutput, ReductionStatistics
+from hybridprune_megatron.export.padded_batch import PaddedBatch
+from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction, counts_after
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.vision.encoder import build_projector, encode_frames, radio_config
-
-
-@dataclass
-class HybridPruneOutput(ModelOutput):
-    """Output of ``HybridPruneForCausalLM``.
-
-    Attributes:
-        loss: mean over the labels whose token in front was not dropped.
-        logits: [B, kept columns, vocabulary]; NaN where a token is padding or was dropped (text never is).
-        past_key_values: the caches, with ``use_cache``.
-        reduction_trace: with ``output_reduction``: for every layer and sample, int64 positions within the sample
-            (padding not counted) of the visual tokens that entered the layer.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: HybridCache | None = None
-    reduction_trace: tuple[tuple[Tensor, ...], ...] | None = None
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """A padded batch, packed.
-
-    Attributes:
-        input_ids: int64 [R].
-        layout: of the packed tokens before any reduction.
-        packed_index: int64 [B, L] index of every column in the packed sequence, -1 for padding.
-    """
-
-    input_ids: Tensor
-    layout: TokenLayout
-    packed_index: Tensor
 
 
 class HybridBackbone(nn.Module):
@@ -76,6 +44,8 @@ class HybridBackbone(nn.Module):
         self.layers = nn.ModuleList([HybridLayer(config, symbol, index) for index, symbol in enumerate(symbols)])
         self.norm_f = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
 
+    # Its sizes are those of one prompt, known on the host: torch.compile would compile every prompt anew.
+    @torch.compiler.disable
     def prefill(
         self,
         hidden: Tensor,
@@ -95,6 +65,8 @@ class HybridBackbone(nn.Module):
             dropping = reduction if counts != layout.visual_counts else None
             hidden, scores = layer(hidden, packing, dropping.scorer if dropping is not None else None, cache)
             if dropping is not None:
+                # Layers may lie on several devices.
+                layout = layout.to(hidden.device)
                 hidden, layout = dropping.drop(hidden, layout, counts, scores)
                 packing = Packing.of(layout, dt_filter)
         return hidden, layout
@@ -102,8 +74,7 @@ class HybridBackbone(nn.Module):
     def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
         """One more token of every sample: [B, D] to [B, D], the norm left to the caller."""
         for layer in self.layers:
-            assert isinstance(layer, HybridLayer), type(layer)
-            hidden = layer.step(hidden, cache)
+            hidden, _ = layer(hidden, None, None, cache)
         return hidden
 
 
@@ -120,7 +91,7 @@ class HybridLanguageModel(nn.Module):
         return self.lm_head(self.backbone.norm_f(hidden))
 
 
-class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
+class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
     """Video question answering with token reduction inside every layer; see the module's docstring.
 
     Args:
@@ -133,7 +104,7 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _is_stateful = True
     _no_split_modules = ("HybridLayer", "RadioLayer")
-    _keep_in_fp32_modules_strict = ("A_log", "mixer.D")
+    _keep_in_fp32_modules_strict = ("A_log", "mixer.D", "e_score_correction_bias")
     _tied_weights_keys = {"language_model.lm_head.weight": "language_model.backbone.embeddings.weight"}  # noqa: RUF012 - transformers' own attribute
 
     def __init__(self, config: HybridPruneConfig) -> None:
@@ -204,12 +175,20 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
             labels: int64 [B, L] like ``input_ids``, shifted inside; -100: no loss.
             use_cache: whether to return caches; default: ``config.use_cache`` unless training or given labels.
             logits_to_keep: number of last columns, or their indices, whose logits are wanted; 0: all.
-            output_reduction: whether to return ``reduction_trace``.
+            output_reduction: whether a prefill tells which visual tokens entered which layer, in the output and in
+                its caches: ``generate(..., output_reduction=True, return_dict_in_generate=True)`` has it in
+                ``past_key_values.reduction``.
             return_dict: False returns a tuple.
 
         Raises:
-            ValueError: frames do not fit the visual tokens, or padding on the right with caches.
+            ValueError: frames do not fit the visual tokens, padding on the right with caches, or caches of another
+                kind.
         """
+        if past_key_values is not None and not isinstance(past_key_values, HybridCache):
+            raise ValueError(
+                f"past_key_values of type {type(past_key_values).__name__}: this model makes its own caches; give what "
+                "an earlier call returned, or leave it out"
+            )
         if past_key_values is not None and past_key_values.get_seq_length():
             if pixel_values is not None or labels is not None:
                 raise ValueError("pixel_values or labels together with filled caches: give them in the first call only")
@@ -217,58 +196,35 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
             return output if return_dict is not False else output.to_tuple()
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        batch = self._pack(input_ids, attention_mask, token_kinds, frames_per_video)
+        batch = PaddedBatch.of(self.config, input_ids, attention_mask, token_kinds, frames_per_video)
         cache = None
         if use_cache:
             if bool((batch.packed_index[:, -1] < 0).any()):
                 raise ValueError("a row is padded on the right: decoding goes on from the last column; pad on the left")
             cache = past_key_values if past_key_values is not None else HybridCache()
-            cache.num_columns = input_ids.shape[1]
+            cache.add_columns(input_ids)
         trace: list[TokenLayout] | None = [] if output_reduction else None
-        hidden, layout = self._embed(batch, pixel_values), batch.layout
+        hidden = self._embed(batch, pixel_values)
+        layout = batch.layout.to(hidden.device)
         if self._reduction is not None:
             hidden, layout = self._reduction.in_front(hidden, layout, pixel_values)
         hidden, layout = self.language_model.backbone.prefill(hidden, layout, self._reduction, cache, trace)
-        logits, shown = self._column_logits(hidden, layout, batch.packed_index, logits_to_keep)
+        statistics = None if trace is None else ReductionStatistics.of(trace)
+        if cache is not None:
+            cache.reduction = statistics
+        shown, where = batch.find(layout.to(hidden.device), logits_to_keep)
+        values = self.language_model.logits(hidden[where])
+        logits = values.new_full((*shown.shape, values.shape[-1]), float("nan"))
+        logits = logits.masked_scatter(shown.unsqueeze(-1).to(logits.device), values)
         output = HybridPruneOutput(
             loss=None if labels is None else _loss(logits, shown, labels),
             logits=logits,
             past_key_values=cache,
-            reduction_trace=None if trace is None else tuple(_kept_positions(layout) for layout in trace),
+            reduction=statistics,
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _pack(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_kinds: Tensor | None,
-        frames_per_video: Tensor | None,
-    ) -> _Batch:
-        """The real tokens of all rows one after another, and what they are."""
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        lengths = mask.sum(1).tolist()
-        if not min(lengths):
-            raise ValueError(f"row {lengths.index(0)} of the batch is all padding: every row needs a token")
-        if token_kinds is None:
-            kinds = derive_token_kinds(input_ids, mask, self.config)
-        else:
-            missing = input_ids.shape[1] - token_kinds.shape[1]
-            kinds = nn.functional.pad(token_kinds.cpu().to(torch.uint8), (0, missing), value=int(TokenKind.ANSWER))
-        frames = (kinds == int(TokenKind.FRAME)).to(input_ids.device)
-        image = self.config.image_token_id
-        if image is not None and not torch.equal(frames, (input_ids == image) & mask):
-            raise ValueError(
-                "token_kinds and input_ids differ: exactly the image tokens are FRAME; use the processor's"
-            )
-        packed_index = (torch.cumsum(mask.flatten(), 0).view_as(mask) - 1).masked_fill(~mask, -1)
-        per_frame = None if self.config.vision is None else self.config.tokens_per_frame
-        videos = [None] * len(kinds) if frames_per_video is None else frames_per_video.tolist()
-        rows = [row[shown].tolist() for row, shown in zip(kinds, mask.cpu())]
-        samples = [SampleLayout.from_kinds(row, per_frame, counts) for row, counts in zip(rows, videos, strict=True)]
-        return _Batch(input_ids[mask], TokenLayout.from_samples(samples, input_ids.device), packed_index)
-
-    def _embed(self, batch: _Batch, pixel_values: Tensor | None) -> Tensor:
+    def _embed(self, batch: PaddedBatch, pixel_values: Tensor | None) -> Tensor:
         """[R, D]: embedded text with the projected frames at the visual positions."""
         hidden = self.language_model.backbone.embeddings(batch.input_ids)
         visual, shown = sum(batch.layout.visual_counts), 0 if pixel_values is None else len(pixel_values)
@@ -286,61 +242,29 @@ class HybridPruneForCausalLM(PreTrainedModel, GenerationMixin):
         learns = next(self.vision_model.parameters()).requires_grad
         shuffle = self.config.vision["pixel_shuffle"]
         embedded = encode_frames(self.vision_model, self.mlp1, pixel_values, shuffle, learns)
-        return hidden.index_copy(0, batch.layout.visual_index, embedded.flatten(0, 1).to(hidden.dtype))
-
-    def _column_logits(
-        self, hidden: Tensor, layout: TokenLayout, packed_index: Tensor, logits_to_keep: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Logits [B, kept columns, vocabulary], NaN where no token is left, and bool [B, kept columns] where one is."""
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        rows = packed_index[:, keep]
-        where = torch.searchsorted(layout.origin, rows.contiguous()).clamp(max=len(layout.origin) - 1)
-        shown = layout.origin[where] == rows
-        values = self.language_model.logits(hidden[where[shown]])
-        logits = values.new_full((*rows.shape, values.shape[-1]), float("nan"))
-        return logits.masked_scatter(shown.unsqueeze(-1), values), shown
+        return hidden.index_copy(0, batch.layout.visual_index.to(hidden.device), embedded.flatten(0, 1).to(hidden))
 
     def _decode(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: HybridCache, logits_to_keep: int | Tensor
     ) -> HybridPruneOutput:
         """More tokens after the caches, one column at a time."""
-        columns = input_ids.shape[1]
+        if len(input_ids) != cache.num_rows:
+            raise ValueError(
+                f"{len(input_ids)} rows of input_ids and caches of {cache.num_rows}: give the same samples"
+            )
+        columns, image = input_ids.shape[1], self.config.image_token_id
         if columns > 1 and attention_mask is not None and not bool(attention_mask[:, -columns:].all()):
             raise ValueError("new columns with padding after filled caches: give rows of one length, or start afresh")
-        if columns > 1 and bool((input_ids == self.config.image_token_id).any()):
+        if columns > 1 and image is not None and bool((input_ids == image).any()):
             raise ValueError("image tokens after filled caches: give all videos in the first call")
         outputs = []
         for column in input_ids.unbind(1):
             embedded = self.language_model.backbone.embeddings(column)
             outputs.append(self.language_model.backbone.step(embedded, cache))
-        cache.num_columns += columns
+        cache.add_columns(input_ids)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.language_model.logits(torch.stack(outputs, 1)[:, keep])
         return HybridPruneOutput(logits=logits, past_key_values=cache)
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """Generation starts without caches; prefill makes our own."""
-        return False
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeats samples for beams; the frames of a sample stay together, which repeating rows would not do."""
-        pixels = model_kwargs.pop("pixel_values", None)
-        if pixels is not None and input_ids is not None and expand_size > 1:
-            visual = (input_ids == self.config.image_token_id).sum(1) // self.config.tokens_per_frame
-            pixels = torch.cat([part for part in pixels.split(visual.tolist()) for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if pixels is not None:
-            model_kwargs["pixel_values"] = pixels
-        return input_ids, model_kwargs
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -357,16 +281,12 @@ def _build_reduction(config: HybridPruneConfig) -> Reduction | None:
     return None if config.reduction is None else Reduction.of(config.reduction, config.reduction["retention"])
 
 
-def _kept_positions(layout: TokenLayout) -> tuple[Tensor, ...]:
-    """For every sample the positions of its visual tokens before any reduction."""
-    return layout.position[layout.visual_index].split(list(layout.visual_counts))
-
-
 def _loss(logits: Tensor, shown: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy of the labels whose token in front is left."""
     if logits.shape[1] != labels.shape[1]:
         raise ValueError(
             f"logits of {logits.shape[1]} columns and labels of {labels.shape[1]}: leave logits_to_keep out"
         )
+    labels, shown = labels.to(logits.device), shown.to(logits.device)
     used = (labels[:, 1:] != -100) & shown[:, :-1]
     return nn.functional.cross_entropy(logits[:, :-1][used].float(), labels[:, 1:][used])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export.model_card import model_card
+from hybridprune_megatron.export.run_facts import RunFacts
 from hybridprune_megatron.huggingface.files import whole_folder
 from hybridprune_megatron.huggingface.folder import read_config, weight_names
 from hybridprune_megatron.huggingface.source import TensorFiles
@@ -18,7 +19,9 @@ from hybridprune_megatron.huggingface.source import TensorFiles
 _CARD = "README.md"
 
 
-def export_plain(model: nn.Module, cfg: Config, original: str | Path, out_dir: str | Path) -> Path:
+def export_plain(
+    model: nn.Module, cfg: Config, original: str | Path, out_dir: str | Path, facts: RunFacts | None = None
+) -> Path:
     """Writes the weights of a model in the layout of the folder whose weights it was trained from.
 
     Every tensor keeps the original's name, dtype and file; what no model here has (constants of the tower) and every
@@ -29,6 +32,7 @@ def export_plain(model: nn.Module, cfg: Config, original: str | Path, out_dir: s
         cfg: its configuration, for the model card.
         original: a Hugging Face folder of a family that ``huggingface.names`` knows.
         out_dir: where to write; a folder that is there is replaced.
+        facts: of the run, for the card (``run_facts.read_facts``).
 
     Returns:
         The folder.
@@ -54,7 +58,8 @@ def export_plain(model: nn.Module, cfg: Config, original: str | Path, out_dir: s
                 folder / file.name,
                 {"format": "pt"},
             )
-        (folder / _CARD).write_text(model_card(cfg), encoding="ascii")
+        card = model_card(cfg, facts or RunFacts(), "as it comes, not clamped", reduced=False)
+        (folder / _CARD).write_text(card, encoding="ascii")
     return out_dir
 
 

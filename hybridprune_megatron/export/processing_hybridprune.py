@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from hybridprune_megatron.data.prompt import (
-    DEFAULT_FRAME_TEXT,
+from hybridprune_megatron.data.conversation import (
+    END_TOKEN,
+    IMAGE_TOKEN,
+    MEDIA_PATTERN,
+    MEDIA_TOKENS,
     TURN_TOKEN,
     VIDEO_TOKEN,
-    EncodedPrompt,
-    PromptEncoder,
     parse_chat,
     read_conversation,
     render_chat,
 )
+from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT, EncodedPrompt, PromptEncoder, special_token_id
 from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video
 from hybridprune_megatron.method.layout import TokenKind
 
@@ -76,25 +79,26 @@ class HybridPruneProcessor(ProcessorMixin):
         return_dict: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Renders conversations; ``<video>`` stands for a video.
+        """Renders conversations; ``<video>`` stands for a video, ``<image>`` for an image.
 
         Args:
-            conversation: messages with role and content (text, or parts of type "text" and "video"), or a list of
-                conversations.
+            conversation: messages with role and content (text, or parts of type "text", "video" and "image"), or a
+                list of conversations.
             add_generation_prompt: whether a last user message is followed by the assistant's marker.
-            tokenize: False returns text; True also reads the videos that the parts name (under "video",
-                "path" or "url").
+            tokenize: False returns text; True also reads what the parts name (under "video" or "image", "path" or
+                "url").
             return_dict: with ``tokenize``: whether to return all inputs instead of ``input_ids``.
             kwargs: with ``tokenize``: passed to ``__call__``.
         """
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = list(conversation) if batched else [conversation]
-        texts = [render_chat(read_conversation(messages)) for messages in conversations]
+        texts = [render_chat(read_conversation(messages, tuple(MEDIA_TOKENS))) for messages in conversations]
         if not add_generation_prompt and not tokenize:
             texts = [text.removesuffix(_ASSISTANT) for text in texts]
         if not tokenize:
             return texts if batched else texts[0]
-        inputs = self(text=texts, videos=_named_videos(conversations), **kwargs)
+        videos, images = (_named(conversations, kind) for kind in ("video", "image"))
+        inputs = self(text=texts, videos=videos, images=images, **kwargs)
         return inputs if return_dict else inputs["input_ids"]
 
     def __call__(
@@ -106,18 +110,21 @@ class HybridPruneProcessor(ProcessorMixin):
         audios: Any = None,
         padding: bool | str = True,
         return_tensors: str | None = "pt",
+        conversation_mode: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenizes rendered conversations and decodes their videos.
 
         Args:
-            images: must be empty.
+            images: paths, bytes or PIL images, in the order of the ``<image>`` placeholders; each becomes one frame.
             text: one or several texts from ``apply_chat_template``.
             videos: paths, bytes or ``DecodedVideo``, in the order of the ``<video>`` placeholders of all texts; lists
                 of lists are joined.
             audio, audios: must be empty.
             padding: False refuses texts of different lengths; else they are padded on the left.
             return_tensors: only "pt".
+            conversation_mode: which questions of a chat score, instead of the trained ``conversation``:
+                "first_question", "split_turns" (the last one) or "all_turns".
             kwargs: must be empty or None.
 
         Returns:
@@ -127,42 +134,74 @@ class HybridPruneProcessor(ProcessorMixin):
         Raises:
             ValueError: inputs this model does not take, unreadable videos, or a text in another format.
         """
-        for name, value in {"images": images, "audio": audio, "audios": audios, **kwargs}.items():
+        for name, value in {"audio": audio, "audios": audios, **kwargs}.items():
             if value is not None and not (isinstance(value, list | tuple) and not value):
-                raise ValueError(f"{name}={value!r:.60}: this processor takes text and videos; leave {name} out")
+                raise ValueError(f"{name}={value!r:.60}: this processor takes text, videos, images; leave {name} out")
         if text is None or return_tensors not in (None, "pt"):
             raise ValueError(f"text={text!r:.20}, return_tensors={return_tensors!r}: give text; only 'pt' is returned")
         texts = [text] if isinstance(text, str) else list(text)
-        decoded = [self._decode(video) for video in _flat(videos)]
-        shown = sum(each.count(VIDEO_TOKEN) for each in texts)
-        if shown != len(decoded):
-            raise ValueError(
-                f"{shown} {VIDEO_TOKEN} in the text and {len(decoded)} videos: give one for each, in order"
-            )
-        waiting = iter(decoded)
+        given = {VIDEO_TOKEN: _flat(videos), IMAGE_TOKEN: _flat(images)}
+        for token, files in given.items():
+            shown = sum(each.count(token) for each in texts)
+            if shown != len(files):
+                raise ValueError(f"{shown} {token} in the text and {len(files)} given: give one for each, in order")
+        waiting = {token: iter(files) for token, files in given.items()}
         encoder = PromptEncoder(self.tokenizer, self.tokens_per_frame, self.frame_text)
-        prompts = []
+        prompts: list[EncodedPrompt] = []
+        frames: list[Tensor] = []
         for each in texts:
-            times = [next(waiting).seconds for _ in range(each.count(VIDEO_TOKEN))]
-            prompts.append(encoder.encode_prompt(parse_chat(each), times, self.conversation))
+            times: list[list[float] | None] = []
+            for token in MEDIA_PATTERN.findall(each):
+                decoded = self._decode(next(waiting[token]), image=token == IMAGE_TOKEN)
+                frames.append(decoded.frames)
+                times.append(None if token == IMAGE_TOKEN else decoded.seconds)
+            prompts.append(encoder.encode_prompt(parse_chat(each), times, conversation_mode or self.conversation))
         features = self._pad(prompts, bool(padding))
-        if decoded:
-            features["pixel_values"] = torch.cat([video.frames for video in decoded])
+        if frames:
+            features["pixel_values"] = torch.cat(frames)
             per_text = [torch.tensor(prompt.layout.frames_per_video(), dtype=torch.int64) for prompt in prompts]
             features["frames_per_video"] = torch.nn.utils.rnn.pad_sequence(per_text, batch_first=True)
         return BatchFeature(features)
 
-    def _decode(self, video: Any) -> DecodedVideo:
-        if isinstance(video, DecodedVideo):
-            return video
-        if not isinstance(video, str | bytes | Path):
-            raise ValueError(
-                f"video of type {type(video).__name__}: give a path, the bytes of a file, or a DecodedVideo"
-            )
+    def next_turn(self, sequences: Tensor, question: str) -> BatchFeature:
+        """The inputs of a second question that goes on over the caches of the first.
+
+        Args:
+            sequences: int64 [1, L] the chat as ``generate`` returned it; an answer that was cut gets its end.
+            question: text without a video.
+
+        Returns:
+            input_ids and attention_mask, int64 [1, L + new tokens]; ``generate`` takes them with ``past_key_values``.
+
+        Raises:
+            ValueError: several chats, or a question that holds a video.
+        """
+        if len(sequences) != 1:
+            raise ValueError(f"{len(sequences)} chats: answers end apart, so each goes on by itself; give one row")
+        encoder = PromptEncoder(self.tokenizer, self.tokens_per_frame, self.frame_text)
+        closed = int(sequences[0, -1]) == special_token_id(self.tokenizer, END_TOKEN)
+        new = torch.tensor([encoder.encode_next_turn(question, closed)]).to(sequences)
+        input_ids = torch.cat([sequences, new], 1)
+        return BatchFeature({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
+
+    def _decode(self, source: Any, image: bool) -> DecodedVideo:
+        """Reads a video, or an image as a video of one frame, so that both are scaled alike."""
+        if isinstance(source, DecodedVideo) and not image:
+            return source
+        if image and hasattr(source, "save"):
+            buffer = io.BytesIO()
+            source.convert("RGB").save(buffer, "PNG")
+            source = buffer.getvalue()
+        kind = "image" if image else "video"
+        if not isinstance(source, str | bytes | Path):
+            other = "a PIL image" if image else "a DecodedVideo"
+            raise ValueError(f"{kind} of type {type(source).__name__}: give a path, the bytes of a file, or {other}")
         if self.sampling == "none":
-            raise ValueError("this model takes text only: leave videos out")
+            raise ValueError(f"this model takes text only: leave {kind}s out")
+        if image:
+            return decode_video(source, FrameSampling("uniform", 1), self.frame_size, kind)
         sampling = FrameSampling(self.sampling, self.num_frames, self.fps, self.max_frames)
-        return decode_video(video, sampling, self.frame_size)
+        return decode_video(source, sampling, self.frame_size)
 
     def _pad(self, prompts: Sequence[EncodedPrompt], padding: bool) -> dict[str, Tensor]:
         lengths = [len(prompt.input_ids) for prompt in prompts]
@@ -188,20 +227,20 @@ def _flat(videos: Any) -> list[Any]:
     return [videos]
 
 
-def _named_videos(conversations: Sequence[Sequence[dict[str, Any]]]) -> list[Any]:
-    """What the video parts of conversations name."""
+def _named(conversations: Sequence[Sequence[dict[str, Any]]], kind: str) -> list[Any]:
+    """What the parts of a kind ("video" or "image") name."""
     parts = [
         part
         for messages in conversations
         for message in messages
         if isinstance(message["content"], list)
         for part in message["content"]
-        if part["type"] == "video"
+        if part["type"] == kind
     ]
     found = []
     for part in parts:
-        named = [part[key] for key in ("video", "path", "url") if part.get(key) is not None]
+        named = [part[key] for key in (kind, "path", "url") if part.get(key) is not None]
         if not named:
-            raise ValueError(f"video part {part!r:.60} names no file: put its path under 'video'")
+            raise ValueError(f"{kind} part {part!r:.60} names no file: put its path under {kind!r}")
         found.append(named[0])
     return found

@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.prompt import (
+from hybridprune_megatron.data.chat_template import CHAT_TEMPLATE
+from hybridprune_megatron.data.conversation import (
     END_TOKEN,
     IMAGE_END_TOKEN,
     IMAGE_START_TOKEN,
     IMAGE_TOKEN,
     SYSTEM_TOKEN,
     TURN_TOKEN,
-    special_token_id,
 )
+from hybridprune_megatron.data.prompt import special_token_id
 from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export.configuration_hybridprune import TRAINING_ONLY, HybridPruneConfig
 from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
+from hybridprune_megatron.export.run_facts import RunFacts
 from hybridprune_megatron.huggingface.files import TOKENIZER_FILES, whole_folder
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 
@@ -43,8 +45,14 @@ _AUTO_MAP = {
 }
 
 
-def export_model(model: nn.Module, cfg: Config, out_dir: str | Path, max_shard_size: str = "5GB") -> Path:
-    """Writes weights, configuration, tokenizer, processor, code and model card.
+def export_model(
+    model: nn.Module,
+    cfg: Config,
+    out_dir: str | Path,
+    max_shard_size: str = "5GB",
+    facts: RunFacts | None = None,
+) -> Path:
+    """Writes weights, configuration, tokenizer, chat template, processor, code and model card.
 
     The folder appears whole or not at all; one that is there already is replaced.
 
@@ -53,6 +61,7 @@ def export_model(model: nn.Module, cfg: Config, out_dir: str | Path, max_shard_s
         cfg: its configuration; uses model, reduction and data (tokenizer, sampling, frame_text, conversation).
         out_dir: where to write.
         max_shard_size: largest weights file, e.g. "5GB".
+        facts: of the run, for the card (``run_facts.read_facts``).
 
     Returns:
         The folder.
@@ -80,9 +89,13 @@ def export_model(model: nn.Module, cfg: Config, out_dir: str | Path, max_shard_s
         for name in TOKENIZER_FILES:
             if (Path(cfg.data.tokenizer) / name).is_file():
                 shutil.copyfile(Path(cfg.data.tokenizer) / name, folder / name)
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="ascii")
         _write_json(folder / "processor_config.json", processor_settings(cfg))
         copy_code(folder)
-        (folder / "README.md").write_text(model_card(cfg), encoding="ascii")
+        low, high = config.time_step_limit
+        clamp = "as it comes, not clamped" if (low, high) == (0.0, "inf") else f"clamped to [{low}, {high}]"
+        card = model_card(cfg, facts or RunFacts(), f"{clamp} (`time_step_limit`)")
+        (folder / "README.md").write_text(card, encoding="ascii")
     return out_dir
 
 
@@ -116,6 +129,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
         max_position_embeddings=model.max_sequence_length,
         initializer_range=model.init_std,
         experts=experts,
+        time_step_limit=[model.time_step_min, "inf"],
         vision=vision,
         reduction=reduction,
         image_token_id=ids[IMAGE_TOKEN],

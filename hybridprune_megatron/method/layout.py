@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -213,6 +214,12 @@ class TokenLayout:
             position=self.position[kept],
             cu_seqlens=cumulative_lengths(lengths, kept.device),
         )
+
+    def to(self, device: torch.device | str) -> TokenLayout:
+        """The same layout with its indices on another device."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return TokenLayout(**values)
 
     def _numbered(self, index: Tensor) -> Tensor:
         """int64 [L]: the place in ``index`` of every token, -1 where it is not there."""

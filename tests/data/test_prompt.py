@@ -5,14 +5,8 @@ from typing import Any
 import pytest
 
 from hybridprune_megatron.data.batch import IGNORE_LABEL
-from hybridprune_megatron.data.prompt import (
-    Conversation,
-    EncodedPrompt,
-    PromptEncoder,
-    parse_chat,
-    read_conversation,
-    render_chat,
-)
+from hybridprune_megatron.data.conversation import Conversation, parse_chat, read_conversation, render_chat
+from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder
 from hybridprune_megatron.method.layout import TokenKind
 
 TOKENS_PER_FRAME = 3

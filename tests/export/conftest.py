@@ -22,7 +22,7 @@ from hybridprune_megatron.config.schema import (
     TrainerConfig,
     VisionConfig,
 )
-from hybridprune_megatron.data.prompt import RESERVED_TOKENS, VIDEO_TOKEN
+from hybridprune_megatron.data.conversation import RESERVED_TOKENS, VIDEO_TOKEN
 
 NUM_FRAMES = 7
 BUDGET = 0.5

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,13 +82,29 @@ def test_reduction_as_an_argument(world, inputs) -> None:
     assert full.config.reduction is None
     with torch.no_grad():
         out = full(**inputs, output_reduction=True)
-    assert {len(layer[1]) for layer in out.reduction_trace} == {4 * 7}
+    assert {len(layer[1]) for layer in out.reduction.positions} == {4 * 7}
     assert not out.logits[inputs["attention_mask"].bool()].isnan().any()
     less = loaded(reduction={"budget": 0.4})
     assert less.config.reduction["scorer"] == "query"
     assert sum(less.config.reduction["retention"]) / 5 == pytest.approx(0.4)
-    with pytest.raises(ValueError, match="allowed are scorer, budget"):
-        loaded(reduction={"budgt": 0.4})
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"budgt": 0.4}, "did you mean budget"),
+        ({"budget": 2}, "must be above 0 and at most 1"),
+        ({"budget": "0.4"}, "reduction.budget='0.4': must be float"),
+        ({"budget": 0.4, "retention": ["all"]}, "must be list"),
+        ({"scorer": "best"}, "reduction.scorer='best'"),
+        ({"layers": "*"}, "reduction.layers"),
+        ("half", "must be a dictionary"),
+    ],
+)
+def test_a_reduction_that_cannot_be_is_refused_in_one_line(world, given, text: str) -> None:
+    with pytest.raises(ValueError, match=text) as error:
+        AutoModelForCausalLM.from_pretrained(world.folder, trust_remote_code=True, reduction=given)
+    assert "\n" not in str(error.value)
 
 
 def test_save_and_load_again(world, inputs, tmp_path) -> None:
@@ -119,6 +136,48 @@ def test_weights_on_disk_are_the_training_models(world) -> None:
     assert set(saved.names) == set(state)
     for name, value in state.items():
         assert same_bytes(saved.read(name), value), name
+
+
+def test_the_card_says_what_is_known_of_the_run(world, tmp_path) -> None:
+    from hybridprune_megatron.export.run_facts import read_facts
+
+    folder = tmp_path / "mine" / "checkpoints" / "step_00000012"
+    folder.mkdir(parents=True)
+    header = {"step": 12, "consumed_samples": 34, "commit": "0123456789ab+", "versions": {"torch": "2.13.0"}}
+    (folder / "run.json").write_text(json.dumps(header))
+    rows = [{"step": step, "loss": 20.0 - step} for step in range(1, 15)]
+    (folder.parents[1] / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = folder.parents[1] / "report.json"
+    report.write_text(json.dumps({"steps": 12, "accuracy": {"reduced_after": 0.654}}))
+    facts = read_facts(folder)
+    # Steps 3 to 12.
+    assert facts.loss == pytest.approx(12.5)
+    cfg = replace(
+        world.cfg,
+        model=replace(world.cfg.model, init_checkpoint="/secret/place/base-model"),
+        data=replace(world.cfg.data, train="/secret/place/clips"),
+    )
+    card = (export_model(world.model, cfg, tmp_path / "hf", facts=facts) / "README.md").read_text()
+    for row in (
+        "steps | 12",
+        "samples | 34",
+        "loss, mean of the last steps | 12.5000",
+        "accuracy, reduced after | 65.4 %",
+    ):
+        assert f"| {row} |" in card
+    for row in ("commit of hybridprune_megatron | 0123456789ab+", "trained from | base-model", "data | clips"):
+        assert f"| {row} |" in card
+    assert "| budget (mean share of visual tokens over all layers) | 0.5 |" in card
+    assert "as it comes, not clamped" in card
+    assert "license: other" in card
+    assert "secret" not in card
+    report.write_text(json.dumps({"steps": 11, "accuracy": {"reduced_after": 0.654}}))
+    assert read_facts(folder).accuracy == {}
+    # Bare weights: a card without the rows that nobody knows.
+    card = (world.folder / "README.md").read_text()
+    assert "| trained from | random weights |" in card
+    assert "| steps" not in card
+    assert "None" not in card.replace("reduction=None", "")
 
 
 def test_an_export_is_whole_or_not_there(world, tmp_path, monkeypatch) -> None:

@@ -48,7 +48,7 @@ def test_caches_hold_what_entered_each_layer(world, inputs) -> None:
     lengths = {}
     for index, symbol in enumerate(world.hf.config.hybrid_override_pattern):
         if symbol == "*":
-            entered = torch.tensor([len(sample) for sample in out.reduction_trace[index]])
+            entered = torch.tensor([len(sample) for sample in out.reduction.positions[index]])
             lengths[index] = out.past_key_values.layers[index].lengths
             assert torch.equal(lengths[index], real - visual + entered)
     first, last = min(lengths), max(lengths)

@@ -44,8 +44,8 @@ def assert_equal_models(model, hf, inputs: dict[str, torch.Tensor]) -> float:
     assert torch.equal(torch.nonzero(left).flatten(), layout.origin)
     gap = (exported[left] - logits).abs().max().item()
     assert gap < TOLERANCE
-    assert len(out.reduction_trace) == len(trace)
-    for mine, theirs in zip(out.reduction_trace, trace):
+    assert len(out.reduction.positions) == len(trace)
+    for mine, theirs in zip(out.reduction.positions, trace):
         assert [len(sample) for sample in mine] == list(theirs.visual_counts)
         assert torch.equal(torch.cat(mine), theirs.position[theirs.visual_index])
     return gap
@@ -101,9 +101,9 @@ def test_two_videos_are_not_smoothed_into_each_other(world, clips) -> None:
     both = dict(world.processor(text=[text], videos=[str(clips[0]), str(clips[2])]))
     with reduced(world, {"smoothing_frames": 3}), torch.no_grad():
         assert_equal_models(world.model, world.hf, both)
-        kept = world.hf(**both, output_reduction=True).reduction_trace
+        kept = world.hf(**both, output_reduction=True).reduction.positions
         both["frames_per_video"] = both["frames_per_video"].sum(1, keepdim=True)
-        as_one = world.hf(**both, output_reduction=True).reduction_trace
+        as_one = world.hf(**both, output_reduction=True).reduction.positions
     assert any(not torch.equal(mine[0], other[0]) for mine, other in zip(kept, as_one))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer
 
-from hybridprune_megatron.data.prompt import PromptEncoder, read_conversation
+from hybridprune_megatron.data.conversation import read_conversation
+from hybridprune_megatron.data.prompt import PromptEncoder
 from hybridprune_megatron.data.video import FrameSampling, decode_video
 from tests.export.conftest import NUM_FRAMES, QUESTIONS, message, row
 
@@ -51,6 +53,20 @@ def test_text_without_videos_and_empty_arguments(world) -> None:
     assert text == open_text + "<SPECIAL_11>Assistant\n"
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("system", [False, True])
+def test_the_chat_template_of_the_folder_renders_the_same(world, turns: int, system: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.folder)
+    chat = [{"role": "system", "content": "Be brief. "}] if system else []
+    for turn in range(turns):
+        parts = [{"type": "video"}, {"type": "image"}, {"type": "text", "text": f" What {turn}?\n"}]
+        chat += [{"role": "user", "content": parts if turn != 1 else "And?"}, {"role": "assistant", "content": " 7 "}]
+    for messages, prompt in ((chat[:-1], True), (chat[:-1], False), (chat, False)):
+        settings = {"tokenize": False, "add_generation_prompt": prompt}
+        rendered = tokenizer.apply_chat_template(messages, **settings)
+        assert rendered == world.processor.apply_chat_template(messages, **settings)
+
+
 def test_tokenized_in_one_call(world, clips) -> None:
     messages = message("What?")
     messages[0]["content"][0]["path"] = str(clips[0])
@@ -78,11 +94,45 @@ def test_several_videos_between_text(world, clips) -> None:
         assert world.hf(**both, logits_to_keep=1).logits.isfinite().all()
 
 
+def test_images_and_videos_between_text(world, clips, tmp_path) -> None:
+    colours = {"red": (200, 30, 20), "blue": (10, 40, 220)}
+    for name, colour in colours.items():
+        Image.new("RGB", (40, 24), colour).save(tmp_path / f"{name}.png")
+    content = [
+        {"type": "image", "path": str(tmp_path / "red.png")},
+        {"type": "text", "text": "or "},
+        {"type": "video", "path": str(clips[0])},
+        {"type": "image", "image": Image.open(tmp_path / "blue.png")},
+        {"type": "text", "text": "which?"},
+    ]
+    chat = [{"role": "user", "content": content}]
+    text = world.processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert text == "<SPECIAL_11>User\n<image>or <video><image>which?\n<SPECIAL_11>Assistant\n"
+    whole = world.processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    files = [(tmp_path / "red.png").read_bytes(), str(tmp_path / "blue.png")]
+    parts = world.processor(text=text, images=files, videos=[str(clips[0])])
+    assert all(torch.equal(whole[name], parts[name]) for name in parts)
+    assert parts["frames_per_video"].tolist() == [[1, 5, 1]]
+    for frame, colour in ((0, "red"), (6, "blue")):
+        shown = parts["pixel_values"][frame].float().mean((1, 2))
+        assert (shown - torch.tensor(colours[colour])).abs().max() < 3
+    # Four tokens a frame; an image has no frame's text.
+    written = world.processor.tokenizer.decode(parts["input_ids"][0])
+    image = "<img>" + 4 * "<image>" + "</img>"
+    assert written.startswith(f"<SPECIAL_11>User\n{image}\nor Frame 1 sampled at 0.00 seconds: {image}\n")
+    assert written.endswith(f"seconds: {image}\n{image}\nwhich?\n<SPECIAL_11>Assistant\n")
+    with torch.no_grad():
+        out = world.hf(**parts, output_reduction=True)
+    assert out.reduction.visual_counts == (28,)
+    assert out.logits[0, -1].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"images": ["a.png"]}, "images="),
-        ({"videos": []}, "1 <video> in the text and 0 videos"),
+        ({"images": ["a.png"], "videos": ["b.mp4"]}, "0 <image> in the text and 1 given"),
+        ({"audios": ["a.wav"]}, "audios="),
+        ({"videos": []}, "1 <video> in the text and 0 given"),
         ({"videos": [3]}, "video of type int"),
         ({"videos": ["missing.mp4"]}, "missing.mp4 cannot be decoded"),
         ({"return_tensors": "np"}, "return_tensors='np'"),

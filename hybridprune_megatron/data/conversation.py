@@ -1,0 +1,149 @@
+"""Conversations, and the text that they are rendered as and read from.
+
+Format (system turn left out if there is none):
+
+    <SPECIAL_10>System\\n{system}\\n<SPECIAL_11>User\\n{content}\\n<SPECIAL_11>Assistant\\n{answer}\\n<SPECIAL_12>
+
+with a newline between ``<SPECIAL_12>`` and the next turn. ``<video>`` in the user's content becomes the frames of that
+video, joined by newlines, then one newline (a newline that directly follows the placeholder is taken for that one):
+
+    Frame 1 sampled at 0.00 seconds: <img><image>...<image></img>
+
+In prompts, not in training samples, ``<image>`` becomes one frame without that text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SYSTEM_TOKEN = "<SPECIAL_10>"
+TURN_TOKEN = "<SPECIAL_11>"
+END_TOKEN = "<SPECIAL_12>"
+IMAGE_TOKEN = "<image>"
+IMAGE_START_TOKEN = "<img>"
+IMAGE_END_TOKEN = "</img>"
+VIDEO_TOKEN = "<video>"
+
+#: Special tokens that the prompt itself writes: content that holds one would change the roles or the frame counts.
+RESERVED_TOKENS = (SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+#: Placeholders in a prompt, by the type of a part. Training samples have videos only.
+MEDIA_TOKENS = {"video": VIDEO_TOKEN, "image": IMAGE_TOKEN}
+MEDIA_PATTERN = re.compile("|".join(MEDIA_TOKENS.values()))
+
+_ROLE_MARKERS = {
+    "system": f"{SYSTEM_TOKEN}System\n",
+    "user": f"{TURN_TOKEN}User\n",
+    "assistant": f"{TURN_TOKEN}Assistant\n",
+}
+_TURN_PATTERN = re.compile("|".join(f"(?P<{role}>{re.escape(marker)})" for role, marker in _ROLE_MARKERS.items()))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation whose turns alternate.
+
+    Attributes:
+        system: text of the system turn, or None.
+        questions: user contents, at least one; ``<video>`` stands for a video, ``<image>`` for an image.
+        answers: assistant texts; one fewer than questions in a prompt that waits for its answer.
+    """
+
+    system: str | None
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+
+    @property
+    def num_videos(self) -> int:
+        """Videos and images."""
+        return sum(len(MEDIA_PATTERN.findall(question)) for question in self.questions)
+
+    def up_to(self, num_turns: int) -> Conversation:
+        """The first turns only."""
+        return Conversation(self.system, self.questions[:num_turns], self.answers[:num_turns])
+
+
+def read_conversation(messages: Sequence[dict[str, Any]], types: Sequence[str] = ("video",)) -> Conversation:
+    """Checks a list of ``{"role", "content"}``; content is a string or a list of ``{"type": "video"|"text"}`` parts.
+
+    Args:
+        messages: the list.
+        types: which of ``MEDIA_TOKENS`` a user's content may hold.
+
+    Raises:
+        ValueError: roles do not alternate, there is no question, or a content holds a reserved token.
+    """
+    if not isinstance(messages, Sequence) or not messages:
+        raise ValueError(f"conversation is {messages!r:.60}: expected a list of messages with role and content")
+    contents: list[tuple[str, str]] = []
+    media = {name: MEDIA_TOKENS[name] for name in types}
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            raise ValueError(f"message {message!r:.60}: expected an object with role and content")
+        contents.append((message["role"], _content_text(message["content"], media)))
+    system = contents.pop(0)[1] if contents[0][0] == "system" else None
+    expected = ["user", "assistant"] * (len(contents) // 2 + 1)
+    roles = [role for role, _ in contents]
+    if not roles or roles != expected[: len(roles)]:
+        raise ValueError(f"roles {roles}: expected user and assistant in turn, after at most one system message")
+    for role, text in contents:
+        allowed = media.values() if role == "user" else ()
+        held = [token for token in (*RESERVED_TOKENS, VIDEO_TOKEN) if token in text and token not in allowed]
+        if held:
+            raise ValueError(f"{role} content holds {held[0]}: reserved for the prompt format; remove it from the text")
+    texts = [text for _, text in contents]
+    return Conversation(system, tuple(texts[0::2]), tuple(texts[1::2]))
+
+
+def render_chat(conversation: Conversation) -> str:
+    """The conversation as one string, videos not expanded: what the chat template of the export renders."""
+    text = "" if conversation.system is None else f"{_ROLE_MARKERS['system']}{conversation.system}\n"
+    for turn, question in enumerate(conversation.questions):
+        text += "\n" if turn else ""
+        text += f"{_ROLE_MARKERS['user']}{question}\n{_ROLE_MARKERS['assistant']}"
+        if turn < len(conversation.answers):
+            text += f"{conversation.answers[turn]}\n{END_TOKEN}"
+    return text
+
+
+def parse_chat(text: str) -> Conversation:
+    """The reverse of ``render_chat``; a last user turn without the assistant's marker gets it.
+
+    Raises:
+        ValueError: the text is not in the format of the chat template.
+    """
+    marks = list(_TURN_PATTERN.finditer(text))
+    if not marks or text[: marks[0].start()].strip():
+        raise ValueError(
+            f"prompt starts with {text[:40]!r}: expected {TURN_TOKEN}User; render it with the chat template"
+        )
+    messages = []
+    for mark, following in zip(marks, [*marks[1:], None]):
+        content = text[mark.end() : following.start() if following else len(text)]
+        if mark.lastgroup == "assistant":
+            if following is None and not content:
+                break
+            content = content.removesuffix("\n").removesuffix(END_TOKEN)
+        messages.append({"role": mark.lastgroup, "content": content.removesuffix("\n")})
+    return read_conversation(messages, tuple(MEDIA_TOKENS))
+
+
+def _content_text(content: Any, media: Mapping[str, str]) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"content {content!r:.60}: expected a string or a list of parts")
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
+        elif kind is not None and kind in media:
+            parts.append(media[kind])
+        else:
+            raise ValueError(
+                f'content part {part!r:.60}: expected {{"type": "video"}} or {{"type": "text", "text": ...}}'
+            )
+    return "".join(parts)

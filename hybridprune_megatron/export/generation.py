@@ -1,0 +1,113 @@
+"""What transformers' ``generate`` asks of the exported model.
+
+A second question in the same chat goes on over the caches of the first one, or prefills the video again:
+
+- ``generate(input_ids=chat_so_far_and_question, past_key_values=cache)`` goes on. The second question reads what the
+  first one kept, layer by layer, and every token since; it scores nothing and drops nothing. A token that the
+  first question dropped behind layer l is gone for all layers behind l, and for the attention of none before; its trace
+  in the Mamba states of layers up to l remains.
+- ``generate(**inputs_of_the_whole_chat)`` without ``past_key_values`` prefills again. Which question then scores is the
+  processor's ``conversation_mode``: "split_turns" lets the last one choose.
+
+All videos come in the first call: image tokens behind filled caches are refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+# Of the prompt whose tokens the caches hold already.
+_PREFILL_INPUTS = ("pixel_values", "token_kinds", "frames_per_video")
+
+
+class HybridGenerationMixin(GenerationMixin):
+    """``GenerationMixin`` for caches of our own and frames that belong to samples; see the module's docstring."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Generation starts without caches; prefill makes our own."""
+        return False
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers; a call that goes on over filled caches is checked and needs no frames.
+
+        Raises:
+            ValueError: the columns are not those that the caches have seen and more.
+        """
+        if is_first_iteration and past_key_values is not None and past_key_values.get_seq_length():
+            _check_continuation(input_ids, next_sequence_length, past_key_values.seen(), attention_mask)
+            kwargs = {name: value for name, value in kwargs.items() if name not in _PREFILL_INPUTS}
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeats samples for beams; the frames of a sample stay together, which repeating rows would not do."""
+        pixels = model_kwargs.pop("pixel_values", None)
+        if pixels is not None and input_ids is not None and expand_size > 1:
+            frames = (input_ids == self.config.image_token_id).sum(1) // self.config.tokens_per_frame
+            pixels = torch.cat([part for part in pixels.split(frames.tolist()) for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixels is not None:
+            model_kwargs["pixel_values"] = pixels
+        return input_ids, model_kwargs
+
+
+def _check_continuation(input_ids: Tensor, num_new: int | None, seen: Tensor, attention_mask: Tensor | None) -> None:
+    """The new columns go on where the caches end.
+
+    Args:
+        input_ids: int64 [B, L], all columns or the new ones.
+        num_new: how many of all columns are new; None: only the new ones are given.
+        seen: int64 [S, columns] of the caches.
+        attention_mask: [B, all columns], or None.
+    """
+    again, past = "leave past_key_values out to prefill again", seen.shape[1]
+    if len(input_ids) != len(seen):
+        raise ValueError(
+            f"{len(input_ids)} rows of input_ids and caches of {len(seen)}: give the same chats, or {again}"
+        )
+    if num_new is not None and num_new < 1:
+        raise ValueError(f"input_ids of {past + num_new} columns and caches of {past}: give new columns, or {again}")
+    differs = torch.nonzero((input_ids[:, :past] != seen[:, : input_ids.shape[1]]).any(0)).flatten()
+    if num_new is not None and len(differs):
+        raise ValueError(
+            f"input_ids differ from column {int(differs[0])} on from what the caches have seen: give the ids that "
+            f"generate returned with the new turn behind them (processor.next_turn), or {again}"
+        )
+    if num_new is None and not len(differs) and input_ids.shape[1] > past:
+        # transformers takes all columns for new ones where the mask is of another length.
+        raise ValueError(
+            f"input_ids begin with the {past} columns of the caches, and attention_mask is of another length than "
+            f"{input_ids.shape[1]}: give the mask of all columns, or none, or {again}"
+        )
+    if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
+        raise ValueError(
+            "attention_mask has padding inside a row, where an answer ended before the others of its batch: go on with "
+            f"such chats one by one, or {again}"
+        )

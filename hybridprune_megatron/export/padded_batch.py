@@ -1,0 +1,83 @@
+"""A padded batch as ``generate`` gives it, and the packed sequence that the layers take.
+
+Shape letters: B samples, L columns of a padded batch, R real tokens packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
+from hybridprune_megatron.export.token_kinds import derive_token_kinds
+from hybridprune_megatron.method.layout import SampleLayout, TokenKind, TokenLayout
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """A padded batch, packed: its real tokens one sample after another.
+
+    Attributes:
+        input_ids: int64 [R].
+        layout: of the packed tokens before any reduction.
+        packed_index: int64 [B, L] index of every column in the packed sequence, -1 for padding.
+    """
+
+    input_ids: Tensor
+    layout: TokenLayout
+    packed_index: Tensor
+
+    @staticmethod
+    # Bookkeeping on the host: torch.compile would trace it anew for every prompt.
+    @torch.compiler.disable
+    def of(
+        config: HybridPruneConfig,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_kinds: Tensor | None,
+        frames_per_video: Tensor | None,
+    ) -> PaddedBatch:
+        """Packs; arguments as for ``HybridPruneForCausalLM.forward``.
+
+        Raises:
+            ValueError: a row is all padding, or the kinds are of other ids.
+        """
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        lengths = mask.sum(1).tolist()
+        if not min(lengths):
+            raise ValueError(f"row {lengths.index(0)} of the batch is all padding: every row needs a token")
+        if token_kinds is None:
+            kinds = derive_token_kinds(input_ids, mask, config)
+        else:
+            missing = input_ids.shape[1] - token_kinds.shape[1]
+            kinds = nn.functional.pad(token_kinds.cpu().to(torch.uint8), (0, missing), value=int(TokenKind.ANSWER))
+        frames = (kinds == int(TokenKind.FRAME)).to(input_ids.device)
+        image = config.image_token_id
+        if image is not None and not torch.equal(frames, (input_ids == image) & mask):
+            raise ValueError(
+                "token_kinds and input_ids differ: exactly the image tokens are FRAME; use the processor's"
+            )
+        packed_index = (torch.cumsum(mask.flatten(), 0).view_as(mask) - 1).masked_fill(~mask, -1)
+        per_frame = None if config.vision is None else config.tokens_per_frame
+        videos = [None] * len(kinds) if frames_per_video is None else frames_per_video.tolist()
+        rows = [row[shown].tolist() for row, shown in zip(kinds, mask.cpu())]
+        samples = [SampleLayout.from_kinds(row, per_frame, counts) for row, counts in zip(rows, videos, strict=True)]
+        return PaddedBatch(input_ids[mask], TokenLayout.from_samples(samples, input_ids.device), packed_index)
+
+    def find(self, layout: TokenLayout, logits_to_keep: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Where columns are in what is left of the packed sequence.
+
+        Args:
+            layout: of what is left.
+            logits_to_keep: number of last columns, or their indices; 0: all.
+
+        Returns:
+            bool [B, columns], whether the column's token is left, and int64 indices of those that are.
+        """
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        rows = self.packed_index[:, keep].contiguous().to(layout.origin.device)
+        where = torch.searchsorted(layout.origin, rows).clamp(max=len(layout.origin) - 1)
+        left = layout.origin[where] == rows
+        return left, where[left]

@@ -52,7 +52,7 @@ class QueryScorer:
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
         """See ``attention_mass``."""
         del layer
-        samples = list(self._samples(layout))
+        samples = list(self.samples(layout))
         ops = native(signals.q, signals.k)
         if ops is not None:
             scores = attention_scores(ops, signals, layout, samples, self)
@@ -67,7 +67,7 @@ class QueryScorer:
     def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
         """See ``implicit_attention``."""
         del layer
-        samples = list(self._samples(layout))
+        samples = list(self.samples(layout))
         ops = native(signals.B, signals.C)
         if ops is not None:
             return mamba_scores(ops, signals, layout, samples, self)
@@ -77,7 +77,7 @@ class QueryScorer:
             scores += [_pooled(block, self.mamba_pooling) for block in blocks]
         return torch.cat(scores)
 
-    def _samples(self, layout: TokenLayout) -> Iterator[ScoredSample]:
+    def samples(self, layout: TokenLayout) -> Iterator[ScoredSample]:
         """The samples that show something, in order.
 
         Raises:

@@ -7,6 +7,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include "names.h"
+
 namespace hybridprune {
 
 inline bool is_score_dtype(const at::Tensor& t) {
@@ -64,9 +66,6 @@ inline bool pools_by_max(c10::string_view pooling) {
   TORCH_CHECK(pooling == "mean" || pooling == "max", "pooling='", pooling, "': allowed are mean, max");
   return pooling == "max";
 }
-
-enum class Function { kIdentity, kAbs, kRelu, kSoftmax };
-enum class Pooling { kMean, kMaxGroups, kMaxHeads };
 
 inline Function function_of(c10::string_view name) {
   if (name == "identity") return Function::kIdentity;

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.operators import highest, native
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Plan:
 
     def take(self, values: Tensor, dim: int = 0) -> Tensor:
         """Rows of ``values`` (length L along ``dim``) that stay, in order; differentiable."""
-        return values.index_select(dim, self.kept)
+        ops = native(values) if dim == 0 else None
+        return values.index_select(dim, self.kept) if ops is None else ops.gather(values, self.kept)
 
 
 def select(
@@ -60,16 +62,7 @@ def select(
     for sample, (count, present) in enumerate(zip(counts, layout.visual_counts)):
         if not 0 <= count <= present:
             raise ValueError(f"sample {sample} is to keep {count} visual tokens: it has {present}")
-    ranked, start = [layout.visual_index[:0]], 0
-    for present, count in runs or zip(layout.visual_counts, counts):
-        order = torch.sort(scores[start : start + present], descending=True, stable=True).indices
-        if min_per_frame:
-            rounds = _place_in_frame(layout.visual_frame[start : start + present][order]).clamp(max=min_per_frame)
-            order = order[torch.sort(rounds, stable=True).indices]
-        ranked.append(start + order[:count])
-        start += present
-    # Indices of the kept visual tokens, rising again: runs are contiguous and in order.
-    chosen = torch.cat(ranked).sort().values
+    chosen = _chosen(scores, layout.visual_frame, list(runs or zip(layout.visual_counts, counts)), min_per_frame)
     kept_visual = layout.visual_index[chosen]
     keep = torch.ones(layout.num_tokens, dtype=torch.bool, device=scores.device)
     keep[layout.visual_index] = False
@@ -78,6 +71,23 @@ def select(
     # Of a size the host knows, so that nothing waits for the device.
     kept = torch.nonzero_static(keep, size=num_kept).flatten()
     return Plan(kept, layout.taken(kept, counts))
+
+
+def _chosen(scores: Tensor, frames: Tensor, runs: Sequence[tuple[int, int]], min_per_frame: int) -> Tensor:
+    """int64, rising: the visual tokens that stay; arguments as for ``select``, frames those of the scores."""
+    ops = native(scores) if not min_per_frame and scores.dtype == torch.float32 else None
+    if ops is not None:
+        return highest(ops, scores, runs)
+    ranked, start = [torch.empty(0, dtype=torch.int64, device=scores.device)], 0
+    for present, count in runs:
+        order = torch.sort(scores[start : start + present], descending=True, stable=True).indices
+        if min_per_frame:
+            rounds = _place_in_frame(frames[start : start + present][order]).clamp(max=min_per_frame)
+            order = order[torch.sort(rounds, stable=True).indices]
+        ranked.append(start + order[:count])
+        start += present
+    # Rising again: runs are contiguous and in order.
+    return torch.cat(ranked).sort().values
 
 
 def _place_in_frame(frames: Tensor) -> Tensor:

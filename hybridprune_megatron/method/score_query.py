@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.operators import attention_scores, mamba_scores, native
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 
 # Keys (or visual tokens) per block of the two-pass products: memory is O(T * H * block), never L x L.
@@ -51,9 +52,14 @@ class QueryScorer:
     def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
         """See ``attention_mass``."""
         del layer
-        scores = signals.k.new_zeros(len(signals.k), dtype=torch.float32)
-        for keys, mass in attention_mass(signals, list(self._samples(layout)), self.attention_causal):
-            scores[keys] = _pooled(mass, self.attention_pooling)
+        samples = list(self.samples(layout))
+        ops = native(signals.q, signals.k)
+        if ops is not None:
+            scores = attention_scores(ops, signals, layout, samples, self)
+        else:
+            scores = signals.k.new_zeros(len(signals.k), dtype=torch.float32)
+            for keys, mass in attention_mass(signals, samples, self.attention_causal):
+                scores[keys] = _pooled(mass, self.attention_pooling)
         if signals.held is not None:
             scores = signals.held.everywhere(scores)
         return scores[layout.visual_index]
@@ -61,13 +67,17 @@ class QueryScorer:
     def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
         """See ``implicit_attention``."""
         del layer
+        samples = list(self.samples(layout))
+        ops = native(signals.B, signals.C)
+        if ops is not None:
+            return mamba_scores(ops, signals, layout, samples, self)
         scores = [signals.B.new_empty(0, dtype=torch.float32)]
-        for sample in self._samples(layout):
+        for sample in samples:
             blocks = implicit_attention(signals, sample, self.mamba_decay, self.mamba_dt, self.mamba_function)
             scores += [_pooled(block, self.mamba_pooling) for block in blocks]
         return torch.cat(scores)
 
-    def _samples(self, layout: TokenLayout) -> Iterator[_Sample]:
+    def samples(self, layout: TokenLayout) -> Iterator[ScoredSample]:
         """The samples that show something, in order.
 
         Raises:
@@ -85,12 +95,12 @@ class QueryScorer:
             visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
             stop = query_starts[sample + 1]
             queries = slice(stop - 1 if self.query_rows == "last" else query_starts[sample], stop)
-            yield _Sample(visual, queries, layout.query_index[queries], starts[sample], starts[sample + 1])
+            yield ScoredSample(visual, queries, layout.query_index[queries], starts[sample], starts[sample + 1])
 
 
 @dataclass(frozen=True)
-class _Sample:
-    """One sample of a packed sequence.
+class ScoredSample:
+    """One sample of a packed sequence that shows something and asks.
 
     Attributes:
         visual: int64 [V] positions of its visual tokens in the packed sequence, rising.
@@ -125,7 +135,7 @@ def _pooled(per_head: Tensor, pooling: str) -> Tensor:
 
 
 def attention_mass(
-    signals: AttentionSignals, samples: Sequence[_Sample], causal: bool = True
+    signals: AttentionSignals, samples: Sequence[ScoredSample], causal: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``mean_{i in T} softmax_j'(q_ih . k_j'h / sqrt(E))_j`` over the keys that row i sees, for every head.
 
@@ -154,7 +164,7 @@ def attention_mass(
 class _AttentionRows:
     """The logits of one sample's rows with the keys that are here; arguments as for ``attention_mass``."""
 
-    def __init__(self, signals: AttentionSignals, sample: _Sample, causal: bool) -> None:
+    def __init__(self, signals: AttentionSignals, sample: ScoredSample, causal: bool) -> None:
         self.signals, self.sample = signals, sample
         q = signals.q[sample.queries].float() * signals.q.shape[-1] ** -0.5
         # [T, K, H / K, E]
@@ -191,7 +201,7 @@ class _AttentionRows:
 
 
 def implicit_attention(
-    signals: MambaSignals, sample: _Sample, decay: bool = False, dt: bool = True, function: str = "identity"
+    signals: MambaSignals, sample: ScoredSample, decay: bool = False, dt: bool = True, function: str = "identity"
 ) -> Iterator[Tensor]:
     """``mean_{i in T} f(S_ijh)``, ``S_ijh = C_ig . B_jg [dt_jh] [1[i >= j] exp(a_ih - a_jh)]``, for every head h.
 

@@ -14,7 +14,7 @@ class HeldKeys(Protocol):
     """Which keys of a packed sequence one rank of a context-parallel group holds, J of L; models/context.py has it.
 
     Attributes:
-        positions: int64 [J] where they stand in the packed sequence.
+        positions: int64 [J], rising, where they stand in the packed sequence.
     """
 
     @property

@@ -1,0 +1,175 @@
+"""The native operators of ``kernels/``: where they are installed they compute scores, choose tokens and gather rows.
+
+They equal the plain torch of ``score_query`` and ``plan`` but for the rounding of float32 sums; of equal scores they keep
+the same. This module alone asks whether they are there; ``HYBRIDPRUNE_KERNELS=0`` in the environment turns them off.
+Shape letters as in ``score_query``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.signals import AttentionSignals, HeldKeys, MambaSignals
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.method.score_query import QueryScorer, ScoredSample
+
+_PACKAGE = "hybridprune_kernels"
+# The schemas that the calls below are made for.
+_INTERFACE = 1
+_VARIABLE = "HYBRIDPRUNE_KERNELS"
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def native(*values: Tensor) -> Any | None:
+    """``torch.ops.hybridprune``, or None where plain torch is to do it.
+
+    Args:
+        values: what would be read; the operators know float32 and bfloat16, on CPUs and on GPUs they were built for.
+
+    Raises:
+        ImportError: what is installed does not fit this torch or this code.
+        ValueError: the variable has a value that nobody knows.
+    """
+    setting = os.environ.get(_VARIABLE, "1")
+    if setting not in ("0", "1"):
+        raise ValueError(f"{_VARIABLE}={setting!r}: allowed are 1 (native operators where installed) and 0 (plain torch)")
+    device = values[0].device
+    if setting == "0" or device.type not in ("cpu", "cuda") or any(each.dtype not in _DTYPES for each in values):
+        return None
+    package = _package()
+    if package is None or (device.type == "cuda" and not _has_code_for(device)):
+        return None
+    return torch.ops.hybridprune
+
+
+@cache
+def _package() -> Any | None:
+    """The package with the operators; None: it is not installed."""
+    if importlib.util.find_spec(_PACKAGE) is None:
+        return None
+    # Not an import statement: transformers demands of an export whatever its code imports by one.
+    package = importlib.import_module(_PACKAGE)
+    if package.INTERFACE != _INTERFACE:
+        raise ImportError(
+            f"{_PACKAGE} has operators of interface {package.INTERFACE}, this code calls {_INTERFACE}: install the "
+            f"kernels/ of the same release, or set {_VARIABLE}=0"
+        )
+    return package
+
+
+@cache
+def _has_code_for(device: torch.device) -> bool:
+    """Whether the operators were built for a GPU; says so once if not."""
+    package = _package()
+    assert package is not None, "asked for the code of a package that is not installed"
+    major, minor = torch.cuda.get_device_capability(device)
+    built = any(int(arch) <= 10 * major + minor for arch in package.CUDA_ARCHS)
+    if not built:
+        warnings.warn(
+            f"{_PACKAGE} is built for CUDA {list(package.CUDA_ARCHS)}, the GPU has {major}.{minor}: scores are computed "
+            "in plain torch; build it again with HYBRIDPRUNE_CUDA=1",
+            stacklevel=2,
+        )
+    return built
+
+
+def attention_scores(
+    ops: Any, signals: AttentionSignals, layout: TokenLayout, samples: Sequence[ScoredSample], scorer: QueryScorer
+) -> Tensor:
+    """float32 [J] as ``QueryScorer.attention`` wants them for the keys that are here; 0 where nobody asks.
+
+    Args:
+        ops: from ``native``.
+        signals: of one layer.
+        layout: the packed sequence.
+        samples: those that show something, in order.
+        scorer: its settings.
+    """
+    q, k, held = signals.q, signals.k, signals.held
+    if not samples:
+        return k.new_zeros(len(k), dtype=torch.float32)
+    key_ends, query_counts = [0], []
+    for sample in samples:
+        # What lies between two of them is a sample that nobody asks about.
+        key_ends += [_num_held(held, sample.first), _num_held(held, sample.last)]
+        query_counts += [0, len(sample.rows)]
+    key_ends, query_counts = [*key_ends, len(k)], [*query_counts, 0]
+    always_seen = None
+    if not scorer.attention_causal:
+        always_seen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=k.device)
+        always_seen[layout.visual_index] = True
+        always_seen = always_seen if held is None else always_seen[held.positions]
+    inputs = (
+        torch.cat([sample.rows for sample in samples]),
+        torch.arange(len(k), device=k.device) if held is None else held.positions,
+        always_seen,
+        _offsets(query_counts, k.device),
+        _on_device(key_ends, k.device),
+    )
+    q = torch.cat([q[sample.queries] for sample in samples])
+    if held is None:
+        return ops.attention_score(q, k, *inputs, scorer.attention_pooling)
+    log_sum = held.total(ops.attention_log_sum(q, k, *inputs))
+    return ops.attention_mass(q, k, log_sum, *inputs, scorer.attention_pooling)
+
+
+def _num_held(held: HeldKeys | None, position: int) -> int:
+    """How many of the keys that are here stand in front of a position."""
+    return position if held is None else sum(rows.stop - rows.start for rows in held.rows(0, position))
+
+
+def mamba_scores(
+    ops: Any, signals: MambaSignals, layout: TokenLayout, samples: Sequence[ScoredSample], scorer: QueryScorer
+) -> Tensor:
+    """float32 [V] as ``QueryScorer.mamba`` wants them; arguments as for ``attention_scores``."""
+    device = signals.B.device
+    log_decay = None
+    if scorer.mamba_decay:
+        # Only differences within a sample count, so the sum may run through all of them.
+        log_decay = torch.cumsum(signals.dt.double() * signals.A.double(), 0)
+    return ops.mamba_score(
+        signals.B,
+        signals.C,
+        signals.dt.float() if scorer.mamba_dt else None,
+        log_decay,
+        layout.visual_index,
+        _offsets([len(sample.visual) for sample in samples], device),
+        torch.cat([layout.query_index[:0], *(sample.rows for sample in samples)]),
+        _offsets([len(sample.rows) for sample in samples], device),
+        scorer.mamba_function,
+        scorer.mamba_pooling,
+    )
+
+
+def highest(ops: Any, scores: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """int64, rising: the places of the highest scores of every run; of equal ones the first.
+
+    Args:
+        ops: from ``native``.
+        scores: float32 [V].
+        runs: lengths of runs and how many of each stay (host).
+    """
+    kept = [count for _, count in runs]
+    offsets = _offsets([present for present, _ in runs], scores.device)
+    return ops.select(scores, offsets, _offsets(kept, scores.device), sum(kept))
+
+
+def _offsets(counts: Sequence[int], device: torch.device) -> Tensor:
+    """int64 [S + 1] running sum of host counts."""
+    return _on_device([0, *accumulate(counts)], device)
+
+
+def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)

@@ -1,0 +1,251 @@
+// Implicit attention of a Mamba-2 layer: one pass over B where the mean of C suffices, tiles of products elsewhere.
+#include "../names.h"
+#include "kernels.h"
+#include "tile.cuh"
+
+namespace hybridprune::cuda {
+namespace {
+
+__device__ __forceinline__ float as_float(float value) { return value; }
+__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+// mean_c [samples, G * N]: the mean of C over a sample's query rows. Grid: channels / 256, samples.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) mean_rows_kernel(MambaInputs in, float* mean_c) {
+  const int size = in.groups * in.width, channel = blockIdx.x * kThreads + threadIdx.x;
+  if (channel >= size) return;
+  const int64_t first = in.query_offsets[blockIdx.y], last = in.query_offsets[blockIdx.y + 1];
+  float sum = 0.0f;
+  for (int64_t i = first; i < last; ++i) {
+    sum += as_float(static_cast<const T*>(in.C)[in.query_index[i] * size + channel]);
+  }
+  mean_c[static_cast<int64_t>(blockIdx.y) * size + channel] = sum / static_cast<float>(last - first);
+}
+
+// Four neighbours at once; their addresses divide by four elements.
+__device__ __forceinline__ float4 load_four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+__device__ __forceinline__ float4 load_four(const __nv_bfloat16* at) {
+  const uint2 bits = *reinterpret_cast<const uint2*>(at);
+  // A bfloat16 is the upper half of a float32.
+  return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xFFFF0000u), __uint_as_float(bits.y << 16),
+          __uint_as_float(bits.y & 0xFFFF0000u)};
+}
+
+// This lane's part of b . c.
+template <typename T>
+__device__ __forceinline__ float lane_product(const T* b, const float* c, int width, int lane) {
+  float sum = 0.0f;
+  if (width % 4 == 0) {
+    for (int n = 4 * lane; n < width; n += 128) {
+      const float4 x = load_four(b + n), y = load_four(c + n);
+      sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+    }
+    return sum;
+  }
+  for (int n = lane; n < width; n += 32) sum += as_float(b[n]) * c[n];
+  return sum;
+}
+
+constexpr int kGroupsAtOnce = 4;      // their loads are under way together
+constexpr int kTokensPerBlock = 64;   // eight for each warp
+
+// Scores of 64 visual tokens of a sample, one warp a token. Grid: pieces of visual tokens.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) one_pass_kernel(MambaInputs in, const float* mean_c, float* scores) {
+  Piece piece;
+  if (!find_piece(in.visual_offsets, in.samples, kTokensPerBlock, blockIdx.x, piece)) return;
+  const int lane = threadIdx.x % 32, size = in.groups * in.width, heads_of_group = in.heads / in.groups;
+  const float* c = mean_c + piece.sample * size;
+  for (int64_t v = piece.begin + threadIdx.x / 32; v < piece.end; v += kThreads / 32) {
+    const int64_t token = in.visual_index[v];
+    const T* b = static_cast<const T*>(in.B) + token * size;
+    float best = kNegInf, sum = 0.0f;
+    for (int group = 0; group < in.groups; group += kGroupsAtOnce) {
+      float products[kGroupsAtOnce];
+#pragma unroll
+      for (int g = 0; g < kGroupsAtOnce; ++g) {
+        const int offset = (group + g) * in.width;
+        products[g] = group + g < in.groups ? lane_product(b + offset, c + offset, in.width, lane) : 0.0f;
+      }
+#pragma unroll
+      for (int g = 0; g < kGroupsAtOnce; ++g) {
+        if (group + g >= in.groups) break;
+        const float product = warp_sum(products[g]);
+        float in_group = 0.0f;
+        for (int r = lane; r < heads_of_group; r += 32) {
+          const float step = in.dt != nullptr ? in.dt[token * in.heads + (group + g) * heads_of_group + r] : 1.0f;
+          in_group += step;
+          if (in.pooling == static_cast<int>(Pooling::kMaxHeads)) best = fmaxf(best, product * step);
+        }
+        if (in.pooling == static_cast<int>(Pooling::kMaxGroups)) {
+          best = fmaxf(best, product * warp_sum(in_group) / static_cast<float>(heads_of_group));
+        }
+        sum += product * in_group;
+      }
+    }
+    const float score = in.pooling == static_cast<int>(Pooling::kMean) ? warp_sum(sum) / static_cast<float>(in.heads)
+                                                                        : warp_max(best);
+    if (lane == 0) scores[v] = score;
+  }
+}
+
+// One group's tiles of one sample: rows are query rows, keys visual tokens, positions those in the packed sequence.
+template <typename T>
+struct Tiles {
+  const MambaInputs& in;
+  int group, heads_of_group, rows;
+  int64_t first_query;
+
+  __device__ Tiles(const MambaInputs& inputs, int64_t sample, int group_)
+      : in(inputs), group(group_), heads_of_group(inputs.heads / inputs.groups),
+        rows(static_cast<int>(inputs.query_offsets[sample + 1] - inputs.query_offsets[sample])),
+        first_query(inputs.query_offsets[sample]) {}
+
+  // The first kTile threads tell what the tile's rows are, the next its keys.
+  __device__ void set_sides(TileMemory<T>& memory, int row, int64_t key, int64_t end) const {
+    const int64_t stride = static_cast<int64_t>(in.groups) * in.width, offset = static_cast<int64_t>(group) * in.width;
+    if (threadIdx.x < kTile) {
+      const int i = threadIdx.x;
+      const int64_t token = row + i < rows ? in.query_index[first_query + row + i] : -1;
+      memory.row_start[i] = token >= 0 ? static_cast<const T*>(in.C) + token * stride + offset : nullptr;
+      memory.row_position[i] = token;
+    } else if (threadIdx.x < 2 * kTile) {
+      const int j = threadIdx.x - kTile;
+      const bool inside = key + j < end;
+      const int64_t token = inside ? in.visual_index[key + j] : 0;
+      memory.key_start[j] = inside ? static_cast<const T*>(in.B) + token * stride + offset : nullptr;
+      memory.key_position[j] = inside ? token : kNowhere;
+      // Without decay there is no order.
+      memory.always_seen[j] = inside && in.log_decay == nullptr;
+    }
+  }
+
+  __device__ int64_t head(int r) const { return static_cast<int64_t>(group) * heads_of_group + r; }
+  __device__ float step(int64_t token, int r) const {
+    return in.dt != nullptr ? in.dt[token * in.heads + head(r)] : 1.0f;
+  }
+  __device__ double log_decay(int64_t token, int r) const {
+    return in.log_decay != nullptr ? in.log_decay[token * in.heads + head(r)] : 0.0;
+  }
+};
+
+__device__ __forceinline__ float decayed(double own, double other) { return __expf(static_cast<float>(own - other)); }
+
+__device__ __forceinline__ float apply(int function, float value) {
+  if (function == static_cast<int>(Function::kAbs)) return fabsf(value);
+  if (function == static_cast<int>(Function::kRelu)) return value < 0.0f ? 0.0f : value;
+  return value;
+}
+
+// Maximum and sum of every row and head over one share of visual tokens. Grid: shares, groups.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    log_sum_kernel(MambaInputs in, int64_t size, int64_t pieces, float* partial) {
+  __shared__ TileMemory<T> memory;
+  Piece piece;
+  if (!find_piece(in.visual_offsets, in.samples, size, blockIdx.x, piece)) return;
+  const Tiles<T> tiles(in, piece.sample, blockIdx.y);
+  const int i = threadIdx.x / 4, quarter = threadIdx.x % 4;
+  const int64_t all_rows = in.queries * in.heads;
+  for (int row = 0; row < tiles.rows; row += kTile) {
+    const bool inside = row + i < tiles.rows;
+    float* out = partial + blockIdx.x * all_rows + (tiles.first_query + row + i) * in.heads;
+    for (int64_t key = piece.begin; key < piece.end; key += kTile) {
+      // All have read the tile before this one.
+      __syncthreads();
+      tiles.set_sides(memory, row, key, piece.end);
+      multiply_tile(memory, in.width);
+      for (int r = 0; r < tiles.heads_of_group; ++r) {
+        // Kept in global memory between tiles, by the lane that reads it again: a pair a head is too much for registers.
+        float* best = out + tiles.head(r);
+        float2 running = {kNegInf, 0.0f};
+        if (inside && key > piece.begin) running = {best[0], best[pieces * all_rows]};
+        const double own = inside ? tiles.log_decay(memory.row_position[i], r) : 0.0;
+        running = join_row(running, [&](int c) {
+          const int j = quarter + 4 * c;
+          if (!inside || !memory.seen(i, j)) return kNegInf;
+          const int64_t token = memory.key_position[j];
+          const float logit = memory.products[i][j] * tiles.step(token, r);
+          return in.log_decay != nullptr ? logit * decayed(own, tiles.log_decay(token, r)) : logit;
+        });
+        // All four lanes of the row have read what is written now.
+        __syncwarp();
+        if (inside && quarter == 0) {
+          best[0] = running.x;
+          best[pieces * all_rows] = running.y;
+        }
+        __syncwarp();
+      }
+    }
+  }
+}
+
+// Means over the rows for every head of one tile of visual tokens. Grid: tiles, groups.
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) mass_kernel(MambaInputs in, const float* log_sum, float* per_head) {
+  __shared__ TileMemory<T> memory;
+  Piece piece;
+  if (!find_piece(in.visual_offsets, in.samples, kTile, blockIdx.x, piece)) return;
+  const Tiles<T> tiles(in, piece.sample, blockIdx.y);
+  const int j = threadIdx.x % kTile;
+  const bool softmax = in.function == static_cast<int>(Function::kSoftmax), inside = piece.begin + j < piece.end;
+  for (int row = 0; row < tiles.rows; row += kTile) {
+    __syncthreads();
+    tiles.set_sides(memory, row, piece.begin, piece.end);
+    multiply_tile(memory, in.width);
+    const int count = tiles.rows - row < kTile ? tiles.rows - row : kTile;
+    for (int r = threadIdx.x / kTile; r < tiles.heads_of_group && inside; r += kThreads / kTile) {
+      const int64_t token = memory.key_position[j], head = tiles.head(r);
+      const float step = tiles.step(token, r);
+      const double log_decay = tiles.log_decay(token, r);
+      float sum = 0.0f;
+      for (int i = 0; i < count; ++i) {
+        if (!memory.seen(i, j)) continue;
+        float value = apply(in.function, memory.products[i][j]) * step;
+        if (in.log_decay != nullptr) value *= decayed(tiles.log_decay(memory.row_position[i], r), log_decay);
+        sum += softmax ? __expf(value - log_sum[(tiles.first_query + row + i) * in.heads + head]) : value;
+      }
+      // This thread alone writes here, so it may add tile after tile.
+      float* out = per_head + head * in.visual + piece.begin + j;
+      *out = (row == 0 ? 0.0f : *out) + sum / static_cast<float>(tiles.rows);
+    }
+  }
+}
+
+}  // namespace
+
+void mamba_one_pass(const MambaInputs& in, float* mean_c, float* scores, cudaStream_t stream) {
+  const dim3 channels((in.groups * in.width + kThreads - 1) / kThreads, static_cast<unsigned>(in.samples));
+  const dim3 tokens(static_cast<unsigned>(max_pieces(in.visual, in.samples, kTokensPerBlock)));
+  if (in.bf16) {
+    launch(mean_rows_kernel<__nv_bfloat16>, channels, kThreads, stream, in, mean_c);
+    launch(one_pass_kernel<__nv_bfloat16>, tokens, kThreads, stream, in, mean_c, scores);
+  } else {
+    launch(mean_rows_kernel<float>, channels, kThreads, stream, in, mean_c);
+    launch(one_pass_kernel<float>, tokens, kThreads, stream, in, mean_c, scores);
+  }
+}
+
+void mamba_log_sum(const MambaInputs& in, float* partial, float* log_sum, cudaStream_t stream) {
+  const int64_t size = share_of(in.visual), pieces = max_pieces(in.visual, in.samples, size);
+  const dim3 grid(static_cast<unsigned>(pieces), in.groups);
+  if (in.bf16) {
+    launch(log_sum_kernel<__nv_bfloat16>, grid, kThreads, stream, in, size, pieces, partial);
+  } else {
+    launch(log_sum_kernel<float>, grid, kThreads, stream, in, size, pieces, partial);
+  }
+  const int64_t rows = in.queries * in.heads;
+  launch(join_pieces, dim3(static_cast<unsigned>((rows + 255) / 256)), 256, stream, partial, in.query_offsets,
+         in.visual_offsets, in.queries, in.samples, size, pieces, in.heads, log_sum);
+}
+
+void mamba_mass(const MambaInputs& in, const float* log_sum, float* per_head, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(max_pieces(in.visual, in.samples, kTile)), in.groups);
+  if (in.bf16) {
+    launch(mass_kernel<__nv_bfloat16>, grid, kThreads, stream, in, log_sum, per_head);
+  } else {
+    launch(mass_kernel<float>, grid, kThreads, stream, in, log_sum, per_head);
+  }
+}
+
+}  // namespace hybridprune::cuda

@@ -1,0 +1,154 @@
+"""Native scores against the plain torch ones, on odd sizes and packed samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from hybridprune_megatron.method.operators import attention_scores, mamba_scores
+from hybridprune_megatron.method.score_query import QueryScorer
+from tests.kernels.backends import BACKENDS, LAYOUTS, attention_of, device_of, layout_of, mamba_of, native
+
+# Sums of float32 in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch) -> str:
+    # What is compared with is plain torch.
+    monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "0")
+    return request.param
+
+
+def attention_pair(backend, scorer, signals, layout):
+    """The native scores and the plain ones."""
+    samples = list(scorer.samples(layout))
+    scores = attention_scores(native(backend), signals, layout, samples, scorer)
+    assert scores.dtype == torch.float32
+    return scores[layout.visual_index], scorer.attention(signals, layout, 0)
+
+
+def mamba_pair(backend, scorer, signals, layout):
+    scores = mamba_scores(native(backend), signals, layout, list(scorer.samples(layout)), scorer)
+    assert scores.dtype == torch.float32
+    return scores, scorer.mamba(signals, layout, 0)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("rows", ["question", "last"])
+def test_attention_scores_of_all_settings(backend, rows, pooling, causal, name):
+    layout = layout_of(name, device_of(backend))
+    scorer = QueryScorer(query_rows=rows, attention_pooling=pooling, attention_causal=causal)
+    torch.testing.assert_close(*attention_pair(backend, scorer, attention_of(layout, 6, 2, 20), layout), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [(10, 2, 128), (4, 4, 64), (3, 1, 5), (5, 1, 72), (2, 1, 256)], ids=str)
+def test_attention_scores_of_all_widths(backend, heads, dtype):
+    layout = layout_of("packed", device_of(backend))
+    signals = attention_of(layout, *heads, dtype)
+    torch.testing.assert_close(*attention_pair(backend, QueryScorer(), signals, layout), **CLOSE)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("function", ["identity", "abs", "relu", "softmax"])
+@pytest.mark.parametrize("decay", [True, False])
+@pytest.mark.parametrize("dt", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "max_groups", "max_heads"])
+def test_mamba_scores_of_all_settings(backend, pooling, dt, decay, function, name):
+    layout = layout_of(name, device_of(backend))
+    scorer = QueryScorer(mamba_decay=decay, mamba_dt=dt, mamba_function=function, mamba_pooling=pooling)
+    torch.testing.assert_close(*mamba_pair(backend, scorer, mamba_of(layout, 3, 6, 20), layout), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(2, 32, 128), (8, 8, 64), (1, 3, 7), (5, 10, 72)], ids=str)
+@pytest.mark.parametrize("function", ["identity", "softmax"])
+def test_mamba_scores_of_all_widths(backend, function, sizes, dtype):
+    layout = layout_of("packed", device_of(backend))
+    signals = mamba_of(layout, *sizes, dtype)
+    scorer = QueryScorer(query_rows="last", mamba_function=function, mamba_pooling="max_groups")
+    torch.testing.assert_close(*mamba_pair(backend, scorer, signals, layout), **CLOSE)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mamba_decay": True}, {"mamba_function": "softmax"}], ids=str)
+def test_several_shares_of_a_first_pass_join(settings, monkeypatch):
+    """On the CPU a share is 4,096 keys."""
+    from hybridprune_megatron.method.layout import TokenLayout
+    from tests.kernels.backends import sample
+
+    monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "0")
+    layout = TokenLayout.from_samples([sample(3, 1), sample(8300, 3)])
+    scorer = QueryScorer(**settings)
+    torch.testing.assert_close(*attention_pair("cpu", scorer, attention_of(layout, 2, 1, 8), layout), **CLOSE)
+    torch.testing.assert_close(*mamba_pair("cpu", scorer, mamba_of(layout, 1, 2, 8), layout), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["packed", "one token"])
+def test_scores_are_the_same_bits_every_time_and_with_any_threads(name):
+    layout = layout_of(name, torch.device("cpu"))
+    scorer = QueryScorer(mamba_function="softmax", mamba_decay=True)
+    threads, seen = torch.get_num_threads(), []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        samples = list(scorer.samples(layout))
+        attention = attention_scores(native("cpu"), attention_of(layout, 6, 2, 20), layout, samples, scorer)
+        mamba = mamba_scores(native("cpu"), mamba_of(layout, 3, 6, 20), layout, samples, scorer)
+        seen.append(torch.cat([attention, mamba]))
+    torch.set_num_threads(threads)
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+
+
+@dataclass
+class Shared:
+    """Keys of one of two ranks; ``log_sums`` holds what both sent."""
+
+    parts: list[slice]
+    log_sums: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def positions(self):
+        return torch.cat([torch.arange(part.start, part.stop) for part in self.parts])
+
+    def rows(self, first, last):
+        found, row = [], 0
+        for part in self.parts:
+            start, stop = max(first, part.start), min(last, part.stop)
+            if start < stop:
+                found.append(slice(row + start - part.start, row + stop - part.start))
+            row += part.stop - part.start
+        return found
+
+    def total(self, log_sums):
+        self.log_sums.append(log_sums)
+        return torch.logsumexp(torch.stack(self.log_sums), 0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+@pytest.mark.parametrize("backend_name", ["cpu", "emulated"])
+def test_ranks_that_share_the_keys_score_as_one(backend_name, pooling, causal, monkeypatch):
+    monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "0")
+    layout = layout_of("packed", torch.device("cpu"))
+    whole = attention_of(layout, 6, 2, 20)
+    scorer = QueryScorer(attention_pooling=pooling, attention_causal=causal)
+    samples = list(scorer.samples(layout))
+    cuts = [0, *(layout.num_tokens * i // 4 for i in (1, 2, 3)), layout.num_tokens]
+    quarters = [slice(*pair) for pair in zip(cuts, cuts[1:])]
+    ranks = [[quarters[0], quarters[3]], [quarters[1], quarters[2]]]
+    scores, sent = torch.empty(layout.num_tokens), []
+    # The first round is for what the other rank would have sent.
+    for _ in range(2):
+        received, sent = sent, []
+        for number, parts in enumerate(ranks):
+            held = Shared(parts, received[1 - number : 2 - number])
+            signals = replace(whole, k=torch.cat([whole.k[part] for part in parts]), held=held)
+            scores[held.positions] = attention_scores(native(backend_name), signals, layout, samples, scorer)
+            sent.append(held.log_sums[-1])
+    torch.testing.assert_close(scores[layout.visual_index], scorer.attention(whole, layout, 0), **CLOSE)

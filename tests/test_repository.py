@@ -14,7 +14,7 @@ PACKAGE = "hybridprune_megatron"
 
 #: What every package may import of this project; everything else is refused.
 ALLOWED: dict[str, set[str]] = {
-    "method": set(),
+    "method": {"ops"},
     "ops": set(),
     "config": {"method"},
     "cost": {"method", "config"},
@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"method", "ops", "data", "config", "models", "evaluation"},
     "huggingface": {"method"},
     "engine": {"method", "data", "config", "models", "evaluation", "huggingface"},
+    "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface"},
     "study": {"data", "config", "models", "evaluation", "engine", "export"},
     "export": {"method", "ops", "vision", "data", "config", "models", "engine", "huggingface"},
 }

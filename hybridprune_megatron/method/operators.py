@@ -1,18 +1,12 @@
-"""The native operators of ``kernels/``: where they are installed they compute scores, choose tokens and gather rows.
+"""The native operators of ``kernels/`` on our own structures: scores, and the choice of tokens.
 
-They equal the plain torch of ``score_query`` and ``plan`` but for the rounding of float32 sums; of equal scores they keep
-the same. This module alone asks whether they are there; ``HYBRIDPRUNE_KERNELS=0`` in the environment turns them off.
-Shape letters as in ``score_query``.
+They equal the plain torch of ``score_query`` and ``plan`` but for the rounding of float32 sums; of equal scores they
+keep the same. Shape letters as in ``score_query``.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -24,65 +18,6 @@ from hybridprune_megatron.method.signals import AttentionSignals, HeldKeys, Mamb
 
 if TYPE_CHECKING:
     from hybridprune_megatron.method.score_query import QueryScorer, ScoredSample
-
-_PACKAGE = "hybridprune_kernels"
-# The schemas that the calls below are made for.
-_INTERFACE = 1
-_VARIABLE = "HYBRIDPRUNE_KERNELS"
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def native(*values: Tensor) -> Any | None:
-    """``torch.ops.hybridprune``, or None where plain torch is to do it.
-
-    Args:
-        values: what would be read; the operators know float32 and bfloat16, on CPUs and on GPUs they were built for.
-
-    Raises:
-        ImportError: what is installed does not fit this torch or this code.
-        ValueError: the variable has a value that nobody knows.
-    """
-    setting = os.environ.get(_VARIABLE, "1")
-    if setting not in ("0", "1"):
-        raise ValueError(f"{_VARIABLE}={setting!r}: allowed are 1 (native operators where installed) and 0 (plain torch)")
-    device = values[0].device
-    if setting == "0" or device.type not in ("cpu", "cuda") or any(each.dtype not in _DTYPES for each in values):
-        return None
-    package = _package()
-    if package is None or (device.type == "cuda" and not _has_code_for(device)):
-        return None
-    return torch.ops.hybridprune
-
-
-@cache
-def _package() -> Any | None:
-    """The package with the operators; None: it is not installed."""
-    if importlib.util.find_spec(_PACKAGE) is None:
-        return None
-    # Not an import statement: transformers demands of an export whatever its code imports by one.
-    package = importlib.import_module(_PACKAGE)
-    if package.INTERFACE != _INTERFACE:
-        raise ImportError(
-            f"{_PACKAGE} has operators of interface {package.INTERFACE}, this code calls {_INTERFACE}: install the "
-            f"kernels/ of the same release, or set {_VARIABLE}=0"
-        )
-    return package
-
-
-@cache
-def _has_code_for(device: torch.device) -> bool:
-    """Whether the operators were built for a GPU; says so once if not."""
-    package = _package()
-    assert package is not None, "asked for the code of a package that is not installed"
-    major, minor = torch.cuda.get_device_capability(device)
-    built = any(int(arch) <= 10 * major + minor for arch in package.CUDA_ARCHS)
-    if not built:
-        warnings.warn(
-            f"{_PACKAGE} is built for CUDA {list(package.CUDA_ARCHS)}, the GPU has {major}.{minor}: scores are computed "
-            "in plain torch; build it again with HYBRIDPRUNE_CUDA=1",
-            stacklevel=2,
-        )
-    return built
 
 
 def attention_scores(

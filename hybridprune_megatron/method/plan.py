@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.operators import highest, native
+from hybridprune_megatron.method.operators import highest
+from hybridprune_megatron.ops.native import native
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.operators import attention_scores, mamba_scores, native
+from hybridprune_megatron.method.operators import attention_scores, mamba_scores
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
+from hybridprune_megatron.ops.native import native
 
 # Keys (or visual tokens) per block of the two-pass products: memory is O(T * H * block), never L x L.
 _BLOCK = 1024

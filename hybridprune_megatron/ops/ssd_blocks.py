@@ -9,10 +9,13 @@ Shape letters: L tokens, n chunks of a block, Q tokens a chunk, G groups, R head
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from hybridprune_megatron.ops.native import native
 
 # Elements of the decays of a block: 2 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 19
@@ -32,6 +35,14 @@ class ChunkedScan(torch.autograd.Function):
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, sample_index: Tensor, chunk: int
     ) -> Tensor:
         ctx.chunk = chunk
+        ops = native(x)
+        if ops is not None and x.device.type == "cpu":
+            y, all_states = ops.ssd_scan(x, dt, A, B, C, D, sample_index, chunk)
+            counts = [-(-(tokens.stop - tokens.start) // size) for tokens, size in _blocks(dt, chunk)]
+            starts = [0, *accumulate(counts)]
+            states = [all_states[first : last + 1] for first, last in pairwise(starts)]
+            ctx.save_for_backward(x, dt, A, B, C, D, sample_index, *states)
+            return y
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         state = x.new_zeros(*x.shape[1:], B.shape[2])
         states = []

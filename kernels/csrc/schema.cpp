@@ -45,4 +45,7 @@ TORCH_LIBRARY(hybridprune, m) {
   m.def("select(Tensor scores, Tensor offsets, Tensor kept_offsets, SymInt num_kept) -> Tensor");
   m.def("gather(Tensor rows, Tensor index) -> Tensor");
   m.def("gather_backward(Tensor grad, Tensor index, SymInt num_rows) -> Tensor");
+  m.def(
+      "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor sample_index, int chunk) -> "
+      "(Tensor y, Tensor states)");
 }

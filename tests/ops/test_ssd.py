@@ -38,9 +38,11 @@ def naive_scan(x, dt, A, B, C, D, lengths):
     return torch.cat(outputs), torch.cat(states)
 
 
+@pytest.mark.parametrize("native", ["0", "1"])
 @pytest.mark.parametrize("lengths", [(1,), (8,), (23,), (3, 1, 17, 9), (16, 16), (1, 1, 1)])
 @pytest.mark.parametrize("chunk_size", [4, 8, 64])
-def test_scan_equals_the_recurrence(lengths, chunk_size):
+def test_scan_equals_the_recurrence(lengths, chunk_size, native, monkeypatch):
+    monkeypatch.setenv("HYBRIDPRUNE_KERNELS", native)
     tensors = [tensor.float().requires_grad_() for tensor in inputs(sum(lengths))]
     index = sample_index(lengths)
     y = ssd_scan(*tensors, index, chunk_size)

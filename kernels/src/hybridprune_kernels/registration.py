@@ -38,6 +38,11 @@ def _(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     return grad.new_empty(num_rows, *grad.shape[1:])
 
 
+@torch.library.register_fake("hybridprune::ssd_scan")
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, index: Tensor, chunk: int) -> Any:
+    return torch.empty_like(x), x.new_empty(-(-x.shape[0] // chunk) + 1, *x.shape[1:], B.shape[2])
+
+
 def _remember(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     rows, index = inputs
     ctx.save_for_backward(index)

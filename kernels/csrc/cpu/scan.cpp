@@ -1,0 +1,212 @@
+// Chunked scan of Mamba-2 (SSD) on the CPU: the forward pass of ops/ssd_blocks.py, and the states its backward wants.
+//
+// Three passes: what every chunk writes to the state, the states from chunk to chunk, and the output. The first and the
+// last go over chunks and groups in parallel; a chunk's decays, Q x Q a head, never leave a core's cache.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "vector.h"
+
+namespace hybridprune {
+namespace {
+
+// exp(-60) is 1e-26, nothing beside the 1 of a token's own step; numbers below 1e-38 would cost fifty times the time.
+constexpr float kLowest = -60.0f;
+
+inline float decay_of(float x) { return x < kLowest ? 0.0f : std::exp(x); }
+
+// out_j = product_j exp(a - a_j) dt_j
+HP_VECTOR void mix(float* __restrict__ out, const float* __restrict__ product, const float* __restrict__ log_decay,
+                   const float* __restrict__ dt, float a, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const float x = a - log_decay[j];
+    out[j] = x < kLowest ? 0.0f : product[j] * fast_exp(x) * dt[j];
+  }
+}
+
+// out_p = skip x_p + inside_p + decay state_p
+HP_VECTOR void combine(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ inside,
+                       const float* __restrict__ state, float skip, float decay, int64_t n) {
+  for (int64_t p = 0; p < n; ++p) out[p] = skip * x[p] + inside[p] + decay * state[p];
+}
+
+// next_k += decay state_k
+HP_VECTOR void carry(float* __restrict__ next, const float* __restrict__ state, float decay, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) next[k] += decay * state[k];
+}
+
+// out_k = factor x_k
+HP_VECTOR void scaled(float* __restrict__ out, const float* __restrict__ x, float factor, int64_t n) {
+  for (int64_t k = 0; k < n; ++k) out[k] = factor * x[k];
+}
+
+void check_scan(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B,
+                const at::Tensor& C, const at::Tensor& D, const at::Tensor& sample_index, int64_t chunk) {
+  TORCH_CHECK(x.dim() == 4, "x has ", x.dim(), " dimensions: expected [tokens, groups, heads of a group, width]");
+  const int64_t L = x.size(0), G = x.size(1), R = x.size(2);
+  TORCH_CHECK(dt.sizes() == x.sizes().slice(0, 3), "dt is ", dt.sizes(), ": expected the first three of x, ", x.sizes());
+  TORCH_CHECK(A.sizes() == x.sizes().slice(1, 2) && D.sizes() == A.sizes(), "A is ", A.sizes(), " and D ", D.sizes(),
+              ": expected [", G, ", ", R, "]");
+  TORCH_CHECK(B.dim() == 3 && B.size(0) == L && B.size(1) == G && C.sizes() == B.sizes(), "B is ", B.sizes(),
+              " and C ", C.sizes(), ": expected [", L, ", ", G, ", state size]");
+  TORCH_CHECK(sample_index.dim() == 1 && sample_index.size(0) == L, "sample_index is ", sample_index.sizes(),
+              ": expected [", L, "]");
+  TORCH_CHECK(chunk > 0, "chunk=", chunk, ": expected 1 or more");
+  for (const auto* each : {&x, &dt, &A, &B, &C, &D}) {
+    TORCH_CHECK(each->scalar_type() == at::kFloat, "ssd_scan takes float32, not ", each->scalar_type());
+  }
+}
+
+// Offsets into the tensors, and what a thread needs for one chunk of one group.
+struct Scan {
+  const float *x, *dt, *A, *B, *C, *D;
+  const int32_t* sample;
+  int64_t L, G, R, P, N, Q;
+
+  int64_t chunks() const { return (L + Q - 1) / Q; }
+  int64_t start(int64_t chunk) const { return chunk * Q; }
+  int64_t size(int64_t chunk) const { return std::min(Q, L - chunk * Q); }
+
+  // [size, width] of one group of a tensor [L, G, width].
+  at::Tensor rows(const float* data, int64_t chunk, int64_t group, int64_t width) const {
+    return at::from_blob(const_cast<float*>(data) + (start(chunk) * G + group) * width, {size(chunk), width},
+                         {G * width, 1}, at::kFloat);
+  }
+
+  // Steps [R, Q] of a chunk's heads and the running sums of dt A.
+  void load(int64_t chunk, int64_t group, float* steps, float* log_decay) const {
+    const int64_t n = size(chunk);
+    for (int64_t r = 0; r < R; ++r) {
+      const float rate = A[group * R + r];
+      const float* from = dt + (start(chunk) * G + group) * R + r;
+      float sum = 0.0f;
+      for (int64_t i = 0; i < n; ++i) {
+        const float step = from[i * G * R];
+        steps[r * Q + i] = step;
+        log_decay[r * Q + i] = sum += step * rate;
+      }
+    }
+  }
+
+  // Whether a token belongs to the sample whose state enters the chunk.
+  bool entered(int64_t chunk, int64_t i) const {
+    return sample[start(chunk) + i] == sample[std::max<int64_t>(start(chunk) - 1, 0)];
+  }
+};
+
+// What the tokens of a chunk write to the state at its end: states[chunk + 1], without what entered.
+void write_states(const Scan& s, int64_t chunk, int64_t group, std::vector<float>& buffer, float* states) {
+  const int64_t n = s.size(chunk), width = s.R * s.P, last = s.start(chunk) + n - 1;
+  buffer.resize(2 * s.R * s.Q + s.Q * width);
+  float *steps = buffer.data(), *log_decay = steps + s.R * s.Q, *weighted = log_decay + s.R * s.Q;
+  s.load(chunk, group, steps, log_decay);
+  for (int64_t i = 0; i < n; ++i) {
+    const float* x = s.x + ((s.start(chunk) + i) * s.G + group) * width;
+    // A sample that has ended before the chunk's end leaves nothing.
+    const bool stays = s.sample[s.start(chunk) + i] == s.sample[last];
+    for (int64_t r = 0; r < s.R; ++r) {
+      const float* a = log_decay + r * s.Q;
+      const float weight = stays ? steps[r * s.Q + i] * decay_of(a[n - 1] - a[i]) : 0.0f;
+      scaled(weighted + i * width + r * s.P, x + r * s.P, weight, s.P);
+    }
+  }
+  at::Tensor out = at::from_blob(states + ((chunk + 1) * s.G + group) * width * s.N, {width, s.N}, at::kFloat);
+  at::mm_out(out, at::from_blob(weighted, {n, width}, at::kFloat).t(), s.rows(s.B, chunk, group, s.N));
+}
+
+void write_output(const Scan& s, int64_t chunk, int64_t group, std::vector<float>& buffer, const float* states,
+                  float* y) {
+  const int64_t n = s.size(chunk), width = s.R * s.P;
+  buffer.resize(2 * s.R * s.Q + 2 * s.Q * s.Q + s.Q * (width + s.P));
+  float *steps = buffer.data(), *log_decay = steps + s.R * s.Q, *product = log_decay + s.R * s.Q;
+  float *mixing = product + s.Q * s.Q, *from_state = mixing + s.Q * s.Q, *inside = from_state + s.Q * width;
+  s.load(chunk, group, steps, log_decay);
+  const at::Tensor B = s.rows(s.B, chunk, group, s.N), C = s.rows(s.C, chunk, group, s.N);
+  at::Tensor products = at::from_blob(product, {n, n}, at::kFloat);
+  at::mm_out(products, C, B.t());
+  at::Tensor read = at::from_blob(from_state, {n, width}, at::kFloat);
+  const float* entering = states + (chunk * s.G + group) * width * s.N;
+  at::mm_out(read, C, at::from_blob(const_cast<float*>(entering), {width, s.N}, at::kFloat).t());
+  at::Tensor mixed = at::from_blob(mixing, {n, n}, at::kFloat), result = at::from_blob(inside, {n, s.P}, at::kFloat);
+  for (int64_t r = 0; r < s.R; ++r) {
+    const float *a = log_decay + r * s.Q, *step = steps + r * s.Q;
+    int64_t first = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      // Tokens of a sample stand in a row.
+      if (s.sample[s.start(chunk) + i] != s.sample[s.start(chunk) + first]) first = i;
+      float* row = mixing + i * n;
+      std::fill(row, row + first, 0.0f);
+      mix(row + first, product + i * n + first, a + first, step + first, a[i], i + 1 - first);
+      std::fill(row + i + 1, row + n, 0.0f);
+    }
+    const float* x = s.x + (s.start(chunk) * s.G + group) * width + r * s.P;
+    at::mm_out(result, mixed, at::from_blob(const_cast<float*>(x), {n, s.P}, {s.G * width, 1}, at::kFloat));
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at_token = ((s.start(chunk) + i) * s.G + group) * width + r * s.P;
+      const float decay = s.entered(chunk, i) ? decay_of(a[i]) : 0.0f;
+      combine(y + at_token, s.x + at_token, inside + i * s.P, from_state + i * width + r * s.P, s.D[group * s.R + r],
+              decay, s.P);
+    }
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor> ssd_scan(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A,
+                                            const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
+                                            const at::Tensor& sample_index, int64_t chunk) {
+  check_scan(x, dt, A, B, C, D, sample_index, chunk);
+  const at::Tensor inputs[] = {x.contiguous(), dt.contiguous(), A.contiguous(),
+                               B.contiguous(), C.contiguous(),  D.contiguous()};
+  const at::Tensor samples = sample_index.to(at::kInt).contiguous();
+  const Scan s{inputs[0].const_data_ptr<float>(),
+               inputs[1].const_data_ptr<float>(),
+               inputs[2].const_data_ptr<float>(),
+               inputs[3].const_data_ptr<float>(),
+               inputs[4].const_data_ptr<float>(),
+               inputs[5].const_data_ptr<float>(),
+               samples.const_data_ptr<int32_t>(),
+               x.size(0),
+               x.size(1),
+               x.size(2),
+               x.size(3),
+               B.size(2),
+               chunk};
+  const int64_t chunks = s.chunks(), state = s.P * s.N, heads = s.G * s.R;
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor states = at::empty({chunks + 1, s.G, s.R, s.P, s.N}, x.options());
+  float *out = y.mutable_data_ptr<float>(), *all = states.mutable_data_ptr<float>();
+  std::fill(all, all + heads * state, 0.0f);
+  at::parallel_for(0, chunks * s.G, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer;
+    for (int64_t task = begin; task < end; ++task) write_states(s, task / s.G, task % s.G, buffer, all);
+  });
+  at::parallel_for(0, heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) {
+      for (int64_t k = 0; k < chunks; ++k) {
+        // A state lives on where its sample reaches the chunk's end.
+        if (!s.entered(k, s.size(k) - 1)) continue;
+        float sum = 0.0f;
+        for (int64_t i = 0; i < s.size(k); ++i) sum += s.dt[(s.start(k) + i) * heads + head] * s.A[head];
+        carry(all + ((k + 1) * heads + head) * state, all + (k * heads + head) * state, decay_of(sum), state);
+      }
+    }
+  });
+  at::parallel_for(0, chunks * s.G, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer;
+    for (int64_t task = begin; task < end; ++task) write_output(s, task / s.G, task % s.G, buffer, all, out);
+  });
+  return {y, states};
+}
+
+}  // namespace
+}  // namespace hybridprune
+
+TORCH_LIBRARY_IMPL(hybridprune, CPU, m) { m.impl("ssd_scan", TORCH_FN(hybridprune::ssd_scan)); }

@@ -35,6 +35,14 @@ def test_layout_says_where_everything_is():
     assert layout.position.tolist() == [*range(11), *range(7)]
 
 
+def test_a_layout_moves_whole_to_another_device():
+    layout = TokenLayout.from_samples(two_samples())
+    moved = layout.to("meta")
+    devices = {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)}
+    assert devices == {"meta"}
+    assert (moved.sample_lengths, moved.frame_videos) == (layout.sample_lengths, layout.frame_videos)
+
+
 def test_frames_are_counted_in_time_and_patches_within_them():
     """Videos out of order, a frame in two parts, and frames of different sizes."""
     sample = SampleLayout(

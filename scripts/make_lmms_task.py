@@ -44,7 +44,9 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         print(f"make_lmms_task: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{count} questions in {options.out}; give it to lmms-eval: --tasks hybridprune_needle --include_path {options.out}")
+    print(
+        f"{count} questions in {options.out}; give it to lmms-eval: --tasks hybridprune_needle --include_path {options.out}"
+    )
 
 
 def write_task(data: Path, out: Path) -> int:

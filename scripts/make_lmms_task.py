@@ -1,11 +1,11 @@
-"""Makes a task of lmms-eval from held-out clips: the questions and answers of our own evaluation, asked by its command line.
+"""Makes a task of lmms-eval from held-out clips: what our own evaluation asks, for lmms-eval's command line.
 
     python scripts/make_lmms_task.py --data runs/demo/data/validation --out runs/demo/lmms_task
-    python -m lmms_eval --model huggingface --tasks hybridprune_needle --include_path runs/demo/lmms_task --batch_size 1 \\
+    python -m lmms_eval --model huggingface --tasks hybridprune_needle --include_path runs/demo/lmms_task \\
         --model_args pretrained=runs/demo/hf,trust_remote_code=True,device=cpu,device_map=cpu
 
-Writes ``questions.jsonl``, ``videos/`` and the task's own files (``recipes/lmms_eval``) into one folder that needs nothing
-of this project. The data are shards with one video, one question and its known answer a sample, as
+Writes ``questions.jsonl``, ``videos/`` and the task's own files (``recipes/lmms_eval``) into one folder, which needs
+nothing of this project. The data are shards with one video, one question and its known answer a sample, as
 ``scripts/make_demo_data.py`` and ``scripts/make_bench_data.py`` write them.
 """
 
@@ -44,9 +44,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         print(f"make_lmms_task: {error}", file=sys.stderr)
         sys.exit(2)
-    print(
-        f"{count} questions in {options.out}; give it to lmms-eval: --tasks hybridprune_needle --include_path {options.out}"
-    )
+    print(f"{count} questions; for lmms-eval: --tasks hybridprune_needle --include_path {options.out}")
 
 
 def write_task(data: Path, out: Path) -> int:

@@ -1,4 +1,4 @@
-"""What hybridprune_needle.yaml asks for in Python. lmms-eval loads this file by itself: it imports nothing of the project."""
+"""The Python part of hybridprune_needle.yaml. lmms-eval loads it alone, so it imports nothing of this project."""
 
 from __future__ import annotations
 

@@ -108,31 +108,24 @@ def test_every_sample_scores_as_in_our_evaluation(data: Path, tmp_path: Path) ->
     assert ours[0] != ours[1]
 
 
+ASKED = {"role": "user", "content": "<video>\nWhere is the needle?"}
+ANSWERED = {"role": "assistant", "content": "left"}
+
+
 @pytest.mark.parametrize(
-    ("messages", "video"),
+    "messages",
     [
-        (
-            [{"role": "user", "content": "Where is <video>\nthe needle?"}, {"role": "assistant", "content": "left"}],
-            b"v",
-        ),
-        (
-            [
-                {"role": "system", "content": "Be brief."},
-                {"role": "user", "content": "<video>\nWhere is the needle?"},
-                {"role": "assistant", "content": "left"},
-            ],
-            b"v",
-        ),
-        ([{"role": "user", "content": "<video>\nWhere?"}, {"role": "assistant", "content": "right"}], b"v"),
+        [{"role": "user", "content": "Where is <video>\nthe needle?"}, ANSWERED],
+        [{"role": "system", "content": "Be brief."}, ASKED, ANSWERED],
+        [ASKED, {"role": "assistant", "content": "right"}],
     ],
     ids=["text first", "system", "another answer"],
 )
 def test_what_lmms_eval_would_ask_differently_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], messages: list[dict[str, str]], video: bytes
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], messages: list[dict[str, str]]
 ) -> None:
-    meta = {"answer": "left", "kind": "place", "choices": ["left", "right"]}
     with ShardWriter(tmp_path / "data", "val") as writer:
-        writer.add("one", messages, [("mp4", video)], meta)
+        writer.add("one", messages, [("mp4", b"a video")], {"answer": "left", "kind": "place", "choices": ["left"]})
     with pytest.raises(SystemExit, match="2"):
         script("make_lmms_task").main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "task")])
     error = capsys.readouterr().err

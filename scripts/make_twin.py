@@ -22,7 +22,7 @@ from hybridprune_megatron.config import Config, exit_on_config_error
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The 12B model's 25 GB come in files of at most 5 GB; these are as many.
+# Several files, as a large model has them.
 MAX_SHARD_BYTES = 2**20
 TOWER = "vision_model.radio_model."
 
@@ -73,10 +73,9 @@ def published_weights(cfg: Config, ours: dict[str, Tensor]) -> dict[str, Tensor]
     assert vision is not None, "the twin is a video model"
     heads = Heads(model.num_query_groups, model.kv_channels)
     names = WeightNames("nemotron_vl", model.hybrid_pattern, heads, blocks=vision.num_layers)
-    tensors = {
-        name: value if name.endswith((".A_log", ".D")) else value.bfloat16()
-        for name, value in names.to_theirs(ours).items()
-    }
+    # Products are rounded once: the published tower has no layer scales, they go into the linears.
+    exact = names.to_theirs({name: value.float() for name, value in ours.items()})
+    tensors = {name: value if name.endswith((".A_log", ".D")) else value.bfloat16() for name, value in exact.items()}
     tensors[f"{TOWER}summary_idxs"] = torch.arange(vision.num_cls_tokens)
     tensors[f"{TOWER}input_conditioner.norm_mean"] = torch.tensor(vision.image_mean).view(3, 1, 1)
     tensors[f"{TOWER}input_conditioner.norm_std"] = torch.tensor(vision.image_std).view(3, 1, 1)

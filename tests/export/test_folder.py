@@ -72,6 +72,8 @@ def test_auto_classes(world) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world.folder, trust_remote_code=True)
     assert tokenizer.encode("<image>", add_special_tokens=False) == [config.image_token_id]
     assert json.loads((world.folder / "generation_config.json").read_text())["eos_token_id"] == config.eos_token_id
+    # The training tokenizer has no end of text; lmms-eval stops at the tokenizer's.
+    assert tokenizer.eos_token_id == config.eos_token_id
 
 
 def test_reduction_as_an_argument(world, inputs) -> None:

@@ -185,9 +185,9 @@ def _tokenizer(cfg: Config) -> Any:
 
 
 def _end_with_the_answer(folder: Path) -> None:
-    """Makes an answer's end the tokenizer's end of text: programs that generate stop at that one, whatever the model says.
+    """Makes an answer's end the tokenizer's end of text.
 
-    lmms-eval's ``huggingface`` class hands ``tokenizer.eos_token_id`` to ``generate``.
+    Programs stop there whatever the model says: lmms-eval hands ``tokenizer.eos_token_id`` to ``generate``.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name

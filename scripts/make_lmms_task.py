@@ -80,7 +80,7 @@ def question_of(clip: Clip) -> str:
     Raises:
         ValueError: the conversation is more than a video, a question and the answer.
     """
-    from hybridprune_megatron.data.prompt import VIDEO_TOKEN
+    from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 
     roles = [message["role"] for message in clip.messages]
     asked, answered = clip.messages[0]["content"], clip.messages[-1]["content"]

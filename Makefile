@@ -9,6 +9,8 @@ SHELL := /bin/bash
 PYTHON ?= python$(shell cat .python-version)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+# Without its dependencies: the extra "eval" has those that are needed.
+LMMS_EVAL := lmms-eval==0.7.3
 # Tests that need no GPU and no patience; `make test-all` runs the slow ones too.
 QUICK := not gpu and not slow
 # Sets $$skipped to what leaves the tests on a Slurm cluster out, where there is none and none can be installed: it says why.
@@ -36,6 +38,7 @@ $(INSTALLED): pyproject.toml .python-version
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" \
 	  | sed -u -e '/already satisfied/d' -e '/^  \(Using cached\|Getting\|Installing\|Preparing\)/d' \
 	      -e '/\.metadata/d' -e '/eta 0:/d' -e 's/^\(.\{117\}\).*/\1.../'
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(LMMS_EVAL)
 	@touch $@
 
 # make demo      the main job on the embedded default; ends with a table and runs/demo/

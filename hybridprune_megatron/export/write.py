@@ -90,6 +90,7 @@ def export_model(
             if (Path(cfg.data.tokenizer) / name).is_file():
                 shutil.copyfile(Path(cfg.data.tokenizer) / name, folder / name)
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="ascii")
+        _end_with_the_answer(folder)
         _write_json(folder / "processor_config.json", processor_settings(cfg))
         copy_code(folder)
         low, high = config.time_step_limit
@@ -181,6 +182,18 @@ def processor_settings(cfg: Config) -> dict[str, Any]:
 
 def _tokenizer(cfg: Config) -> Any:
     return AutoTokenizer.from_pretrained(cfg.data.tokenizer, local_files_only=True)
+
+
+def _end_with_the_answer(folder: Path) -> None:
+    """Makes an answer's end the tokenizer's end of text.
+
+    Programs stop there whatever the model says: lmms-eval hands ``tokenizer.eos_token_id`` to ``generate``.
+    """
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if name == "tokenizer_config.json" or "eos_token" in settings:
+            _write_json(path, settings | {"eos_token": END_TOKEN})
 
 
 def _check_against_model(weights: Mapping[str, Tensor], config: HybridPruneConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -72,6 +73,17 @@ def test_auto_classes(world) -> None:
     tokenizer = AutoTokenizer.from_pretrained(world.folder, trust_remote_code=True)
     assert tokenizer.encode("<image>", add_special_tokens=False) == [config.image_token_id]
     assert json.loads((world.folder / "generation_config.json").read_text())["eos_token_id"] == config.eos_token_id
+    # The training tokenizer has no end of text; lmms-eval stops at the tokenizer's.
+    assert tokenizer.eos_token_id == config.eos_token_id
+
+
+def test_the_tokenizer_ends_with_the_answer_whatever_its_files_say(world, tmp_path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(world.cfg.data.tokenizer, tokenizer)
+    (tokenizer / "special_tokens_map.json").write_text('{"eos_token": {"content": "<unk>"}, "unk_token": "<unk>"}')
+    cfg = replace(world.cfg, data=replace(world.cfg.data, tokenizer=str(tokenizer)))
+    loaded = AutoTokenizer.from_pretrained(export_model(world.model, cfg, tmp_path / "hf"))
+    assert (loaded.eos_token, loaded.unk_token) == ("<SPECIAL_12>", "<unk>")
 
 
 def test_reduction_as_an_argument(world, inputs) -> None:

@@ -11,6 +11,8 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 # Without its dependencies: the extra "eval" has those that are needed.
 LMMS_EVAL := lmms-eval==0.7.3
+# Native operators: built again if a source changes. HYBRIDPRUNE_CUDA=0 leaves the CUDA ones out.
+KERNELS := $(wildcard kernels/setup.py kernels/pyproject.toml kernels/csrc/*.* kernels/csrc/*/*.* kernels/src/*/*.py)
 # Tests that need no GPU and no patience; `make test-all` runs the slow ones too.
 QUICK := not gpu and not slow
 # Sets $$skipped to what leaves the tests on a Slurm cluster out, where there is none and none can be installed: it says why.
@@ -30,7 +32,7 @@ help:
 setup: $(INSTALLED)
 
 # Pip's lines, without those that say nothing new and cut to a terminal's width.
-$(INSTALLED): pyproject.toml .python-version
+$(INSTALLED): pyproject.toml .python-version $(KERNELS)
 	@command -v "$(PYTHON)" > /dev/null || { \
 	  echo "$(PYTHON) not found: install Python $$(cat .python-version), or name it: make setup PYTHON=/path/to/python"; exit 1; }
 	@test -x $(VENV)/bin/python || { echo "making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
@@ -39,6 +41,8 @@ $(INSTALLED): pyproject.toml .python-version
 	  | sed -u -e '/already satisfied/d' -e '/^  \(Using cached\|Getting\|Installing\|Preparing\)/d' \
 	      -e '/\.metadata/d' -e '/eta 0:/d' -e 's/^\(.\{117\}\).*/\1.../'
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(LMMS_EVAL)
+	@echo "building the native operators of kernels/ (a minute or two)"
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps ./kernels
 	@touch $@
 
 # make demo      the main job on the embedded default; ends with a table and runs/demo/

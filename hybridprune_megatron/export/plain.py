@@ -58,7 +58,9 @@ def export_plain(
                 folder / file.name,
                 {"format": "pt"},
             )
-        card = model_card(cfg, facts or RunFacts(), "as it comes, not clamped", reduced=False)
+        lowest = cfg.model.time_step_min
+        clamp = f"clamped to {lowest} and more" if lowest else "as it comes, not clamped"
+        card = model_card(cfg, facts or RunFacts(), clamp, reduced=False)
         (folder / _CARD).write_text(card, encoding="ascii")
     return out_dir
 

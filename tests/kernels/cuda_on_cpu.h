@@ -4,6 +4,7 @@
 // next one runs. Blocks run one after the other.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -67,15 +68,21 @@ class Block {
       getcontext(&fibers[i].context);
       fibers[i].context.uc_stack.ss_sp = stacks[i].get();
       fibers[i].context.uc_stack.ss_size = kStack;
-      fibers[i].context.uc_link = &scheduler;
+      fibers[i].context.uc_link = nullptr;
       makecontext(&fibers[i].context, &Block::enter, 0);
     }
-    for (int left = threads; left > 0;) {
-      const int before = progress;
+    volatile int left = threads;
+    while (left > 0) {
+      const volatile int before = progress;
       for (current = 0; current < threads; ++current) {
         if (fibers[current].done || !may_run(fibers[current])) continue;
         threadIdx.x = current;
-        swapcontext(&scheduler, &fibers[current].context);
+        // Contexts switch by system calls, so only a fiber's first start is one.
+        if (_setjmp(scheduler_jump) == 0) {
+          if (fibers[current].started) _longjmp(fibers[current].jump, 1);
+          fibers[current].started = true;
+          setcontext(&fibers[current].context);
+        }
         ++progress;
         left -= fibers[current].done;
       }
@@ -89,7 +96,7 @@ class Block {
     ++(warp ? self.warp_arrivals : self.block_arrivals);
     self.waits_for_warp = warp;
     self.waits = true;
-    swapcontext(&self.context, &scheduler);
+    if (_setjmp(self.jump) == 0) _longjmp(scheduler_jump, 1);
     self.waits = false;
   }
 
@@ -102,7 +109,8 @@ class Block {
  private:
   struct Fiber {
     ucontext_t context;
-    bool done = false, waits = false, waits_for_warp = false;
+    jmp_buf jump;
+    bool started = false, done = false, waits = false, waits_for_warp = false;
     long block_arrivals = 0, warp_arrivals = 0;
   };
 
@@ -124,14 +132,15 @@ class Block {
   std::vector<Fiber> fibers;
   Exchange exchanges[32];
   std::function<void()> start;
-  ucontext_t scheduler;
-  int current = 0, progress = 0;
+  jmp_buf scheduler_jump;
+  volatile int current = 0, progress = 0;
 };
 
 inline Block running;
 inline void Block::enter() {
   running.start();
   running.fibers[running.current].done = true;
+  _longjmp(running.scheduler_jump, 1);
 }
 
 inline void __syncthreads() { running.wait(false); }

@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "kernels" / "csrc" / "cuda"
-FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-fno-strict-aliasing", "-DHP_ON_CPU", f"-I{HERE}"]
+FLAGS = ["-std=c++20", "-O2", "-w", "-fPIC", "-fno-strict-aliasing", "-DHP_ON_CPU", f"-I{HERE}"]
 
 
 class Emulated:

@@ -20,7 +20,9 @@ try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError as error:
-    raise SystemExit(f"hybridprune-kernels needs torch {TORCH} to build against ({error}): pip install torch==2.13.0")
+    raise SystemExit(
+        f"hybridprune-kernels needs torch {TORCH} to build against ({error}): pip install torch==2.13.0"
+    ) from None
 
 
 def say(line: str) -> None:
@@ -32,7 +34,8 @@ def check_torch() -> None:
     """Refuses a torch that the sources are not made for."""
     if torch.__version__.split(".")[:2] != TORCH.split("."):
         raise SystemExit(
-            f"hybridprune-kernels is for torch {TORCH}, torch {torch.__version__} is installed: pip install torch==2.13.0"
+            f"hybridprune-kernels is for torch {TORCH}, and torch {torch.__version__} is installed: "
+            "pip install torch==2.13.0"
         )
 
 
@@ -95,7 +98,7 @@ def extension() -> CppExtension:
         cpp_extension.CUDA_HOME = str(home)
         archs = architectures()
         say(f"building for the CPU and for CUDA {', '.join(archs)} with {home}")
-        sources += sorted((HERE / "csrc" / "cuda").glob("*.c*"))
+        sources += sorted((HERE / "csrc" / "cuda").glob("*.c[pu]*"))
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         newest = max(archs, key=int)
         flags["nvcc"] = ["-O3", *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

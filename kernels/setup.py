@@ -98,7 +98,8 @@ def extension() -> CppExtension:
         cpp_extension.CUDA_HOME = str(home)
         archs = architectures()
         say(f"building for the CPU and for CUDA {', '.join(archs)} with {home}")
-        sources += sorted((HERE / "csrc" / "cuda").glob("*.c[pu]*"))
+        folder = HERE / "csrc" / "cuda"
+        sources += sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         newest = max(archs, key=int)
         flags["nvcc"] = ["-O3", *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

@@ -90,7 +90,9 @@ def main() -> int:
         print("nvcc is not on the PATH: nothing to inspect", file=sys.stderr)
         return 2
     with ThreadPoolExecutor(2) as pool:
-        kernels = [k for found in pool.map(lambda path: compiled(path, nvcc), sorted(SOURCES.glob("*.cu"))) for k in found]
+        kernels = [
+            k for found in pool.map(lambda path: compiled(path, nvcc), sorted(SOURCES.glob("*.cu"))) for k in found
+        ]
     print(f"{'kernel':44} {'sm':>4} {'registers':>10} {'shared B':>9} {'spilled B':>10}")
     for kernel in kernels:
         print(f"{kernel.name:44} {kernel.arch:>4} {kernel.registers:10} {kernel.shared:9} {kernel.spilled:10}")

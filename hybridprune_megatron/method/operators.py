@@ -44,7 +44,9 @@ def native(*values: Tensor) -> Any | None:
     """
     setting = os.environ.get(_VARIABLE, "1")
     if setting not in ("0", "1"):
-        raise ValueError(f"{_VARIABLE}={setting!r}: allowed are 1 (native operators where installed) and 0 (plain torch)")
+        raise ValueError(
+            f"{_VARIABLE}={setting!r}: allowed are 1 (native operators where installed) and 0 (plain torch)"
+        )
     device = values[0].device
     if setting == "0" or device.type not in ("cpu", "cuda") or any(each.dtype not in _DTYPES for each in values):
         return None

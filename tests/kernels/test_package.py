@@ -23,7 +23,15 @@ def attention_arguments(dtype: torch.dtype = torch.float32) -> list:
     q = torch.randn(3, 4, 6, generator=generator).to(dtype)
     k = torch.randn(9, 2, 6, generator=generator).to(dtype)
     always_seen = torch.arange(9) % 2 == 0
-    return [q, k, torch.tensor([3, 4, 8]), torch.arange(9), always_seen, torch.tensor([0, 2, 3]), torch.tensor([0, 5, 9])]
+    return [
+        q,
+        k,
+        torch.tensor([3, 4, 8]),
+        torch.arange(9),
+        always_seen,
+        torch.tensor([0, 2, 3]),
+        torch.tensor([0, 5, 9]),
+    ]
 
 
 def mamba_arguments(dtype: torch.dtype = torch.float32) -> list:
@@ -145,7 +153,7 @@ def fresh_package():
 
 def test_another_torch_is_refused_at_import():
     hybridprune_kernels.check_torch("2.13.0+cpu", "2.13.1")
-    with pytest.raises(ImportError, match="built against torch 2.13.0, torch 2.14.0 is installed: pip install") as error:
+    with pytest.raises(ImportError, match=r"built against torch 2\.13\.0, torch 2\.14\.0 is installed: pip") as error:
         hybridprune_kernels.check_torch("2.13.0", "2.14.0")
     assert "\n" not in str(error.value)
 

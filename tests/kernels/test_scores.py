@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -140,7 +141,7 @@ def test_ranks_that_share_the_keys_score_as_one(backend_name, pooling, causal, m
     scorer = QueryScorer(attention_pooling=pooling, attention_causal=causal)
     samples = list(scorer.samples(layout))
     cuts = [0, *(layout.num_tokens * i // 4 for i in (1, 2, 3)), layout.num_tokens]
-    quarters = [slice(*pair) for pair in zip(cuts, cuts[1:])]
+    quarters = [slice(*pair) for pair in pairwise(cuts)]
     ranks = [[quarters[0], quarters[3]], [quarters[1], quarters[2]]]
     scores, sent = torch.empty(layout.num_tokens), []
     # The first round is for what the other rank would have sent.

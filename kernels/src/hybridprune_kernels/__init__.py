@@ -9,7 +9,9 @@ import torch
 try:
     from hybridprune_kernels import _build
 except ImportError as error:
-    raise ImportError(f"hybridprune_kernels is not built ({error}): pip install --no-build-isolation ./kernels") from None
+    raise ImportError(
+        f"hybridprune_kernels is not built ({error}): pip install --no-build-isolation ./kernels"
+    ) from None
 
 #: What the main package asks for; rises when a schema changes.
 INTERFACE = 1

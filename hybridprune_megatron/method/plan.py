@@ -63,7 +63,7 @@ def select(
     for sample, (count, present) in enumerate(zip(counts, layout.visual_counts)):
         if not 0 <= count <= present:
             raise ValueError(f"sample {sample} is to keep {count} visual tokens: it has {present}")
-    chosen = _chosen(scores, layout.visual_frame, list(runs or zip(layout.visual_counts, counts)), min_per_frame)
+    chosen = chosen_visual(scores, layout.visual_frame, list(runs or zip(layout.visual_counts, counts)), min_per_frame)
     kept_visual = layout.visual_index[chosen]
     keep = torch.ones(layout.num_tokens, dtype=torch.bool, device=scores.device)
     keep[layout.visual_index] = False
@@ -74,7 +74,7 @@ def select(
     return Plan(kept, layout.taken(kept, counts))
 
 
-def _chosen(scores: Tensor, frames: Tensor, runs: Sequence[tuple[int, int]], min_per_frame: int) -> Tensor:
+def chosen_visual(scores: Tensor, frames: Tensor, runs: Sequence[tuple[int, int]], min_per_frame: int) -> Tensor:
     """int64, rising: the visual tokens that stay; arguments as for ``select``, frames those of the scores."""
     ops = native(scores) if not min_per_frame and scores.dtype == torch.float32 else None
     if ops is not None:

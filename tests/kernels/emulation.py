@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,10 @@ def emulated() -> Emulated:
     library = folder / "emulated.so"
     if not library.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        _build(sources, library)
+        # Another process may build it too: each on its own, and what is there is whole.
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            _build(sources, Path(own) / library.name)
+            os.replace(Path(own) / library.name, library)
     torch.ops.load_library(library)
     return Emulated()
 

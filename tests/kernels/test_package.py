@@ -9,9 +9,9 @@ import hybridprune_kernels
 import pytest
 import torch
 
-from hybridprune_megatron.method import operators
 from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.scorers import build_scorer
+from hybridprune_megatron.ops import native as switch
 from tests.kernels.backends import attention_of, layout_of, mamba_of
 from tests.method import test_score_memory as memory
 
@@ -103,7 +103,7 @@ def test_the_model_scores_selects_and_gathers_with_them(monkeypatch):
             called.append(name)
             return getattr(real, name)
 
-    monkeypatch.setattr(operators.torch.ops, "hybridprune", Counting(), raising=False)
+    monkeypatch.setattr(switch.torch.ops, "hybridprune", Counting(), raising=False)
     layout = layout_of("packed", CPU)
     scorer = build_scorer({"scorer": "query"})
 
@@ -123,32 +123,32 @@ def test_the_model_scores_selects_and_gathers_with_them(monkeypatch):
 def test_the_switch_names_what_it_knows(monkeypatch):
     monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "off")
     with pytest.raises(ValueError, match=r"HYBRIDPRUNE_KERNELS='off': allowed are 1 .* and 0"):
-        operators.native(torch.zeros(1))
+        switch.native(torch.zeros(1))
 
 
 def test_dtypes_that_they_do_not_know_stay_with_plain_torch(monkeypatch):
     monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "1")
-    assert operators.native(torch.zeros(1)) is torch.ops.hybridprune
-    assert operators.native(torch.zeros(1), torch.zeros(1).half()) is None
+    assert switch.native(torch.zeros(1)) is torch.ops.hybridprune
+    assert switch.native(torch.zeros(1), torch.zeros(1).half()) is None
 
 
 def test_operators_of_another_interface_are_refused(monkeypatch):
     monkeypatch.setattr(hybridprune_kernels, "INTERFACE", 99)
-    operators._package.cache_clear()
+    switch._package.cache_clear()
     with pytest.raises(ImportError, match=r"interface 99, this code calls 1: .*HYBRIDPRUNE_KERNELS=0"):
-        operators.native(torch.zeros(1))
+        switch.native(torch.zeros(1))
 
 
 def test_without_the_package_it_is_plain_torch(monkeypatch):
-    monkeypatch.setattr(operators.importlib.util, "find_spec", lambda name: None)
-    operators._package.cache_clear()
-    assert operators.native(torch.zeros(1)) is None
+    monkeypatch.setattr(switch.importlib.util, "find_spec", lambda name: None)
+    switch._package.cache_clear()
+    assert switch.native(torch.zeros(1)) is None
 
 
 @pytest.fixture(autouse=True)
 def fresh_package():
     yield
-    operators._package.cache_clear()
+    switch._package.cache_clear()
 
 
 def test_another_torch_is_refused_at_import():
@@ -161,14 +161,14 @@ def test_another_torch_is_refused_at_import():
 
 
 def test_a_build_without_code_for_the_gpu_says_so_once(monkeypatch):
-    monkeypatch.setattr(operators, "_package", lambda: types.SimpleNamespace(CUDA_ARCHS=("90",)))
+    monkeypatch.setattr(switch, "_package", lambda: types.SimpleNamespace(CUDA_ARCHS=("90",)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    operators._has_code_for.cache_clear()
+    switch._has_code_for.cache_clear()
     with pytest.warns(UserWarning, match=r"built for CUDA \['90'\], the GPU has 8.0"):
-        assert not operators._has_code_for(torch.device("cuda", 0))
+        assert not switch._has_code_for(torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert operators._has_code_for(torch.device("cuda", 1))
-    operators._has_code_for.cache_clear()
+    assert switch._has_code_for(torch.device("cuda", 1))
+    switch._has_code_for.cache_clear()
 
 
 @pytest.mark.parametrize("settings", [{"attention_causal": False, "attention_pooling": "max"}, {}], ids=str)

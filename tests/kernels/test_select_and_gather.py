@@ -39,7 +39,7 @@ def scores_of(kind: str, count: int) -> torch.Tensor:
 def test_the_same_tokens_stay_as_in_plain_torch(runs, kind, backend, monkeypatch):
     monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "0")
     scores = scores_of(kind, sum(present for present, _ in runs)).to(device_of(backend))
-    expected = plan._chosen(scores, torch.zeros_like(scores).long(), runs, 0)
+    expected = plan.chosen_visual(scores, torch.zeros_like(scores).long(), runs, 0)
     assert torch.equal(highest(native(backend), scores, runs), expected)
 
 

@@ -36,18 +36,21 @@ template <typename T>
 __device__ __forceinline__ float lane_product(const T* b, const float* c, int width, int lane) {
   float sum = 0.0f;
   if (width % 4 == 0) {
+    // The groups are what is unrolled: their loads are under way together.
+#pragma unroll 1
     for (int n = 4 * lane; n < width; n += 128) {
       const float4 x = load_four(b + n), y = load_four(c + n);
       sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
     }
     return sum;
   }
+#pragma unroll 1
   for (int n = lane; n < width; n += 32) sum += as_float(b[n]) * c[n];
   return sum;
 }
 
-constexpr int kGroupsAtOnce = 4;      // their loads are under way together
-constexpr int kTokensPerBlock = 64;   // eight for each warp
+constexpr int kGroupsAtOnce = 4;
+constexpr int kTokensPerBlock = 64;  // eight for each warp
 
 // Scores of 64 visual tokens of a sample, one warp a token. Grid: pieces of visual tokens.
 template <typename T>

@@ -11,7 +11,7 @@ namespace hybridprune::cuda {
 
 constexpr int kTile = 64;        // rows and keys of a tile
 constexpr int kThreads = 256;    // of a block that computes tiles
-constexpr int kBlocksAtOnce = 3; // of them on a multiprocessor: as many as shared memory has room for leave 80 registers
+constexpr int kBlocksAtOnce = 2; // of them at least on a multiprocessor, which leaves a thread 128 registers
 constexpr int kStride = kTile + 4;  // of a tile in shared memory: rows and columns are read without bank conflicts
 constexpr float kNegInf = -__builtin_huge_valf();
 // Of a key that is not there: behind every row.

@@ -29,7 +29,7 @@ def config_with(model: Any, *overrides: str) -> Any:
     return replace(cfg, model=model, data=cfg.data if model.vision else replace(cfg.data, sampling="none"))
 
 
-def model_of(cfg: Any) -> torch.nn.Module:
+def model_of(cfg: Any) -> Any:
     """The model with its weights."""
     from megatron.core import parallel_state
 

@@ -155,7 +155,7 @@ def write_vision_twin(folder: Path, structure: str = "12b", dtype: torch.dtype =
     tensors[tower_name + "input_conditioner.norm_std"] = torch.tensor(tower.config.norm_std).view(3, 1, 1)
     folder.mkdir(parents=True)
     ordered = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, first in enumerate(range(0, len(ordered), 25), 1):
         file = f"model-{number:05d}-of-{-(-len(ordered) // 25):05d}.safetensors"
         save_file({name: tensors[name] for name in ordered[first : first + 25]}, folder / file, {"format": "pt"})

@@ -1,8 +1,8 @@
 """The native operators of ``kernels/``: where they are installed they compute scores, choose tokens and gather rows.
 
-They equal the plain torch of ``score_query`` and ``plan`` but for the rounding of float32 sums; of equal scores they keep
-the same. This module alone asks whether they are there; ``HYBRIDPRUNE_KERNELS=0`` in the environment turns them off.
-Shape letters as in ``score_query``.
+They equal the plain torch of ``score_query`` and ``plan`` but for the rounding of float32 sums; of equal scores they
+keep the same. This module alone asks whether they are there; ``HYBRIDPRUNE_KERNELS=0`` in the environment
+turns them off. Shape letters as in ``score_query``.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def _has_code_for(device: torch.device) -> bool:
     built = any(int(arch) <= 10 * major + minor for arch in package.CUDA_ARCHS)
     if not built:
         warnings.warn(
-            f"{_PACKAGE} is built for CUDA {list(package.CUDA_ARCHS)}, the GPU has {major}.{minor}: scores are computed "
-            "in plain torch; build it again with HYBRIDPRUNE_CUDA=1",
+            f"{_PACKAGE} is built for CUDA {list(package.CUDA_ARCHS)}, the GPU has {major}.{minor}: scores are "
+            "computed in plain torch; build it again with HYBRIDPRUNE_CUDA=1",
             stacklevel=2,
         )
     return built

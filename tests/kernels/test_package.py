@@ -122,7 +122,7 @@ def test_the_model_scores_selects_and_gathers_with_them(monkeypatch):
 
 def test_the_switch_names_what_it_knows(monkeypatch):
     monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "off")
-    with pytest.raises(ValueError, match="HYBRIDPRUNE_KERNELS='off': allowed are 1 .* and 0"):
+    with pytest.raises(ValueError, match=r"HYBRIDPRUNE_KERNELS='off': allowed are 1 .* and 0"):
         operators.native(torch.zeros(1))
 
 
@@ -135,7 +135,7 @@ def test_dtypes_that_they_do_not_know_stay_with_plain_torch(monkeypatch):
 def test_operators_of_another_interface_are_refused(monkeypatch):
     monkeypatch.setattr(hybridprune_kernels, "INTERFACE", 99)
     operators._package.cache_clear()
-    with pytest.raises(ImportError, match="interface 99, this code calls 1: .*HYBRIDPRUNE_KERNELS=0"):
+    with pytest.raises(ImportError, match=r"interface 99, this code calls 1: .*HYBRIDPRUNE_KERNELS=0"):
         operators.native(torch.zeros(1))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -34,7 +36,7 @@ def check_torch() -> None:
     """Refuses a torch that the sources are not made for."""
     if torch.__version__.split(".")[:2] != TORCH.split("."):
         raise SystemExit(
-            f"hybridprune-kernels is for torch {TORCH}, and torch {torch.__version__} is installed: "
+            f"hybridprune-kernels is for torch {TORCH}, torch {torch.__version__} is installed: "
             "pip install torch==2.13.0"
         )
 
@@ -45,7 +47,12 @@ def toolkit() -> Path | None:
     if home:
         return Path(home) if (Path(home) / "bin" / "nvcc").is_file() else None
     nvcc = shutil.which("nvcc")
-    return Path(nvcc).resolve().parents[1] if nvcc else None
+    if nvcc is None:
+        return None
+    # The nvcc of the PATH may be a script that calls the toolkit's: it names the folder where it works.
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"TOP=(\S+)", told.stdout + told.stderr)
+    return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parents[1]
 
 
 def wants_cuda() -> bool:
@@ -98,8 +105,7 @@ def extension() -> CppExtension:
         cpp_extension.CUDA_HOME = str(home)
         archs = architectures()
         say(f"building for the CPU and for CUDA {', '.join(archs)} with {home}")
-        folder = HERE / "csrc" / "cuda"
-        sources += sorted([*folder.glob("*.cu"), *folder.glob("*.cpp")])
+        sources += [*sorted((HERE / "csrc" / "cuda").glob("*.cu")), HERE / "csrc" / "cuda" / "launch.cpp"]
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         newest = max(archs, key=int)
         flags["nvcc"] = ["-O3", *codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]

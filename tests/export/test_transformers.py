@@ -80,8 +80,23 @@ def test_attributes_that_loading_reads(world, inputs, answers) -> None:
     classes = {type(module).__name__ for module in model.modules()}
     assert set(model._no_split_modules) <= classes
     names = [name for name, _ in model.named_parameters()]
-    for part in model._keep_in_fp32_modules_strict:
+    for part in ("A_log", "mixer.D"):
         assert sum(part in name for name in names) == model.config.hybrid_override_pattern.count("M")
+
+
+def test_what_stays_in_fp32(world, tmp_path) -> None:
+    """A rounded correction bias would choose other experts."""
+    experts = {"num_experts": 4, "experts_per_token": 2, "ffn_hidden_size": 8, "shared_ffn_hidden_size": 8}
+    rest = {"latent_size": None, "routed_scaling": 1.0, "num_groups": 1, "groups_per_token": 1}
+    settings = {**world.hf.config.to_dict(), "hybrid_override_pattern": "ME*", "reduction": None}
+    HybridPruneForCausalLM(HybridPruneConfig.from_dict({**settings, "experts": experts | rest})).save_pretrained(
+        tmp_path
+    )
+    model = HybridPruneForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    exact = {name for name, value in model.state_dict().items() if value.dtype == torch.float32}
+    layers = "language_model.backbone.layers"
+    assert {f"{layers}.0.mixer.A_log", f"{layers}.0.mixer.D", f"{layers}.1.mixer.gate.e_score_correction_bias"} <= exact
+    assert not any(name.endswith("weight") for name in exact)
 
 
 def test_compiled_forward(world, inputs) -> None:

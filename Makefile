@@ -23,7 +23,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reord
 # Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
 ARGS ?=
 
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all lint bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -56,6 +56,17 @@ test: lint
 # make test-all  the slow tests too
 test-all: lint
 	@$(WITH_SLURM); $(PYTEST) -m "not gpu $$skipped" $(ARGS)
+
+# make bench     speed here: prefill, training step, transformers, every native operator; on a GPU those of the 12B model too
+BENCH_12B := experiment=nemotron_nano_12b_v2_vl parallel=single trainer.num_nodes=1 trainer.devices=1 \
+  trainer.recompute=none model.hybrid_pattern=M-M-M-M*-M-M-M-M*- reduction.budget=0.25
+bench: $(INSTALLED)
+	@$(VENV)/bin/python recipes/benchmark.py $(ARGS)
+	@$(VENV)/bin/python kernels/bench.py
+	@if $(VENV)/bin/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then \
+	  $(VENV)/bin/python kernels/bench.py --device cuda --out runs/bench/kernels_cuda.json; \
+	  $(VENV)/bin/python recipes/benchmark.py $(BENCH_12B) --visual-tokens 32768 131072 --no-peer --no-train \
+	    --out runs/bench/12b; fi
 
 # make lint      ruff and mypy
 lint: $(INSTALLED)

@@ -23,6 +23,7 @@ from hybridprune_megatron.models.experts import expert_settings, prepare_experts
 from hybridprune_megatron.models.language_model import ReductionHybridModel
 from hybridprune_megatron.models.lora import adapt_projector, is_adapter, train_adapters_only
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
+from hybridprune_megatron.models.torch_layers import relu_squared
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 from hybridprune_megatron.vision.encoder import build_projector, radio_config
 
@@ -163,7 +164,8 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
         mamba_state_dim=model.mamba_state_dim,
         mamba_num_groups=model.mamba_num_groups,
         is_hybrid_model=True,
-        activation_func=squared_relu,
+        # Transformer Engine knows its own by megatron's function.
+        activation_func=squared_relu if resolve_spec(model.spec) == "te" else relu_squared,
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,

@@ -102,6 +102,12 @@ class PackedAttention(nn.Module):
         return shared_attention(query, key, value, shard.parts(layout.num_tokens), layout.sample_starts())
 
 
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2 in fewer passes than megatron's, which raises to a power."""
+    positive = torch.relu(x)
+    return positive * positive if torch.is_grad_enabled() else positive.mul_(positive)
+
+
 def parameter_device(config: TransformerConfig) -> torch.device:
     """Where megatron's layers of this configuration put their parameters."""
     if config.init_model_with_meta_device:

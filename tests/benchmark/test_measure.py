@@ -1,0 +1,108 @@
+"""What recipes/benchmark.py measures, on a tiny model; and that it measures nothing where something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hybridprune_megatron.benchmark.report import headline, plot_prefill, write_page
+from tests.worlds import run_world
+
+
+def _measured() -> dict:
+    from hybridprune_megatron.benchmark import measure
+    from hybridprune_megatron.benchmark.peer import transformers_peer
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.evaluation.language_prefill import one_sample
+    from hybridprune_megatron.models.build import build_model, build_reduction
+    from tests.models.tiny import tiny_config
+
+    init_model_parallel(seed=1)
+    cfg = tiny_config(pattern="M-M*M-*M", budget=0.4)
+    model, reduction = build_model(cfg), build_reduction(cfg)
+    peer = transformers_peer(model, cfg.model)
+    prompt = measure.Prompt.of(model, one_sample(120, 20, 6, tokens_per_frame=12))
+    difference = measure.check_peer(model, peer, prompt)
+    measure.check_reduction(model, prompt, reduction)
+    prefill = measure.time_prefill(model, peer, prompt, reduction, rounds=2)
+    scoring = measure.time_scoring(model, prompt, reduction, rounds=2)
+    seconds, kept = measure.time_training(model, prompt, reduction, rounds=1)
+    # Faults: a weight of the peer, and a layer that hears of its place in the stack.
+    refused = []
+    with torch.no_grad():
+        weight = peer.model.layers[0].mixer.dt_bias
+        weight.add_(0.5)
+        refused.append(_line(measure.check_peer, model, peer, prompt))
+        weight.sub_(0.5)
+    decoder = model.language_model.decoder
+    original = decoder._drop
+    decoder._drop = lambda *arguments: _shifted(original(*arguments))
+    refused.append(_line(measure.check_reduction, model, prompt, reduction))
+    return {
+        "difference": difference,
+        "prefill": prefill,
+        "scoring": scoring,
+        "seconds": seconds,
+        "kept": kept,
+        "refused": refused,
+    }
+
+
+def _shifted(result: tuple) -> tuple:
+    hidden, layout = result
+    return hidden.roll(1, 0), layout
+
+
+def _line(check, *arguments) -> str:
+    with pytest.raises(ValueError, match="nothing was timed") as error:
+        check(*arguments)
+    return str(error.value)
+
+
+def test_measurements_and_refusals() -> None:
+    found = run_world(1, _measured)[0]
+    assert found["difference"] < 2e-4
+    assert {name: len(each) for name, each in found["prefill"].items()} == {"full": 2, "reduced": 2, "transformers": 2}
+    assert all(0 < taken < min(found["prefill"]["reduced"]) * 10 for taken in found["scoring"])
+    assert found["kept"]["reduced"] < 0.8 * found["kept"]["full"]
+    assert set(found["seconds"]) == {"full", "reduced"}
+    assert "logits differ from transformers'" in found["refused"][0]
+    assert "differ by" in found["refused"][1]
+
+
+def test_the_page_shows_every_report(tmp_path: Path) -> None:
+    row = {
+        "visual_tokens": 8192,
+        "seconds": {"full": 4.0, "reduced": 1.0},
+        "speedup": 4.0,
+        "limit": 4.79,
+        "scoring_share": 0.012,
+        "vs_transformers": None,
+    }
+    settings = SimpleNamespace(model="twin", pattern="M-M*", hidden_size=256, parameters=10_000_000, precision="fp32")
+    more = {
+        "budget": 0.25,
+        "scorer": "query",
+        "text_tokens": 200,
+        "threads": 2,
+        "command": "python recipes/benchmark.py",
+    }
+    report = {
+        **{"prefill_speedup": 4.0, "prefill_limit": 4.79, "scoring_share": 0.012, "prefill_vs_transformers": None},
+        **{"train_step_speedup": None, "train_limit": None, "activation_memory_ratio": None, "train": None},
+        "prefill": [row],
+        "settings": vars(settings) | more,
+        "device": {"device": "2 cores of a processor", "versions": {"torch": "2.13.0"}},
+    }
+    (tmp_path / "here.json").write_text(json.dumps(report))
+    write_page(tmp_path / "page.md", tmp_path)
+    page = (tmp_path / "page.md").read_text()
+    assert "| 8,192 | 4.000 | 1.000 | **4.00** | 4.79 | 1.20% | not measured | |" in page
+    assert "## here" in page
+    assert "not measured" in headline(report)[2]
+    plot_prefill(tmp_path / "plot.png", report)
+    assert (tmp_path / "plot.png").stat().st_size > 10_000

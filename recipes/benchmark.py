@@ -9,7 +9,8 @@ Prefill from embeddings to the last token's logits, the share of it that scoring
 and backward, all weights learning) with the activations that it keeps. Weights are random. Before anything is timed,
 logits are compared with transformers', and the reduced model with its own layers run one by one; if they differ,
 nothing is printed.
-Writes runs/bench/report.json and prefill.png; --keep NAME adds the report to docs/performance.md.
+Writes runs/bench/report.json and prefill.png; --keep NAME adds the report to docs/performance.md, where those of
+kernels/bench.py --out docs/performance/NAME.json are shown too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hybridprune_megatron.config import Config, exit_on_config_error
 from hybridprune_megatron.config.checks import fail
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "docs" / "performance"
+KEPT, PAGE = ROOT / "docs" / "performance", ROOT / "docs" / "performance.md"
 DEFAULT = ["experiment=twin", "reduction.budget=0.25"]
 TEXT_TOKENS, QUESTION_TOKENS = 200, 30
 CHECKED_TOKENS = 700
@@ -41,7 +42,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--no-train", action="store_true", help="leave the training step out")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder (default runs/bench)")
     parser.add_argument("--keep", metavar="NAME", help="add the report to docs/performance.md under this name")
+    parser.add_argument("--page", action="store_true", help="measure nothing, write docs/performance.md again")
     options, overrides = parser.parse_known_args(argv)
+    if options.page:
+        from hybridprune_megatron.benchmark.report import write_page
+
+        write_page(PAGE, KEPT)
+        return
     cfg = exit_on_config_error(overrides if any("experiment=" in each for each in overrides) else DEFAULT + overrides)
     try:
         report = benchmark(cfg, options) | {"settings": settings_of(cfg, options, argv)}
@@ -181,7 +188,7 @@ def finish(report: dict[str, Any], options: argparse.Namespace) -> None:
     if options.keep:
         KEPT.mkdir(parents=True, exist_ok=True)
         (KEPT / f"{options.keep}.json").write_text(text, encoding="ascii")
-        write_page(ROOT / "docs" / "performance.md", KEPT)
+        write_page(PAGE, KEPT)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ Report = Mapping[str, Any]
 _COLOURS = {"full": "#0072B2", "reduced": "#D55E00", "transformers": "#999999"}
 _HEAD = """# Performance
 
-<!-- Made by `python recipes/benchmark.py --keep NAME` from docs/performance/*.json. Do not edit by hand. -->
+<!-- Made by `python recipes/benchmark.py --page` from docs/performance/*.json. Do not edit by hand. -->
 
 The language model alone, random weights and embeddings, one sample; medians, candidates in turn. *Limit* is the ratio
 of counted operations ([planner.md](planner.md)). Before anything is timed, logits are compared: with transformers', and
@@ -44,8 +44,31 @@ def write_page(page: Path, folder: Path) -> None:
     """docs/performance.md from all kept reports."""
     parts = [_HEAD]
     for path in sorted(folder.glob("*.json")):
-        parts += _section(path.stem, json.loads(path.read_text()))
+        report = json.loads(path.read_text())
+        parts += _operators(path.stem, report) if "rows" in report else _section(path.stem, report)
     page.write_text("\n".join(parts) + "\n", encoding="ascii")
+
+
+def _operators(name: str, report: Report) -> Iterable[str]:
+    """The native operators, from kernels/bench.py."""
+    versions = report["versions"]
+    yield f"## {name}\n"
+    yield (
+        f"Native operators at the sizes of one layer of the 12B model, {report['dtype'].removeprefix('torch.')}, "
+        f"{report['question']} query tokens. {report['device']}, {report['threads']} threads, copy bandwidth "
+        f"{report['copy_bytes_per_second'] / 1e9:.1f} GB/s; torch {versions['torch']}. `{report['command']}`\n"
+    )
+    yield from _table_head(
+        "operator", "tokens", "ms", "plain torch / native", "unfused torch / native", "MB", "share of copy bandwidth"
+    )
+    for row in report["rows"]:
+        native = row["native"]
+        unfused = f"{row['unfused'] / native:.1f}" if row["unfused"] else "too large"
+        yield (
+            f"| {row['operator']} | {row['length']:,} | {1e3 * native:.2f} | {row['plain'] / native:.1f} | "
+            f"{unfused} | {row['num_bytes'] / 1e6:.1f} | {row['share']:.0%} |"
+        )
+    yield ""
 
 
 def _section(name: str, report: Report) -> Iterable[str]:

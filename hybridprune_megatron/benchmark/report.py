@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 Report = Mapping[str, Any]
 
@@ -133,6 +134,9 @@ def plot_prefill(path: Path, report: Report) -> None:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xticks(tokens, [f"{n:,}" for n in tokens])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_locator(NullLocator())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -102,7 +102,7 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
         taken = time_prefill(model, peer, prompt(visual), reduction, options.rounds)
         scoring = median(time_scoring(model, prompt(visual), reduction, options.rounds))
         rows.append(_prefill_row(cfg, visual, taken, scoring))
-    train, headline_row = None, rows[-1]
+    train = None
     if not options.no_train:
         visual = options.visual_tokens[-1]
         seconds, kept = time_training(model, prompt(visual), reduction, options.rounds)
@@ -110,19 +110,30 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
         train = {"visual_tokens": visual, "seconds": middle, "rounds": seconds, "activation_bytes": kept}
     shut_down()
     return {
-        "prefill_speedup": headline_row["speedup"],
-        "prefill_limit": headline_row["limit"],
-        "scoring_share": headline_row["scoring_share"],
-        "prefill_vs_transformers": headline_row["vs_transformers"],
-        "train_step_speedup": train["seconds"]["full"] / train["seconds"]["reduced"] if train else None,
-        "train_limit": headline_row["limit"] if train else None,
-        "activation_memory_ratio": train["activation_bytes"]["reduced"] / train["activation_bytes"]["full"]
-        if train
-        else None,
+        **_ratios(rows[-1], train),
         "prefill": rows,
         "train": train,
         "largest_difference_from_transformers": difference,
         "device": describe_machine(),
+    }
+
+
+def _ratios(prefill: dict[str, Any], train: dict[str, Any] | None) -> dict[str, float | None]:
+    """What the report begins with, at the greatest length."""
+    found = {
+        "prefill_speedup": prefill["speedup"],
+        "prefill_limit": prefill["limit"],
+        "scoring_share": prefill["scoring_share"],
+        "prefill_vs_transformers": prefill["vs_transformers"],
+    }
+    if train is None:
+        return found | dict.fromkeys(("train_step_speedup", "train_limit", "activation_memory_ratio"))
+    seconds, kept = train["seconds"], train["activation_bytes"]
+    return found | {
+        "train_step_speedup": seconds["full"] / seconds["reduced"],
+        # Backward multiplies in proportion.
+        "train_limit": prefill["limit"],
+        "activation_memory_ratio": kept["reduced"] / kept["full"],
     }
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 
+import torch
+from torch import Tensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from hybridprune_megatron.config.schema import ModelConfig
@@ -11,14 +14,11 @@ from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
+_EXPERT = re.compile(r"\.experts\.\d+\.(\w+)\.weight")
 
-def transformers_peer(model: VideoLanguageModel, shape: ModelConfig) -> NemotronHForCausalLM:
-    """The same language model as transformers computes it, in eval mode on the same device.
 
-    Args:
-        model: unsplit.
-        shape: its configuration.
-    """
+def transformers_config(shape: ModelConfig) -> NemotronHConfig:
+    """The same language model as transformers describes it."""
     experts = shape.experts
     sizes = {}
     if experts is not None:
@@ -32,7 +32,7 @@ def transformers_peer(model: VideoLanguageModel, shape: ModelConfig) -> Nemotron
             "n_group": experts.num_groups,
             "topk_group": experts.groups_per_token,
         }
-    config = NemotronHConfig(
+    return NemotronHConfig(
         hybrid_override_pattern=shape.hybrid_pattern,
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -48,7 +48,17 @@ def transformers_peer(model: VideoLanguageModel, shape: ModelConfig) -> Nemotron
         layer_norm_epsilon=shape.norm_epsilon,
         **sizes,
     )
-    peer = NemotronHForCausalLM(config)
+
+
+def transformers_peer(model: VideoLanguageModel, shape: ModelConfig) -> NemotronHForCausalLM:
+    """The same language model as transformers computes it, in eval mode on the same device.
+
+    Args:
+        model: unsplit.
+        shape: its configuration.
+    """
+    experts = shape.experts
+    peer = NemotronHForCausalLM(transformers_config(shape))
     for module in peer.modules():
         # transformers clamps dt at time_step_min whatever its configuration says.
         if hasattr(module, "time_step_limit"):
@@ -60,5 +70,14 @@ def transformers_peer(model: VideoLanguageModel, shape: ModelConfig) -> Nemotron
     theirs = table.to_theirs({name: weights[name] for name in table.by_ours})
     renamed = {name.replace("backbone.", "model.", 1): value for name, value in theirs.items()}
     weight = next(model.language_model.parameters())
-    peer.load_state_dict(renamed)
+    peer.load_state_dict(_as_in_memory(renamed))
     return peer.to(weight.device, weight.dtype).eval()
+
+
+def _as_in_memory(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' model holds a layer's experts in one tensor, where files have one each."""
+    stacked: dict[str, list[Tensor]] = {}
+    for name, value in weights.items():
+        # Experts come in the order of their numbers.
+        stacked.setdefault(_EXPERT.sub(r".experts.\1", name), []).append(value)
+    return {name: torch.stack(each) if ".experts." in name else each[0] for name, each in stacked.items()}

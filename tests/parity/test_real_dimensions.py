@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
+from hybridprune_megatron.benchmark.peer import transformers_config
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.schema import ModelConfig
 from hybridprune_megatron.cost.parameters import language_parameters
@@ -19,30 +20,8 @@ MODELS = ("nemotron_nano_12b_v2_vl", "nemotron_nano_9b_v2", "nemotron_h_8b", "ne
 
 def _theirs(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of transformers' model as its files have them."""
-    sizes = {}
-    if (experts := model.experts) is not None:
-        sizes = {
-            "n_routed_experts": experts.num_experts,
-            "num_experts_per_tok": experts.experts_per_token,
-            "moe_intermediate_size": experts.ffn_hidden_size,
-            "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
-        }
-    config = NemotronHConfig(
-        hybrid_override_pattern=model.hybrid_pattern,
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.kv_channels,
-        mamba_num_heads=model.mamba_num_heads,
-        mamba_head_dim=model.mamba_head_dim,
-        ssm_state_size=model.mamba_state_dim,
-        n_groups=model.mamba_num_groups,
-        **sizes,
-    )
     with torch.device("meta"):
-        found = NemotronHForCausalLM(config)
+        found = NemotronHForCausalLM(transformers_config(model))
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in found.state_dict().items():
         name = name.replace("model.", "backbone.", 1)

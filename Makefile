@@ -76,5 +76,6 @@ lint: $(INSTALLED)
 
 # make clean     removes caches and what runs wrote; .venv stays
 clean:
-	rm -rf runs build .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf runs build kernels/build kernels/*.egg-info kernels/src/*.egg-info
+	rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

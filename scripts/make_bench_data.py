@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--visible-frames", type=int, nargs=2, default=(4, 8), metavar=("FEWEST", "MOST"))
     parser.add_argument("--ghost-opacity", type=float, default=0.3, help="0 (nothing to see) to 1")
     parser.add_argument("--questions-per-video", type=int, default=12, help="question turns of a training sample")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="rendering processes")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="rendering threads")
     args = parser.parse_args(argv)
     try:
         task = BenchTask(

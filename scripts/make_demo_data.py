@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--needles", type=int, default=1, help="needles a clip; the question names one of several")
     parser.add_argument("--questions-per-video", type=int, default=1, help="question turns a sample")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"asked: {', '.join(KINDS)}")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="rendering processes")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="rendering threads")
     args = parser.parse_args(argv)
     try:
         task = NeedleTask(args.frames, args.fps, args.size, args.needles, args.questions_per_video, tuple(args.kinds))

@@ -1,12 +1,10 @@
-"""Writes planned needle samples as an Energon data set: rendered in several processes, written whole or not at all."""
+"""Writes planned needle samples as an Energon data set: rendered in several threads, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,11 +41,11 @@ def write_split[PlanT: SamplePlan](
     Args:
         folder: of the data set; its name is the split's.
         plans: samples in order.
-        render: makes the MP4 of a plan; runs in other processes.
+        render: makes the MP4 of a plan; runs in other threads.
         description: goes to ``needles.json``; a data set with an equal one is left as it is.
         size: side of the clips in pixels.
         held_out: whether nothing trains on it.
-        workers: rendering processes.
+        workers: rendering threads.
 
     Raises:
         ValueError: the folder holds something else.
@@ -60,18 +58,10 @@ def write_split[PlanT: SamplePlan](
         raise ValueError(f"{folder} exists and holds something else: choose another --out")
     # Energon's reader asks for train and val parts; "val" is its own word for what is held out.
     writer = ShardWriter(folder, "val" if held_out else "train", replace=True)
-    with writer, _rendering_pool(workers, size) as each:
-        for plan, clip in zip(tqdm(plans, desc=folder.name, unit="clip"), each(render, plans)):
+    load_backgrounds(size)
+    # Threads, for decoding, scaling and encoding leave the interpreter to others, and a process that runs threads, as
+    # Energon's does, cannot be forked safely.
+    with writer, ThreadPoolExecutor(workers) as renderers:
+        for plan, clip in zip(tqdm(plans, desc=folder.name, unit="clip"), renderers.map(render, plans)):
             writer.add(plan.key, plan.conversation(), [("mp4", clip)], plan.meta())
         writer.add_file(DESCRIPTION_FILE, description)
-
-
-@contextmanager
-def _rendering_pool(workers: int, size: int) -> Iterator[Any]:
-    """An ordered map over processes; the backgrounds are decoded once and shared by fork."""
-    load_backgrounds(size)
-    if workers <= 1:
-        yield map
-        return
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield partial(pool.imap, chunksize=4)

@@ -247,7 +247,7 @@ def load_backgrounds(size: int) -> tuple[np.ndarray, ...]:
             scale = _BACKGROUND_MARGIN * size / min(stream.width, stream.height)
             width, height = round(stream.width * scale), round(stream.height * scale)
             frames = [
-                # One thread, here and below: the scaler's thread pool does not survive the fork of the renderers.
+                # One thread, here and below: several clips are rendered at a time.
                 frame.reformat(
                     width=width, height=height, format="rgb24", interpolation="BICUBIC", threads=1
                 ).to_ndarray()

@@ -30,7 +30,7 @@ def test_demo_data_is_described_and_reproducible(demo_data: Path, tmp_path: Path
     assert description["samples"] == 13
     assert description["chance"] == {"colour": 1 / 8, "shape": 1 / 5, "digit": 1 / 10, "place": 1 / 4, "moment": 1 / 4}
     assert sum(sum(counts.values()) for counts in description["answers"].values()) == 13
-    # Two processes write what one process wrote.
+    # Two threads write what one wrote.
     make_demo_data(f"--out {tmp_path} --train 13 --validation 0 --frames 8 --fps 1 --workers 2 --seed 3".split())
     assert read_tars(tmp_path / "train") == read_tars(demo_data / "train")
     assert not (tmp_path / "validation").exists()

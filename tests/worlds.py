@@ -26,6 +26,7 @@ _PRELOAD = [
     "megatron.core.optimizer",
     "hybridprune_megatron.engine.module",
     "hybridprune_megatron.models.build",
+    "hybridprune_kernels",
 ]
 
 
@@ -39,18 +40,19 @@ def _start_context() -> Any:
 def _worker(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple, answers: Connection) -> None:
     # A group of its own, so that helpers of this process (checkpoint writers) can be ended with it.
     os.setpgid(0, 0)
+    # Nor is such a helper to hold the pipe by whose end the test knows that this process is gone.
+    os.register_at_fork(after_in_child=answers.close)
     # Megatron collects garbage at every save and load: not among all that the forkserver has imported.
     gc.freeze()
     try:
         import torch
-        from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 
+        from hybridprune_megatron.engine.checkpoint import start_save_helper
         from hybridprune_megatron.engine.launch import Launch
         from hybridprune_megatron.engine.parallel import init_distributed, shut_down
 
         torch.set_num_threads(1)
-        # Megatron's checkpoint writer starts a helper at the first save; from the forkserver it need not import torch.
-        get_write_results_queue("forkserver")
+        start_save_helper()
         init_distributed(
             Launch(rank, size, rank, size), timeout_minutes=HANG_SECONDS / 60, init_method=f"file://{store}"
         )

@@ -6,12 +6,13 @@ nearest key nor the options. What slips through (broken files, interpolations) i
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from hybridprune_megatron.config.checks import closest
@@ -92,10 +93,16 @@ def _explain_key(key: str, value: Any, shown: str, added: bool) -> str | None:
     if is_group(hint) or is_passed_on(hint):
         return None if value is None or isinstance(value, dict) else _wrong_type(owner, name, key, shown)
     try:
-        OmegaConf.update(OmegaConf.structured(owner), name, value)
+        OmegaConf.update(_scratch(owner), name, value)
     except OmegaConfBaseException:
         return _wrong_type(owner, name, key, shown)
     return None
+
+
+@cache
+def _scratch(owner: type) -> DictConfig:
+    """A group to try values on; what it holds does not matter. Made once, for that takes a twentieth of a second."""
+    return OmegaConf.structured(owner)
 
 
 def _unknown_key(key: str, full: str, shown: str | None = None) -> str:

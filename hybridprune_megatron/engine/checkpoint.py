@@ -30,6 +30,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
@@ -57,6 +58,15 @@ SHARDED_FORMAT = {
     # One entry a layer and weight, named as in state_dict().
     "non_homogeneous_layers": True,
 }
+
+
+def start_save_helper() -> None:
+    """Forks the process that collects what megatron's checkpoint writers report. Repeatable.
+
+    Megatron itself would spawn it at the first save, and every rank would import torch and megatron once more. Call it
+    before torch.distributed starts its threads.
+    """
+    get_write_results_queue("fork")
 
 
 def layout() -> dict[str, int]:

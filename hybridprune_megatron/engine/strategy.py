@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from hybridprune_megatron.config.checkpoint_folder import remove_incomplete
 from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.engine.agreement import check_agreement
-from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint
+from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint, start_save_helper
 from hybridprune_megatron.engine.launch import Launch, check_launch
 from hybridprune_megatron.engine.module import HybridPruneModule
 from hybridprune_megatron.engine.parallel import (
@@ -81,6 +81,7 @@ class MegatronStrategy(DDPStrategy):
         """Starts torch.distributed and megatron's groups."""
         cfg = self._module().cfg
         check_launch(self._launch, cfg.trainer.num_nodes, cfg.trainer.devices)
+        start_save_helper()
         self._device = init_distributed(self._launch, cfg.trainer.timeout_minutes)
         check_agreement(cfg, versions())
         start_watch(self._launch)

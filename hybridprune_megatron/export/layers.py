@@ -20,7 +20,7 @@ from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.scorers import Scorer
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 from hybridprune_megatron.ops.attention import packed_attention
-from hybridprune_megatron.ops.conv import causal_conv
+from hybridprune_megatron.ops.conv import causal_conv_silu
 from hybridprune_megatron.ops.norm import gated_rms_norm
 from hybridprune_megatron.ops.ssd import ssd_final_states, ssd_scan, ssd_step
 
@@ -88,7 +88,7 @@ class MambaMixer(nn.Module):
             return self._step(hidden, cache), None
         z, inputs, raw_dt = self.in_proj(hidden).split(self.projection_sizes, dim=-1)
         weight, bias = self._taps()
-        x, B, C = self._heads(nn.functional.silu(causal_conv(inputs, weight, bias, packing.layout.sample_lengths)))
+        x, B, C = self._heads(causal_conv_silu(inputs, weight, bias, packing.layout.sample_lengths))
         dt, A = self._steps(raw_dt)
         if packing.dt_filter is not None:
             dt = filtered_steps(dt, A, packing.layout, packing.dt_filter)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridprune_megatron.models.packed import LayerPacking
-from hybridprune_megatron.ops.conv import causal_conv
+from hybridprune_megatron.ops.conv import causal_conv_silu
 from hybridprune_megatron.ops.ssd import ssd_scan
 
 
@@ -29,7 +29,7 @@ class TorchMambaOps:
     """The specification: plain torch on any device."""
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, packing: LayerPacking) -> Tensor:
-        return nn.functional.silu(causal_conv(x, weight, bias, packing.layout.sample_lengths))
+        return causal_conv_silu(x, weight, bias, packing.layout.sample_lengths)
 
     def scan(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, packing: LayerPacking, chunk_size: int

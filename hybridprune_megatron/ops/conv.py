@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over packed samples, plain torch."""
+"""Causal depthwise convolution over packed samples: plain torch, and the native operator that equals it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hybridprune_megatron.ops.native import native_on_cpu
 
 # Elements of a product that is summed at once in backward: 512 KiB in float32, well inside a core's cache.
 _BLOCK_ELEMENTS = 1 << 17
@@ -28,6 +30,15 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, sample_lengths: Sequenc
     return _CausalConv.apply(x, weight, bias, tuple(sample_lengths))
 
 
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, sample_lengths: Sequence[int]) -> Tensor:
+    """``silu(causal_conv(...))``, natively in one pass where nothing is kept for a backward pass."""
+    if not torch.is_grad_enabled():
+        ops = native_on_cpu(x, weight, bias)
+        if ops is not None:
+            return ops.causal_conv(x, weight, bias, _offsets(sample_lengths), True)
+    return nn.functional.silu(causal_conv(x, weight, bias, sample_lengths))
+
+
 class _CausalConv(torch.autograd.Function):
     """One convolution with W - 1 rows of zeros around every sample.
 
@@ -39,6 +50,9 @@ class _CausalConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, lengths: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.lengths = lengths
+        ops = native_on_cpu(x, weight, bias)
+        if ops is not None:
+            return ops.causal_conv(x, weight, bias, _offsets(lengths), False)
         gap = weight.shape[1] - 1
         return _joined(_convolve(_spread(x, lengths, gap), weight, bias), lengths, gap)
 
@@ -57,6 +71,11 @@ class _CausalConv(torch.autograd.Function):
             for tap in range(gap + 1):
                 grad_taps[tap] += (grad_rows[start:stop] * rows[start + tap : stop + tap]).sum(0)
         return grad_x, grad_taps.T, grad_y.sum(0), None
+
+
+def _offsets(lengths: Sequence[int]) -> Tensor:
+    """int64 [S + 1] starts of the samples and their end."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
 
 
 def _spans(lengths: tuple[int, ...], gap: int) -> Iterator[slice]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _PACKAGE = "hybridprune_kernels"
 # The schemas that the calls below are made for.
-_INTERFACE = 1
+_INTERFACE = 2
 _VARIABLE = "HYBRIDPRUNE_KERNELS"
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -41,10 +41,20 @@ def native(*values: Tensor) -> Any | None:
     device = values[0].device
     if setting == "0" or device.type not in ("cpu", "cuda") or any(each.dtype not in _DTYPES for each in values):
         return None
+    if torch.compiler.is_compiling():
+        # Plain torch is what a compiler can fuse.
+        return None
     package = _package()
     if package is None or (device.type == "cuda" and not _has_code_for(device)):
         return None
     return torch.ops.hybridprune
+
+
+def native_on_cpu(*values: Tensor) -> Any | None:
+    """As ``native``, for the operators of a layer: for float32 on CPUs only, where a GPU has kernels of others."""
+    if any(each.device.type != "cpu" or each.dtype != torch.float32 for each in values):
+        return None
+    return native(*values)
 
 
 @cache

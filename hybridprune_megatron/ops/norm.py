@@ -1,6 +1,6 @@
-"""RMSNorm and Mamba-2's gated norm, plain torch, with backward passes that save only inputs and one scale a row.
+"""RMSNorm and Mamba-2's gated norm, with backward passes that save only inputs and one scale a row.
 
-torch's ``rms_norm`` is one kernel on a GPU; on a CPU it is six, and twice as many in backward.
+Plain torch, and on CPUs the native operators that equal it. torch's ``rms_norm`` is one kernel on a GPU; on a CPU it is six, and twice as many in backward.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hybridprune_megatron.ops.native import native_on_cpu
 
 # Hard-coded in megatron-core and in the original code, whatever the layer norm's epsilon is.
 GATED_NORM_EPSILON = 1e-5
@@ -50,6 +52,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        ops = native_on_cpu(x, weight)
+        if ops is not None:
+            out, scale = ops.rms_norm(x, weight, epsilon)
+            ctx.save_for_backward(x, weight, scale)
+            return out
         x_f = _float(x)
         scale = _inverse_rms(x_f, epsilon)
         ctx.save_for_backward(x, weight, scale)
@@ -58,8 +65,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
-        grad_x, grad_weight = _rms_backward(_float(grad), _float(x), _float(weight).unsqueeze(0), scale)
-        return grad_x.to(x.dtype), grad_weight.squeeze(0).to(weight.dtype), None
+        grad_x, grad_weight = _rms_backward(_float(grad), _float(x), _float(weight), scale)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -67,6 +74,11 @@ class _GatedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, group_width: int) -> Tensor:
+        ops = native_on_cpu(y, z, weight)
+        if ops is not None:
+            out, scale = ops.gated_rms_norm(y, z, weight, group_width, GATED_NORM_EPSILON)
+            ctx.save_for_backward(y, z, weight, scale)
+            return out
         gated = nn.functional.silu(_float(z)).mul_(_float(y))
         groups = gated.unflatten(1, (-1, group_width))
         scale = _inverse_rms(groups, GATED_NORM_EPSILON)

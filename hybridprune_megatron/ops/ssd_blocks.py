@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.ops.native import native
+from hybridprune_megatron.ops.native import native_on_cpu
 
 # Elements of the decays of a block: 2 MiB in float32.
 _BLOCK_ELEMENTS = 1 << 19
@@ -35,8 +35,8 @@ class ChunkedScan(torch.autograd.Function):
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, sample_index: Tensor, chunk: int
     ) -> Tensor:
         ctx.chunk = chunk
-        ops = native(x)
-        if ops is not None and x.device.type == "cpu":
+        ops = native_on_cpu(x)
+        if ops is not None:
             y, all_states = ops.ssd_scan(x, dt, A, B, C, D, sample_index, chunk)
             counts = [-(-(tokens.stop - tokens.start) // size) for tokens, size in _blocks(dt, chunk)]
             starts = [0, *accumulate(counts)]

@@ -46,6 +46,11 @@ TORCH_LIBRARY(hybridprune, m) {
   m.def("gather(Tensor rows, Tensor index) -> Tensor");
   m.def("gather_backward(Tensor grad, Tensor index, SymInt num_rows) -> Tensor");
   m.def(
+      "causal_conv(Tensor x, Tensor weight, Tensor bias, Tensor offsets, bool silu) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> (Tensor y, Tensor scale)");
+  m.def(
+      "gated_rms_norm(Tensor y, Tensor z, Tensor weight, int group_width, float epsilon) -> (Tensor out, Tensor scale)");
+  m.def(
       "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor sample_index, int chunk) -> "
       "(Tensor y, Tensor states)");
 }

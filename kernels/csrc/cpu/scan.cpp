@@ -1,7 +1,7 @@
 // Chunked scan of Mamba-2 (SSD) on the CPU: the forward pass of ops/ssd_blocks.py, and the states its backward wants.
 //
 // Three passes: what every chunk writes to the state, the states from chunk to chunk, and the output. The first and the
-// last go over chunks and groups in parallel; a chunk's decays, Q x Q a head, never leave a core's cache.
+// last go over chunks and groups in parallel; what a chunk needs never leaves a core's cache.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -21,6 +21,8 @@ namespace {
 
 // exp(-60) is 1e-26, nothing beside the 1 of a token's own step; numbers below 1e-38 would cost fifty times the time.
 constexpr float kLowest = -60.0f;
+// Readers of a chunk whose products with one another are taken pair by pair.
+constexpr int64_t kRows = 32;
 
 inline float decay_of(float x) { return x < kLowest ? 0.0f : std::exp(x); }
 
@@ -33,10 +35,42 @@ HP_VECTOR void mix(float* __restrict__ out, const float* __restrict__ product, c
   }
 }
 
-// out_p = skip x_p + inside_p + decay state_p
-HP_VECTOR void combine(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ inside,
-                       const float* __restrict__ state, float skip, float decay, int64_t n) {
-  for (int64_t p = 0; p < n; ++p) out[p] = skip * x[p] + inside[p] + decay * state[p];
+// out_j = exp(a - a_j) dt_j
+HP_VECTOR void weigh(float* __restrict__ out, const float* __restrict__ log_decay, const float* __restrict__ dt,
+                     float a, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    const float x = a - log_decay[j];
+    out[j] = x < kLowest ? 0.0f : fast_exp(x) * dt[j];
+  }
+}
+
+// out_p = skip x_p + decay before_p + of_state state_p
+HP_VECTOR void combine(float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ before,
+                       const float* __restrict__ state, float skip, float decay, float of_state, int64_t n) {
+  for (int64_t p = 0; p < n; ++p) out[p] = skip * x[p] + decay * before[p] + of_state * state[p];
+}
+
+// out_p += sum_j weight_j x_jp, rows of x ``stride`` apart. Sums of 32 places stay in registers, two of each, for a
+// processor adds to several while it waits for one.
+HP_VECTOR void add_rows(float* __restrict__ out, const float* __restrict__ weight, const float* __restrict__ x,
+                        int64_t stride, int64_t rows, int64_t n) {
+  constexpr int64_t kStrip = 32;
+  int64_t p = 0;
+  for (; p + kStrip <= n; p += kStrip) {
+    float even[kStrip] = {}, odd[kStrip] = {};
+    int64_t j = 0;
+    for (; j + 2 <= rows; j += 2) {
+      for (int64_t k = 0; k < kStrip; ++k) even[k] += weight[j] * x[j * stride + p + k];
+      for (int64_t k = 0; k < kStrip; ++k) odd[k] += weight[j + 1] * x[(j + 1) * stride + p + k];
+    }
+    for (; j < rows; ++j) {
+      for (int64_t k = 0; k < kStrip; ++k) even[k] += weight[j] * x[j * stride + p + k];
+    }
+    for (int64_t k = 0; k < kStrip; ++k) out[p + k] += even[k] + odd[k];
+  }
+  for (int64_t j = 0; j < rows; ++j) {
+    for (int64_t k = p; k < n; ++k) out[k] += weight[j] * x[j * stride + k];
+  }
 }
 
 // next_k += decay state_k
@@ -123,12 +157,18 @@ void write_states(const Scan& s, int64_t chunk, int64_t group, std::vector<float
   at::mm_out(out, at::from_blob(weighted, {n, width}, at::kFloat).t(), s.rows(s.B, chunk, group, s.N));
 }
 
+// What a chunk's tokens read: of the state that entered it, and of the tokens before them in the chunk.
+//
+// The tokens before are taken kRows readers at a time. With i the first of them and j a writer before i, the decay
+// exp(a_r - a_j) of a reader r is exp(a_r - a_i) exp(a_i - a_j), both at most 1: so the writers are weighted once for all
+// readers, and one product serves all heads of the group. Only among the readers themselves is every pair its own.
 void write_output(const Scan& s, int64_t chunk, int64_t group, std::vector<float>& buffer, const float* states,
                   float* y) {
-  const int64_t n = s.size(chunk), width = s.R * s.P;
-  buffer.resize(2 * s.R * s.Q + 2 * s.Q * s.Q + s.Q * (width + s.P));
+  const int64_t n = s.size(chunk), width = s.R * s.P, start = s.start(chunk);
+  buffer.resize(s.Q * (2 * s.R + s.Q + 2 * width + 1) + kRows * (width + kRows));
   float *steps = buffer.data(), *log_decay = steps + s.R * s.Q, *product = log_decay + s.R * s.Q;
-  float *mixing = product + s.Q * s.Q, *from_state = mixing + s.Q * s.Q, *inside = from_state + s.Q * width;
+  float *from_state = product + s.Q * s.Q, *weighted = from_state + s.Q * width, *weight = weighted + s.Q * width;
+  float *before = weight + s.Q, *among = before + kRows * width;
   s.load(chunk, group, steps, log_decay);
   const at::Tensor B = s.rows(s.B, chunk, group, s.N), C = s.rows(s.C, chunk, group, s.N);
   at::Tensor products = at::from_blob(product, {n, n}, at::kFloat);
@@ -136,25 +176,38 @@ void write_output(const Scan& s, int64_t chunk, int64_t group, std::vector<float
   at::Tensor read = at::from_blob(from_state, {n, width}, at::kFloat);
   const float* entering = states + (chunk * s.G + group) * width * s.N;
   at::mm_out(read, C, at::from_blob(const_cast<float*>(entering), {width, s.N}, at::kFloat).t());
-  at::Tensor mixed = at::from_blob(mixing, {n, n}, at::kFloat), result = at::from_blob(inside, {n, s.P}, at::kFloat);
-  for (int64_t r = 0; r < s.R; ++r) {
-    const float *a = log_decay + r * s.Q, *step = steps + r * s.Q;
-    int64_t first = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      // Tokens of a sample stand in a row.
-      if (s.sample[s.start(chunk) + i] != s.sample[s.start(chunk) + first]) first = i;
-      float* row = mixing + i * n;
-      std::fill(row, row + first, 0.0f);
-      mix(row + first, product + i * n + first, a + first, step + first, a[i], i + 1 - first);
-      std::fill(row + i + 1, row + n, 0.0f);
+  // Nobody reads a sample before its own. Tokens of a sample stand in a row.
+  for (int64_t i = 0, own = 0; i < n; ++i) {
+    if (s.sample[start + i] != s.sample[start + own]) own = i;
+    std::fill(product + i * n, product + i * n + own, 0.0f);
+  }
+  for (int64_t first = 0; first < n; first += kRows) {
+    const int64_t rows = std::min(kRows, n - first);
+    if (first > 0) {
+      for (int64_t r = 0; r < s.R; ++r) {
+        weigh(weight, log_decay + r * s.Q, steps + r * s.Q, log_decay[r * s.Q + first], first);
+        const float* x = s.x + (start * s.G + group) * width + r * s.P;
+        for (int64_t j = 0; j < first; ++j) {
+          scaled(weighted + j * width + r * s.P, x + j * s.G * width, weight[j], s.P);
+        }
+      }
+      at::Tensor reached = at::from_blob(before, {rows, width}, at::kFloat);
+      at::mm_out(reached, at::from_blob(product + first * n, {rows, first}, {n, 1}, at::kFloat),
+                 at::from_blob(weighted, {first, width}, at::kFloat));
+    } else {
+      std::fill(before, before + rows * width, 0.0f);
     }
-    const float* x = s.x + (s.start(chunk) * s.G + group) * width + r * s.P;
-    at::mm_out(result, mixed, at::from_blob(const_cast<float*>(x), {n, s.P}, {s.G * width, 1}, at::kFloat));
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t at_token = ((s.start(chunk) + i) * s.G + group) * width + r * s.P;
-      const float decay = s.entered(chunk, i) ? decay_of(a[i]) : 0.0f;
-      combine(y + at_token, s.x + at_token, inside + i * s.P, from_state + i * width + r * s.P, s.D[group * s.R + r],
-              decay, s.P);
+    for (int64_t r = 0; r < s.R; ++r) {
+      const float *a = log_decay + r * s.Q + first, *step = steps + r * s.Q + first;
+      const int64_t at_first = ((start + first) * s.G + group) * width + r * s.P;
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at_token = at_first + i * s.G * width;
+        const float of_state = s.entered(chunk, first + i) ? decay_of(a[i]) : 0.0f;
+        combine(y + at_token, s.x + at_token, before + i * width + r * s.P,
+                from_state + (first + i) * width + r * s.P, s.D[group * s.R + r], decay_of(a[i] - a[0]), of_state, s.P);
+        mix(among, product + (first + i) * n + first, a, step, a[i], i + 1);
+        add_rows(y + at_token, among, s.x + at_first, s.G * width, i + 1, s.P);
+      }
     }
   }
 }

@@ -38,6 +38,21 @@ def _(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
     return grad.new_empty(num_rows, *grad.shape[1:])
 
 
+@torch.library.register_fake("hybridprune::causal_conv")
+def _(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("hybridprune::rms_norm")
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], 1)
+
+
+@torch.library.register_fake("hybridprune::gated_rms_norm")
+def _(y: Tensor, z: Tensor, weight: Tensor, group_width: int, epsilon: float) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty(y.shape[0], y.shape[1] // group_width, 1)
+
+
 @torch.library.register_fake("hybridprune::ssd_scan")
 def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, index: Tensor, chunk: int) -> Any:
     return torch.empty_like(x), x.new_empty(-(-x.shape[0] // chunk) + 1, *x.shape[1:], B.shape[2])

@@ -1,6 +1,7 @@
 """RMSNorm and Mamba-2's gated norm, with backward passes that save only inputs and one scale a row.
 
-Plain torch, and on CPUs the native operators that equal it. torch's ``rms_norm`` is one kernel on a GPU; on a CPU it is six, and twice as many in backward.
+Plain torch, and on CPUs the native operators that equal it. torch's ``rms_norm`` is one kernel on a GPU; on a CPU it is
+six, and twice as many in backward.
 """
 
 from __future__ import annotations

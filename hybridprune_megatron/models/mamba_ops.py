@@ -57,8 +57,8 @@ class KernelMambaOps:
         self._conv, self._scan, self._norm = causal_conv1d_fn, mamba_chunk_scan_combined, rmsnorm_fn
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, packing: LayerPacking) -> Tensor:
-        # seq_idx needs channels-last memory, [1, channels, L] with the channels contiguous, and rows that are a multiple
-        # of 8 numbers apart, which those of the wider in_proj need not be.
+        # seq_idx needs channels-last memory, [1, channels, L] with the channels contiguous, and rows a multiple of 8
+        # numbers apart, which those of the wider in_proj need not be.
         channels_last = x.contiguous().unsqueeze(0).transpose(1, 2)
         y = self._conv(channels_last, weight, bias, seq_idx=packing.seq_idx, activation="silu")
         return y.transpose(1, 2).squeeze(0)

@@ -1,4 +1,4 @@
-"""Transformer Engine, mamba_ssm and causal-conv1d for a CPU: signatures and demands of the real ones, plain torch inside.
+"""Transformer Engine, mamba_ssm and causal-conv1d for a CPU: the real ones' signatures and demands, torch inside.
 
 The path over these packages cannot run without a GPU. With ``install`` it can be executed and compared: constructors
 and calls have the real ones' names, order and defaults, so an argument that does not exist fails; what the real kernels
@@ -141,12 +141,15 @@ def _product(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     # Megatron derives a class of its own from one of them.
     name = next((each.__name__ for each in type(STATE.recipe).__mro__ if each.__name__ in _TILES), None)
     if name is not None:
+        # Megatron fills an expert's rows up to 16 under blockwise.
+        grouped = isinstance(module, GroupedLinear) and name == "Float8BlockScaling"
         rows, tile = x.numel() // x.shape[-1], _TILES[name]
-        assert rows % tile == 0, f"{rows} rows in {name}"
+        assert rows % (16 if grouped else tile) == 0, f"{rows} rows in {name}"
         assert weight.shape[0] % tile == 0, (name, weight.shape)
         assert weight.shape[1] % tile == 0, (name, weight.shape)
         assert x.dtype == torch.bfloat16, x.dtype
-    STATE.products.append(Product(module, name, float(x.detach().abs().max()), STATE.recomputing))
+    largest = float(x.detach().abs().max()) if x.numel() else 0.0
+    STATE.products.append(Product(module, name, largest, STATE.recomputing))
     return nn.functional.linear(x, weight)
 
 
@@ -181,9 +184,9 @@ class Linear(_Base):
     ) -> None:
         super().__init__()
         assert tp_size == 1, "one rank"
-        assert not (bias or return_bias or fuse_wgrad_accumulation)
+        assert bias is return_bias is fuse_wgrad_accumulation is False
         self.in_features, self.out_features, self.use_bias = in_features, out_features, bias
-        self.save_original_input = save_original_input
+        self.save_original_input, self.parallel_mode = save_original_input, parallel_mode
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
         if init_method is not None:
             init_method(self.weight)
@@ -226,7 +229,7 @@ class LayerNormLinear(_Base):
     ) -> None:
         super().__init__()
         assert tp_size == 1, "one rank"
-        assert not (bias or return_bias or fuse_wgrad_accumulation or zero_centered_gamma)
+        assert bias is return_bias is fuse_wgrad_accumulation is zero_centered_gamma is False
         assert (normalization, parallel_mode) == ("RMSNorm", "column")
         self.in_features, self.out_features, self.use_bias, self.eps = in_features, out_features, bias, eps
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features, dtype=params_dtype, device=device))
@@ -236,6 +239,53 @@ class LayerNormLinear(_Base):
 
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None, fp8_output: bool = False) -> Tensor:
         return _product(self, rms_norm(inp, self.layer_norm_weight, self.eps), self.weight)
+
+
+class GroupedLinear(_Base):
+    def __init__(
+        self,
+        num_gemms: int,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: Any = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable | None = None,
+        rng_tracker_name: str | None = None,
+        init_method: Callable | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: Any = "cuda",
+        ub_overlap_rs: bool = False,
+        ub_overlap_ag: bool = False,
+        ub_name: str | None = None,
+        delay_wgrad_compute: bool = False,
+        save_original_input: bool = False,
+    ) -> None:
+        super().__init__()
+        assert tp_size == 1, "one rank"
+        assert bias is return_bias is fuse_wgrad_accumulation is False
+        self.num_gemms, self.use_bias = num_gemms, bias
+        self.fp8 = self.fp8_calibration = False
+        self.fp8_meta = {"fp8_checkpoint": False}
+        self.save_original_input = save_original_input
+        for number in range(num_gemms):
+            weight = nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
+            if init_method is not None:
+                init_method(weight)
+            self.register_parameter(f"weight{number}", weight)
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        pass
+
+    def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
+        assert all(type(rows) is int for rows in m_splits)
+        assert len(m_splits) == self.num_gemms
+        parts = inp.split(m_splits)
+        return torch.cat([_product(self, part, getattr(self, f"weight{n}")) for n, part in enumerate(parts)])
 
 
 class RMSNorm(_Base):
@@ -328,6 +378,14 @@ class DotProductAttention(_Base):
         assert cu_seqlens_q_padded is cu_seqlens_kv_padded is None
         assert cu_seqlens_q is not None
         return packed_attention(query_layer, key_layer, value_layer, cu_seqlens_q.diff().tolist())
+
+
+class Fp8Padding(nn.Module):
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
+        super().__init__()
+
+    def forward(self, inp: Tensor, m_splits: list[int]) -> Any:
+        raise AssertionError("an expert's rows would be filled up with zeros")
 
 
 def causal_conv1d_fn(
@@ -441,7 +499,6 @@ def _module(name: str, **members: Any) -> None:
 
 def install() -> None:
     """Puts the packages where ``import`` finds them."""
-    unused = type("Unused", (nn.Module,), {})
 
     class FP8GlobalStateManager:
         @staticmethod
@@ -455,7 +512,7 @@ def install() -> None:
     fp8["fp8_model_init"] = fp8_model_init
     names = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
     recipes = {name: _recipe(name, fp8_format=None, amax_history_len=1024, amax_compute_algo="max") for name in names}
-    linears = {"Linear": Linear, "LayerNormLinear": LayerNormLinear, "GroupedLinear": unused, "LayerNorm": unused}
+    linears = {"Linear": Linear, "LayerNormLinear": LayerNormLinear, "GroupedLinear": GroupedLinear}
     te = "transformer_engine"
     _module(te, __version__="2.9.0")
     _module(f"{te}.common")
@@ -464,8 +521,9 @@ def install() -> None:
         f"{te}.pytorch",
         RMSNorm=RMSNorm,
         DotProductAttention=DotProductAttention,
-        Fp8Padding=unused,
-        Fp8Unpadding=unused,
+        LayerNorm=nn.LayerNorm,
+        Fp8Padding=Fp8Padding,
+        Fp8Unpadding=Fp8Padding,
         **linears,
         **fp8,
     )

@@ -1,16 +1,13 @@
 """The layers over Transformer Engine, executed on a CPU (``tests.gpu_packages``); run as a program by ``test_te_path``.
 
-    python -m tests.models.te_path FOLDER [CHECK ...]
+python -m tests.models.te_path FOLDER [CHECK ...]
 
-Every function of ``CHECKS`` runs in this process; their tracebacks go to FOLDER/results.json, null where there is none.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import torch
 from hybridprune_megatron.config.fp8_schema import TILE
 from hybridprune_megatron.engine.weights import load_initial_weights, save_weights
 from tests.models.tiny import tiny_batch, tiny_config
+from tests.programs import run_checks
 
 # Widths that all recipes can take: every linear's sides divide by 128.
 WIDE = [
@@ -66,32 +64,35 @@ def run(model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], 
     return loss.detach(), gradients, list(STATE.products)
 
 
+def assert_same_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())[:4]
+    for name, gradient in wanted.items():
+        error, size = float((found[name] - gradient).norm()), float(gradient.norm())
+        assert error <= 1e-5 * size + 1e-9, (name, error, size)
+
+
 def same_as_torch() -> None:
-    cases: list[tuple[list[str], dict[str, Any]]] = [
-        ([], {"budget": 1.0}),
-        ([], {"budget": 0.5}),
-        (["trainer.recompute=full", "model.time_step_min=0.01"], {"budget": 0.4}),
-        (["trainer.recompute=selective", "reduction=longmamba"], {"budget": 0.5}),
-        (["tuning=lora", "tuning.lora.rank=4"], {"budget": 0.5}),
+    cases: list[tuple[list[str], float, tuple[int, ...]]] = [
+        ([], 1.0, (4,)),
+        ([], 0.5, (3, 5, 2)),
+        (["trainer.recompute=full", "model.time_step_min=0.01"], 0.4, (3, 5)),
+        (["trainer.recompute=selective", "reduction=longmamba"], 0.5, (3, 0, 2)),
+        (["tuning=lora", "tuning.lora.rank=4"], 0.5, (3, 5, 2)),
     ]
-    for overrides, kwargs in cases:
-        plain = build(*overrides, spec="torch", **kwargs)
+    for overrides, budget, frames in cases:
+        plain = build(*overrides, spec="torch", budget=budget)
         with torch.no_grad():
             # Adapters start at zero, norms at one: neither would show whether it is used.
             for parameter in plain.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        model = build(*overrides, **kwargs)
+        model = build(*overrides, budget=budget)
         take_weights(model, plain)
-        for frames in ((3, 5, 2), (4,)):
-            loss, gradients, products = run(model, tiny_batch(*frames))
-            loss_plain, gradients_plain, none = run(plain, tiny_batch(*frames))
-            assert not none, "the torch layers ran Transformer Engine's"
-            assert products, "the te layers did not"
-            torch.testing.assert_close(loss, loss_plain, rtol=1e-5, atol=1e-6)
-            assert gradients.keys() == gradients_plain.keys()
-            for name, gradient in gradients_plain.items():
-                error = (gradients[name] - gradient).norm()
-                assert error <= 1e-5 * gradient.norm() + 1e-9, (overrides, name, float(error), float(gradient.norm()))
+        loss, gradients, products = run(model, tiny_batch(*frames))
+        loss_plain, gradients_plain, none = run(plain, tiny_batch(*frames))
+        assert not none, "the torch layers ran Transformer Engine's"
+        assert products, "the te layers did not"
+        torch.testing.assert_close(loss, loss_plain, rtol=1e-5, atol=1e-6)
+        assert_same_gradients(gradients, gradients_plain)
 
 
 def layers_in_fp8() -> None:
@@ -147,10 +148,7 @@ def experts_are_the_same() -> None:
         re.sub(r"experts\.(linear_fc\d)\.weight(\d+)", r"experts.local_experts.\2.\1.weight", name): g
         for name, g in gradients.items()
     }
-    assert renamed.keys() == gradients_plain.keys(), sorted(renamed.keys() ^ gradients_plain.keys())[:4]
-    for name, gradient in gradients_plain.items():
-        error = (renamed[name] - gradient).norm()
-        assert error <= 1e-5 * gradient.norm() + 1e-9, (name, float(error), float(gradient.norm()))
+    assert_same_gradients(renamed, gradients_plain)
     # No rounding to FP8 here: what differs from bf16 would be rows that were filled up and counted.
     losses = []
     for fp8 in ("none", *TILE):
@@ -242,24 +240,5 @@ CHECKS: tuple[Callable[[], None], ...] = (
 )
 
 
-def main() -> None:
-    from hybridprune_megatron.engine.launch import Launch
-    from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel
-
-    torch.set_num_threads(1)
-    init_distributed(Launch(0, 1, 0, 1))
-    init_model_parallel(seed=1)
-    results: dict[str, str | None] = {}
-    for check in CHECKS:
-        if len(sys.argv) > 2 and check.__name__ not in sys.argv[2:]:
-            continue
-        try:
-            check()
-            results[check.__name__] = None
-        except Exception:
-            results[check.__name__] = traceback.format_exc(chain=False)
-    (Path(sys.argv[1]) / "results.json").write_text(json.dumps(results, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    run_checks(CHECKS)

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.models.te_path import CHECKS
 from tests.models.tiny import tiny_config
+from tests.programs import results_of
 from tests.worlds import run_world
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
     """Of every check of ``te_path``, in a process that imports megatron beside (stand-ins of) its GPU packages."""
-    folder = tmp_path_factory.mktemp("te_path")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.te_path", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    return results_of("tests.models.te_path", tmp_path_factory.mktemp("te_path"))
 
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])

@@ -1,31 +1,18 @@
-"""Transformer Engine, mamba_ssm and causal-conv1d for a CPU: the real ones' signatures and demands, torch inside.
-
-The path over these packages cannot run without a GPU. With ``install`` it can be executed and compared: constructors
-and calls have the real ones' names, order and defaults, so an argument that does not exist fails; what the real kernels
-check (dtypes, strides, shapes, mask types, rows in FP8) is asserted. They compute with the reference of ``ops/`` and
-round nothing to FP8. Read in Transformer Engine 2.x, mamba_ssm 2.2 and causal-conv1d 1.5; one tensor-parallel rank.
-
-``install`` must come before megatron is imported, which looks for Transformer Engine once.
-"""
+"""Transformer Engine's modules, contexts and recipes; see the package."""
 
 from __future__ import annotations
 
 import enum
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybridprune_megatron.ops.attention import packed_attention
-from hybridprune_megatron.ops.conv import causal_conv
-from hybridprune_megatron.ops.norm import gated_rms_norm, rms_norm
-from hybridprune_megatron.ops.ssd import ssd_scan
+from hybridprune_megatron.ops.norm import rms_norm
 
 #: What rows and columns in FP8 divide by, by the recipe's class.
 _TILES = {"DelayedScaling": 16, "Float8CurrentScaling": 16, "MXFP8BlockScaling": 32, "Float8BlockScaling": 128}
@@ -84,6 +71,15 @@ def _recipe(name: str, **fields: Any) -> type:
             setattr(self, key, kwargs.get(key, default))
 
     return type(name, (), {"__init__": init})
+
+
+RECIPES = {name: _recipe(name, fp8_format=None, amax_history_len=1024, amax_compute_algo="max") for name in _TILES}
+
+
+class FP8GlobalStateManager:
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return STATE.recipe is not None
 
 
 @contextmanager
@@ -386,163 +382,3 @@ class Fp8Padding(nn.Module):
 
     def forward(self, inp: Tensor, m_splits: list[int]) -> Any:
         raise AssertionError("an expert's rows would be filled up with zeros")
-
-
-def causal_conv1d_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    return_final_states: bool = False,
-    final_states_out: Tensor | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    """x [batch, channels, L] -> the same."""
-    batch, channels, length = x.shape
-    assert x.stride(1) == 1, "seq_idx is only supported for channel last layout"
-    assert x.stride(2) > 1, "seq_idx is only supported for channel last layout"
-    assert channels % 8 == 0, channels
-    assert x.stride(2) % 8 == x.stride(0) % 8 == 0, x.stride()
-    assert weight.shape[0] == channels
-    assert 2 <= weight.shape[1] <= 4
-    assert bias is not None
-    assert bias.shape == (channels,)
-    assert bias.dtype == weight.dtype
-    assert bias.stride(-1) == 1
-    assert seq_idx is not None
-    assert seq_idx.dtype == torch.int32
-    assert seq_idx.shape == (batch, length)
-    assert batch == 1
-    assert activation in ("silu", "swish")
-    assert initial_states is None
-    assert not return_final_states
-    y = causal_conv(x[0].T, weight, bias, _lengths(seq_idx[0]))
-    return nn.functional.silu(y).T.unsqueeze(0)
-
-
-def mamba_chunk_scan_combined(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    return_final_states: bool = False,
-    return_varlen_states: bool = False,
-) -> Tensor:
-    """x [batch, L, heads, width] -> the same."""
-    batch, length, heads, _ = x.shape
-    groups, state = B.shape[2:]
-    assert heads % groups == 0
-    assert B.shape == C.shape == (batch, length, groups, state)
-    assert dt.shape == (batch, length, heads)
-    assert A.shape == (heads,)
-    assert A.dtype == torch.float32
-    assert D is not None
-    assert D.shape == (heads,)
-    assert seq_idx is not None
-    assert seq_idx.shape == (batch, length)
-    assert x.dtype == B.dtype == C.dtype
-    assert x.stride(-1) == 1
-    assert z is dt_bias is initial_states is None
-    # The mixer's dt is behind its bias and softplus; a second one would go unnoticed by shapes.
-    assert not dt_softplus
-    assert bool((dt >= 0).all())
-    return ssd_scan(x[0], dt[0], A, B[0], C[0], D, seq_idx[0], chunk_size).unsqueeze(0)
-
-
-def rmsnorm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None = None,
-    eps: float = 1e-6,
-    group_size: int | None = None,
-    norm_before_gate: bool = True,
-) -> Tensor:
-    """x [L, channels] -> the same."""
-    assert z is not None
-    assert z.shape == x.shape
-    assert weight.shape == (x.shape[-1],)
-    assert group_size is not None
-    assert x.shape[-1] % group_size == 0
-    assert bias is None
-    assert not norm_before_gate, "the gate comes first in this family"
-    assert eps == 1e-5
-    return gated_rms_norm(x, z, weight, group_size)
-
-
-def _lengths(seq_idx: Tensor) -> list[int]:
-    return torch.unique_consecutive(seq_idx, return_counts=True)[1].tolist()
-
-
-def _module(name: str, **members: Any) -> None:
-    module = ModuleType(name)
-    # A package, and one that importlib finds.
-    module.__spec__, module.__path__ = ModuleSpec(name, None), []  # type: ignore[attr-defined]
-    for key, value in members.items():
-        setattr(module, key, value)
-    parent, _, child = name.rpartition(".")
-    if parent:
-        setattr(sys.modules[parent], child, module)
-    sys.modules[name] = module
-
-
-def install() -> None:
-    """Puts the packages where ``import`` finds them."""
-
-    class FP8GlobalStateManager:
-        @staticmethod
-        def is_fp8_enabled() -> bool:
-            return STATE.recipe is not None
-
-    class CudaRNGStatesTracker:
-        pass
-
-    fp8 = {"FP8GlobalStateManager": FP8GlobalStateManager, "fp8_autocast": fp8_autocast}
-    fp8["fp8_model_init"] = fp8_model_init
-    names = ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
-    recipes = {name: _recipe(name, fp8_format=None, amax_history_len=1024, amax_compute_algo="max") for name in names}
-    linears = {"Linear": Linear, "LayerNormLinear": LayerNormLinear, "GroupedLinear": GroupedLinear}
-    te = "transformer_engine"
-    _module(te, __version__="2.9.0")
-    _module(f"{te}.common")
-    _module(f"{te}.common.recipe", Format=Format, **recipes)
-    _module(
-        f"{te}.pytorch",
-        RMSNorm=RMSNorm,
-        DotProductAttention=DotProductAttention,
-        LayerNorm=nn.LayerNorm,
-        Fp8Padding=Fp8Padding,
-        Fp8Unpadding=Fp8Padding,
-        **linears,
-        **fp8,
-    )
-    _module(f"{te}.pytorch.fp8", **fp8)
-    _module(f"{te}.pytorch.ops")
-    _module(
-        f"{te}.pytorch.distributed",
-        CudaRNGStatesTracker=CudaRNGStatesTracker,
-        checkpoint=checkpoint,
-        activation_recompute_forward=None,
-    )
-    router = ("fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function")
-    _module(f"{te}.pytorch.router", **dict.fromkeys(router))
-    _module(f"{te}.pytorch.tensor", QuantizedTensor=type("QuantizedTensor", (Tensor,), {}))
-    functions = ("replace_raw_data", "cast_master_weights_to_fp8", "post_all_gather_processing")
-    _module(f"{te}.pytorch.tensor.utils", **dict.fromkeys(functions))
-    _module("causal_conv1d", causal_conv1d_fn=causal_conv1d_fn)
-    _module("mamba_ssm")
-    _module("mamba_ssm.ops")
-    _module("mamba_ssm.ops.triton")
-    _module("mamba_ssm.ops.triton.layernorm_gated", rmsnorm_fn=rmsnorm_fn)
-    _module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=mamba_chunk_scan_combined)

@@ -137,7 +137,7 @@ class ReductionStack(HybridStack):
             origin = self.shard.joined(self.gathered(origin))
         return hidden_states, layout.taken(origin, self._entering(layout, by_layer))
 
-    def _run_layer(self, layer: nn.Module, hidden_states: Tensor, packing: Any) -> Tensor:
+    def _run_layer(self, layer: Any, hidden_states: Tensor, packing: Any) -> Tensor:
         """One layer, its activations recomputed in backward if configured.
 
         Selection stays outside of what is recomputed: the plan of the first pass is the only one.

@@ -25,7 +25,7 @@ def finetune(cfg: Config, launch: Launch) -> None:
     from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
     from hybridprune_megatron.models.build import build_model
 
-    module = HybridPruneModule(cfg, partial(build_model, cfg), partial(build_train_loader, cfg))
+    module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(build_train_loader, cfg))
     trainer = build_trainer(cfg, launch)
     start_experiment(trainer, cfg)
     trainer.fit(module)

@@ -73,25 +73,28 @@ def check_reduction(model: VideoLanguageModel, prompt: Prompt, reduction: Reduct
     Raises:
         ValueError: they are not; nothing should be timed then.
     """
+    from hybridprune_megatron.models.fp8 import layer_context, pass_context
     from hybridprune_megatron.models.packed import pack_for_layer
 
     trace: list[TokenLayout] = []
+    decoder = model.language_model.decoder
     with measuring(model, None):
         found, left = model.language_model(prompt.hidden, prompt.layout, reduction, None, None, trace)
-        hidden, layout = prompt.hidden, prompt.layout
-        decoder = model.language_model.decoder
+    hidden, layout = prompt.hidden, prompt.layout
+    with measuring(model, None), pass_context(decoder.config):
         for layer, after in zip(decoder.layers, [*trace[1:], left], strict=True):
-            out = layer(
-                hidden_states=hidden,
-                attention_mask=None,
-                packed_seq_params=pack_for_layer(layout, None, reduction.dt_filter, None),
-            )
+            with layer_context(decoder.config, layer.layer_number):
+                out = layer(
+                    hidden_states=hidden,
+                    attention_mask=None,
+                    packed_seq_params=pack_for_layer(layout, None, reduction.dt_filter, None),
+                )
             hidden = out[0] if isinstance(out, tuple) else out
             stays = torch.isin(layout.origin, after.origin)
             hidden, layout = hidden[stays], after
         expected = model.language_model.output_layer(decoder.final_norm(hidden))[0].squeeze(1)
     counts = [sum(layout.visual_counts) for layout in trace]
-    wanted = [sum(counts) for counts in reduction.counts_by_layer(prompt.layout)]
+    wanted = [sum(counts) for counts in reduction.counts_by_layer(prompt.layout, decoder.multiple_of)]
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     if counts != wanted or not difference <= TOLERANCE[prompt.hidden.dtype]:
         raise ValueError(

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from hybridprune_megatron.config.explain import group_options
 from hybridprune_megatron.config.fields import key_help, leaf_keys
 
-GROUPS = ("experiment", "model", "data", "reduction", "tuning", "optim", "trainer", "parallel")
+GROUPS = ("experiment", "model", "data", "reduction", "tuning", "optim", "trainer", "fp8", "parallel")
 COMMON_KEYS = (
     "name",
     "output_dir",
@@ -31,6 +31,7 @@ COMMON_KEYS = (
     "trainer.max_steps",
     "trainer.global_batch_size",
     "trainer.precision",
+    "fp8.recipe",
     "trainer.num_nodes",
     "trainer.devices",
     "trainer.save_every_n_steps",

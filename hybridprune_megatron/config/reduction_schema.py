@@ -50,7 +50,7 @@ class ReductionConfig:
         layers: layers that may drop; all, attention, mamba, every_2 (every n-th of all), or a list of 0-based indices.
         min_tokens: fewest visual tokens that stay per sample.
         min_tokens_per_frame: tokens that every frame keeps while the count allows; 0 = frames compete freely.
-        multiple_of: what the packed length divides by after every drop (16 for FP8).
+        multiple_of: what the packed length divides by after every drop, beside what parallelism and fp8 ask for.
         local_choice: each context-parallel rank drops among the tokens it holds: no row moves, another choice.
         query_rows: text rows that score; question (all its tokens) or last (its last token).
         attention_pooling: scores of an attention layer over its heads; mean or max.

@@ -9,11 +9,13 @@ Nothing heavy is imported, so that a wrong value is reported before megatron or 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of, within
 from hybridprune_megatron.config.cross_checks import check_config
+from hybridprune_megatron.config.fp8_schema import Fp8Config, check_fp8
 from hybridprune_megatron.config.model_schema import ExpertsConfig, ModelConfig, TrainableConfig, VisionConfig
 from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
 from hybridprune_megatron.config.tuning_checks import check_tuning
@@ -23,6 +25,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "ExpertsConfig",
+    "Fp8Config",
     "LrScaleConfig",
     "ModelConfig",
     "OptimConfig",
@@ -285,6 +288,7 @@ class Config:
         parallel: how the model and the batch are split.
         exp_manager: passed to NeMo's exp_manager as it is.
         tuning: how finetuning goes about budgets, targets and weights.
+        fp8: which layers run in FP8, and how numbers are scaled.
     """
 
     name: str
@@ -296,12 +300,14 @@ class Config:
     trainer: TrainerConfig
     parallel: ParallelConfig
     exp_manager: dict[str, Any]
-    # With a default, so that checkpoints from before this group can be read.
+    # With defaults, so that checkpoints from before these groups can be read.
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:
         check_config(self)
         check_tuning(self)
+        check_fp8(self)
 
     @property
     def data_parallel_size(self) -> int:
@@ -312,6 +318,15 @@ class Config:
     def num_micro_batches(self) -> int:
         """Packed sequences that one copy of the model runs through per optimizer step."""
         return self.trainer.global_batch_size // (self.data_parallel_size * self.trainer.micro_batch_size)
+
+    @property
+    def length_multiple(self) -> int:
+        """What the length of a packed sequence divides by: ranks that share it, FP8's tiles, the reduction's own."""
+        parallel = self.parallel
+        shares = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
+        # Attention cuts a sequence into two chunks a context-parallel rank; a rank's part has whole tiles.
+        unit = math.lcm(2 if parallel.context > 1 else 1, self.fp8.tile)
+        return math.lcm(shares * unit, self.reduction.multiple_of)
 
     @property
     def retention_by_layer(self) -> tuple[float, ...]:

@@ -28,7 +28,7 @@ SOURCES = {
     "hop": "chosen: the order of a network's latency",
     "overlap": "chosen: kernels of communication take some of the GPU",
     "frames_over": "as the code divides them",
-    "fp8": "trainer.precision knows bf16 and fp32 only",
+    "fp8": "fp8=none is the default",
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 
 #: Label of a token after which nothing is predicted.
 IGNORE_LABEL = -100
-#: Key of the sample that only fills a packed sequence up.
+#: Key of samples that only fill a packed sequence up.
 PADDING_KEY = ""
 
 
@@ -63,7 +64,7 @@ class PackedBatch:
     """Samples one after another in one sequence. Positions restart at 0 in every sample (see ``TokenLayout``).
 
     Attributes:
-        keys: one key a sample; the padding sample, if there is one, is last and named ``PADDING_KEY``.
+        keys: one key a sample; samples that fill the sequence up are last and named ``PADDING_KEY``.
         input_ids: int64 [L].
         labels: int64 [L], shifted within every sample.
         loss_mask: float32 [L], 1 where there is a label.
@@ -113,9 +114,9 @@ def pack(samples: Sequence[EncodedSample], pad_to_multiple_of: int = 1, pad_id: 
 
     Args:
         samples: at least one.
-        pad_to_multiple_of: the length becomes a multiple of this; what is missing is one more sample of text
-            without loss, so that no real sample ever sees padding.
-        pad_id: token of the padding.
+        pad_to_multiple_of: the length becomes a multiple of this; what is missing are more samples of text without
+            loss (see ``_filling``), so that no real sample ever sees padding.
+        pad_id: fills up where every sample begins with a frame.
 
     Raises:
         ValueError: there are no samples, their frames differ in size, or their features come from several towers or
@@ -128,11 +129,11 @@ def pack(samples: Sequence[EncodedSample], pad_to_multiple_of: int = 1, pad_id: 
     input_ids = [sample.input_ids for sample in samples]
     labels = [sample.labels for sample in samples]
     padding = -sum(layout.num_tokens for layout in layouts) % pad_to_multiple_of
-    if padding:
+    for ids in _filling(samples, padding, pad_id):
         keys.append(PADDING_KEY)
-        layouts.append(SampleLayout((Span(TokenKind.TEXT, padding),)))
-        input_ids.append(torch.full((padding,), pad_id, dtype=torch.int64))
-        labels.append(torch.full((padding,), IGNORE_LABEL, dtype=torch.int64))
+        layouts.append(SampleLayout((Span(TokenKind.TEXT, len(ids)),)))
+        input_ids.append(ids)
+        labels.append(torch.full_like(ids, IGNORE_LABEL))
     all_labels = torch.cat(labels)
     pixel_values = _join_frames([sample.pixel_values for sample in samples])
     features = join_features([sample.frame_features for sample in samples if sample.frame_features is not None])
@@ -150,6 +151,32 @@ def pack(samples: Sequence[EncodedSample], pad_to_multiple_of: int = 1, pad_id: 
         pixel_values=pixel_values,
         frame_features=features,
     )
+
+
+def _filling(samples: Sequence[EncodedSample], length: int, pad_id: int) -> list[Tensor]:
+    """``length`` tokens to fill a sequence up with: the longest text that one of the samples begins with, again.
+
+    Nothing behind a token reaches it, so in every layer these rows are copies of rows that are there anyway. A scale of
+    FP8, which the largest number decides, is the same with and without them; padding tokens would bring their own.
+
+    Args:
+        samples: of the sequence.
+        length: tokens that are missing.
+        pad_id: the token, where every sample begins with a frame.
+
+    Returns:
+        int64 [n] each, samples of their own.
+    """
+    texts = [sample.input_ids[: _tokens_before_frames(sample.layout)] for sample in samples]
+    text = max(texts, key=len)
+    if not len(text):
+        text = torch.full((length,), pad_id, dtype=torch.int64)
+    return [text[: length - start] for start in range(0, length, max(len(text), 1))]
+
+
+def _tokens_before_frames(layout: SampleLayout) -> int:
+    text = takewhile(lambda span: span.kind != TokenKind.FRAME, layout.spans)
+    return sum(span.num_tokens for span in text)
 
 
 def join_features(parts: Sequence[FrameFeatures]) -> FrameFeatures | None:

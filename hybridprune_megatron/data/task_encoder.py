@@ -8,7 +8,6 @@ it is by remembering which samples its buffers hold, so every stage depends on n
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -244,7 +243,7 @@ class TrainLoader:
     """
 
     def __init__(self, cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> None:
-        multiple = pad_to_multiple_of or length_multiple(cfg)
+        multiple = pad_to_multiple_of or cfg.length_multiple
         encoder = SampleEncoder(cfg)
         numbers = streams_of(rank, world_size, cfg.trainer.global_batch_size)
         self._streams = {number: _Stream(cfg, encoder, number, multiple) for number in numbers}
@@ -305,15 +304,6 @@ def build_eval_loader(cfg: Config, rank: int = 0, world_size: int = 1) -> Iterat
             yield finished.sample
     except FatalSampleError as error:
         raise ValueError(fatal_line(error)) from error
-
-
-def length_multiple(cfg: Config) -> int:
-    """What the length of a packed sequence must divide by: ranks that share a sequence, and FP8's tiles."""
-    shares = cfg.parallel.tensor if cfg.parallel.sequence_parallel else 1
-    if cfg.parallel.context > 1:
-        # Attention cuts a sequence into two chunks a rank.
-        shares = math.lcm(shares, shares * 2 * cfg.parallel.context)
-    return math.lcm(shares, getattr(cfg.reduction, "multiple_of", 1))
 
 
 def _dataset_path(path: str | None, key: str) -> Path:

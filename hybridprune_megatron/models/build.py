@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.models.distillation import DistillingModel
 from hybridprune_megatron.models.experts import expert_settings, prepare_experts
+from hybridprune_megatron.models.fp8 import fp8_settings
 from hybridprune_megatron.models.language_model import ReductionHybridModel
 from hybridprune_megatron.models.lora import adapt_projector, is_adapter, train_adapters_only
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
@@ -35,6 +37,7 @@ def build_model(
     chunk: int | None = None,
     *,
     meta: bool = False,
+    fused_gradients: bool = False,
 ) -> VideoLanguageModel:
     """The model of a configuration on this rank, parameters of frozen parts without gradients.
 
@@ -44,12 +47,15 @@ def build_model(
         post_process: last pipeline stage.
         chunk: which of its chunks, on a stage of an interleaved pipeline.
         meta: build on the meta device, without memory for weights.
+        fused_gradients: for a model that megatron's DDP will wrap: the kernels add weights' gradients to its buffers
+            themselves, where they can (see ``transformer_config``).
 
     Raises:
-        ValueError: a scorer, layer or budget that does not exist, or a spec that cannot be had here.
+        ValueError: a scorer, layer or budget that does not exist, or a spec or FP8 that cannot be had here.
     """
+    config = transformer_config(cfg, meta=meta, fused_gradients=fused_gradients)
     with torch.device("meta") if meta else nullcontext():
-        return _build(cfg, pre_process, post_process, chunk, transformer_config(cfg, meta=meta))
+        return _build(cfg, pre_process, post_process, chunk, config)
 
 
 def _build(
@@ -61,7 +67,7 @@ def _build(
     mamba = {"chunk_size": model.mamba_chunk_size, "time_step_min": model.time_step_min}
     language_model = ReductionHybridModel(
         config,
-        hybrid_stack_spec=stack_spec(spec, mamba, lora if lora.rank else None),
+        hybrid_stack_spec=stack_spec(spec, mamba, lora if lora.rank else None, cfg.parallel.context),
         vocab_size=model.vocab_size,
         max_sequence_length=model.max_sequence_length,
         hybrid_layer_pattern=model.hybrid_pattern,
@@ -140,9 +146,21 @@ def tower_config(vision: VisionConfig):
     )
 
 
-def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
-    """Megatron's configuration of the language model."""
+def transformer_config(cfg: Config, *, meta: bool = False, fused_gradients: bool = False) -> TransformerConfig:
+    """Megatron's configuration of the language model.
+
+    Args:
+        cfg: as for ``build_model``.
+        meta: as for ``build_model``.
+        fused_gradients: as for ``build_model``. Megatron's own linears (the output layer) take the kernel from apex,
+            and one switch holds for all, so without apex nothing is fused.
+
+    Raises:
+        ValueError: a spec or FP8 that cannot be had here.
+    """
     model, parallel = cfg.model, cfg.parallel
+    spec = resolve_spec(model.spec)
+    has_apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     on_gpu = torch.cuda.is_available()
     bf16 = cfg.trainer.precision == "bf16"
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -165,7 +183,7 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
         mamba_num_groups=model.mamba_num_groups,
         is_hybrid_model=True,
         # Transformer Engine knows its own by megatron's function.
-        activation_func=squared_relu if resolve_spec(model.spec) == "te" else relu_squared,
+        activation_func=squared_relu if spec == "te" else relu_squared,
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
@@ -192,12 +210,13 @@ def transformer_config(cfg: Config, *, meta: bool = False) -> TransformerConfig:
         use_cpu_initialization=not on_gpu,
         init_model_with_meta_device=meta,
         perform_initialization=not meta,
-        # Fused kernels that exist on a GPU only.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_gradients and spec == "te" and has_apex,
+        # There is neither bias nor dropout to fuse, and norm and softmax are others.
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         **recompute[cfg.trainer.recompute],
+        **fp8_settings(cfg.fp8, spec, model.experts is not None),
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hybridprune_megatron.models.packed import LayerPacking
 from hybridprune_megatron.ops.conv import causal_conv_silu
+from hybridprune_megatron.ops.norm import GATED_NORM_EPSILON, gated_rms_norm
 from hybridprune_megatron.ops.ssd import ssd_scan
 
 
@@ -24,6 +25,10 @@ class MambaOps(Protocol):
         """SSD scan; shapes as in ``ops.ssd.ssd_scan``."""
         ...
 
+    def gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, group_width: int) -> Tensor:
+        """``rms_norm(y * silu(z))``; shapes as in ``ops.norm.gated_rms_norm``."""
+        ...
+
 
 class TorchMambaOps:
     """The specification: plain torch on any device."""
@@ -36,6 +41,9 @@ class TorchMambaOps:
     ) -> Tensor:
         return ssd_scan(x, dt, A, B, C, D, packing.sample_index, chunk_size)
 
+    def gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, group_width: int) -> Tensor:
+        return gated_rms_norm(y, z, weight, group_width)
+
 
 class KernelMambaOps:
     """The kernels of causal-conv1d and mamba_ssm; both stop at sample boundaries by ``seq_idx``."""
@@ -43,12 +51,14 @@ class KernelMambaOps:
     def __init__(self) -> None:
         # Imported here: these packages exist on machines with a GPU only.
         from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
         from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-        self._conv, self._scan = causal_conv1d_fn, mamba_chunk_scan_combined
+        self._conv, self._scan, self._norm = causal_conv1d_fn, mamba_chunk_scan_combined, rmsnorm_fn
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, packing: LayerPacking) -> Tensor:
-        # seq_idx needs channels-last memory: [1, channels, L] with the channels contiguous.
+        # seq_idx needs channels-last memory, [1, channels, L] with the channels contiguous, and rows a multiple of 8
+        # numbers apart, which those of the wider in_proj need not be.
         channels_last = x.contiguous().unsqueeze(0).transpose(1, 2)
         y = self._conv(channels_last, weight, bias, seq_idx=packing.seq_idx, activation="silu")
         return y.transpose(1, 2).squeeze(0)
@@ -57,4 +67,9 @@ class KernelMambaOps:
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, packing: LayerPacking, chunk_size: int
     ) -> Tensor:
         x, dt, B, C = (tensor.unsqueeze(0) for tensor in (x, dt, B, C))
-        return self._scan(x, dt, A, B, C, chunk_size, D=D, seq_idx=packing.seq_idx).squeeze(0)
+        # dt comes with its bias and behind its softplus, for the scores need it too.
+        y = self._scan(x, dt, A, B, C, chunk_size, D=D, seq_idx=packing.seq_idx, dt_softplus=False)
+        return y.squeeze(0)
+
+    def gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, group_width: int) -> Tensor:
+        return self._norm(y, weight, None, z=z, eps=GATED_NORM_EPSILON, group_size=group_width, norm_before_gate=False)

@@ -24,7 +24,6 @@ from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 from hybridprune_megatron.models.mamba_ops import MambaOps
 from hybridprune_megatron.models.packed import LayerPacking
 from hybridprune_megatron.models.torch_layers import parameter_device
-from hybridprune_megatron.ops.norm import gated_rms_norm
 
 
 def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
@@ -61,20 +60,22 @@ class GatedRMSNorm(nn.Module):
 
     Args:
         config: parameter dtype and device.
+        ops: computes it.
         width: channels of this rank.
         group_width: channels normalised together.
         tp_group: ranks over which the channels are sharded.
     """
 
-    def __init__(self, config: TransformerConfig, width: int, group_width: int, tp_group: Any) -> None:
+    def __init__(self, config: TransformerConfig, ops: MambaOps, width: int, group_width: int, tp_group: Any) -> None:
         super().__init__()
+        self.ops = ops
         self.group_width = group_width
         self.tp_group = tp_group
         self.weight = nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=parameter_device(config)))
         _mark_sharded(self.weight)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        return gated_rms_norm(y, z, self.weight, self.group_width)
+        return self.ops.gated_norm(y, z, self.weight, self.group_width)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Weight sharded over channels."""
@@ -153,7 +154,7 @@ class ReductionMambaMixer(MambaMixer):
         if self.context > 1:
             self._share_heads(pg_collection.cp.rank())
         self.norm = GatedRMSNorm(
-            config, self.d_inner_local_tp, self.d_inner_local_tp // self.ngroups_local_tp, self.tp_group
+            config, ops, self.d_inner_local_tp, self.d_inner_local_tp // self.ngroups_local_tp, self.tp_group
         )
         self.out_proj = build_module(
             submodules.out_proj,

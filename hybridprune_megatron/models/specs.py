@@ -52,13 +52,17 @@ def resolve_spec(name: str) -> str:
     return name
 
 
-def stack_spec(name: str, mamba: Mapping[str, Any], lora: LoraConfig | None = None) -> ModuleSpec:
+def stack_spec(name: str, mamba: Mapping[str, Any], lora: LoraConfig | None = None, context: int = 1) -> ModuleSpec:
     """The spec of the decoder.
+
+    Transformer Engine's attention cuts every sample for context parallelism where ours cuts the whole packed sequence
+    (so that drops move few rows), so there attention is torch's in both sets; its kernels are flash attention's too.
 
     Args:
         name: "torch" or "te", from ``resolve_spec``.
         mamba: further arguments of ``ReductionMambaMixer``.
         lora: adapters on the linears that it names; None: none.
+        context: ranks that share a packed sequence.
     """
     if name == "te":
         from megatron.core.extensions.transformer_engine import (
@@ -72,7 +76,7 @@ def stack_spec(name: str, mamba: Mapping[str, Any], lora: LoraConfig | None = No
         return _spec(
             TELayerNormColumnParallelLinear,
             TERowParallelLinear,
-            TEDotProductAttention,
+            TEDotProductAttention if context == 1 else PackedAttention,
             TENorm,
             KernelMambaOps(),
             backend_experts_spec(TENorm, TESpecProvider()),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction, counts_after
 from hybridprune_megatron.models.context import ContextShard
+from hybridprune_megatron.models.fp8 import layer_context, pass_context, recomputed, row_tile
 from hybridprune_megatron.models.packed import LayerPacking, pack_for_layer
 from hybridprune_megatron.models.stage_cut import ORIGIN_COLUMNS, split_origin
 
@@ -44,8 +45,13 @@ class ReductionStack(HybridStack):
 
     @property
     def multiple_of(self) -> int:
-        """What the length of a packed sequence must divide by for ranks to share it evenly."""
-        return self.shard.multiple_of * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        """What the length of a packed sequence must divide by in every layer.
+
+        Ranks share it evenly, and with FP8 the part of each has whole tiles: ``Config.length_multiple`` without the
+        reduction's own setting.
+        """
+        sharing = self.tp_group.size() if self.config.sequence_parallel else 1
+        return math.lcm(self.shard.multiple_of * sharing, self.shard.size * sharing * row_tile(self.config))
 
     @property
     def local_chunks(self) -> int:
@@ -74,6 +80,24 @@ class ReductionStack(HybridStack):
         by_layer = reduction.counts_by_layer(layout, self.multiple_of) if reduction is not None else None
         if hidden_states is None:
             hidden_states, layout = self._received(layout, by_layer)
+        with pass_context(self.config):
+            hidden_states, layout = self._run_layers(hidden_states, layout, reduction, by_layer, trace)
+        if self.post_process:
+            hidden_states = self.final_norm(hidden_states)
+        hidden_states = make_viewless_tensor(
+            inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
+        )
+        return hidden_states, layout
+
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        reduction: Reduction | None,
+        by_layer: list[tuple[int, ...]] | None,
+        trace: list[TokenLayout] | None,
+    ) -> tuple[Tensor, TokenLayout]:
+        """The layers of this stage and the drops behind them."""
         packing = None
         for layer in self.layers:
             if trace is not None:
@@ -88,11 +112,6 @@ class ReductionStack(HybridStack):
             if dropping is not None:
                 scores = _over_heads(packing, packing.heads_group or self.tp_group)
                 hidden_states, layout = self._drop(dropping, hidden_states, layout, counts, scores)
-        if self.post_process:
-            hidden_states = self.final_norm(hidden_states)
-        hidden_states = make_viewless_tensor(
-            inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
-        )
         return hidden_states, layout
 
     def input_shape(self, layout: TokenLayout, reduction: Reduction | None) -> tuple[int, int, int]:
@@ -118,18 +137,20 @@ class ReductionStack(HybridStack):
             origin = self.shard.joined(self.gathered(origin))
         return hidden_states, layout.taken(origin, self._entering(layout, by_layer))
 
-    def _run_layer(self, layer: nn.Module, hidden_states: Tensor, packing: Any) -> Tensor:
+    def _run_layer(self, layer: Any, hidden_states: Tensor, packing: Any) -> Tensor:
         """One layer, its activations recomputed in backward if configured.
 
         Selection stays outside of what is recomputed: the plan of the first pass is the only one.
         """
 
         def run(hidden: Tensor) -> Tensor:
-            output = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=packing)
+            # Opened inside of what is recomputed, so that backward's pass runs in it too.
+            with layer_context(self.config, layer.layer_number):
+                output = layer(hidden_states=hidden, attention_mask=None, packed_seq_params=packing)
             return output[0] if isinstance(output, tuple) else output
 
         if self.config.recompute_granularity == "full" and self.training:
-            return tensor_parallel.checkpoint(run, False, hidden_states)
+            return recomputed(self.config, self.tp_group, run, hidden_states)
         return run(hidden_states)
 
     def _drop(

@@ -37,10 +37,24 @@ def test_the_last_token_of_a_sample_never_predicts_the_next_sample() -> None:
 def test_padding_is_a_sample_of_its_own_without_loss() -> None:
     batch = pack([make_sample("a", 6), make_sample("b", 5)], pad_to_multiple_of=8, pad_id=3)
     assert batch.keys == ["a", "b", PADDING_KEY]
-    assert batch.input_ids.tolist()[11:] == [3] * 5
+    assert batch.input_ids.tolist()[11:] == [0, 1, 2, 3, 4]
     assert batch.layouts[-1].kinds() == [TokenKind.TEXT] * 5
     assert batch.loss_mask[11:].sum() == 0
     assert pack([make_sample("a", 8)], pad_to_multiple_of=8).keys == ["a"]
+
+
+def test_a_sequence_is_filled_with_the_longest_text_that_a_sample_begins_with() -> None:
+    spans = (Span(TokenKind.TEXT, 3), Span(TokenKind.FRAME, 2, 0, 0), Span(TokenKind.TEXT, 4))
+    ids = torch.arange(100, 109)
+    between = EncodedSample("x", ids, torch.full((9,), IGNORE_LABEL), SampleLayout(spans), no_pixels())
+    batch = pack([make_sample("a", 6, frames=1), between], pad_to_multiple_of=32)
+    assert batch.keys == ["a", "x", *[PADDING_KEY] * 6]
+    assert batch.input_ids.tolist()[15:] == [100, 101, 102] * 5 + [100, 101]
+    assert [layout.num_tokens for layout in batch.layouts[2:]] == [3] * 5 + [2]
+    # Nobody begins with text: there is none to take.
+    frames = pack([make_sample("a", 6, frames=1)], pad_to_multiple_of=16, pad_id=3)
+    assert frames.input_ids.tolist()[6:] == [3] * 10
+    assert frames.keys == ["a", PADDING_KEY]
 
 
 def test_moving_keeps_the_count_on_the_host() -> None:

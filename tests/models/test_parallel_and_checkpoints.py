@@ -115,6 +115,7 @@ def _stock_model(cfg):
     from megatron.core.ssm.mamba_mixer import MambaMixer
 
     from hybridprune_megatron.models.build import transformer_config
+    from hybridprune_megatron.models.mamba_ops import TorchMambaOps
     from hybridprune_megatron.models.mixers import GatedRMSNorm
     from hybridprune_megatron.models.specs import stack_spec
     from hybridprune_megatron.models.torch_layers import RMSNorm
@@ -122,7 +123,7 @@ def _stock_model(cfg):
     config = transformer_config(cfg)
 
     def gated_norm(width, group_size, **_):
-        return GatedRMSNorm(config, width, group_size, None)
+        return GatedRMSNorm(config, TorchMambaOps(), width, group_size, None)
 
     class StockStack(HybridStack):
         def __init__(self, config, submodules, final_norm, **kwargs):

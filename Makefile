@@ -66,7 +66,10 @@ bench: $(INSTALLED)
 	@if $(VENV)/bin/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then \
 	  $(VENV)/bin/python kernels/bench.py --device cuda --out runs/bench/kernels_cuda.json; \
 	  $(VENV)/bin/python recipes/benchmark.py $(BENCH_12B) --visual-tokens 32768 131072 --no-peer --no-train \
-	    --out runs/bench/12b; fi
+	    --out runs/bench/12b; \
+	  for fp8 in none tensorwise; do \
+	    $(VENV)/bin/python recipes/benchmark.py $(BENCH_12B) fp8=$$fp8 --visual-tokens 16384 --no-peer --no-decode \
+	      --out runs/bench/12b_fp8_$$fp8; done; fi
 
 # make lint      ruff and mypy
 lint: $(INSTALLED)

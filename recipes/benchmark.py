@@ -5,10 +5,10 @@
     python recipes/benchmark.py experiment=nemotron_nano_12b_v2_vl parallel=single trainer.devices=1 \\
         'model.hybrid_pattern="M-M-M-M*-M-M-M-M*-"' --visual-tokens 32768 131072 --no-peer
 
-Prefill from embeddings to the last token's logits, the share of it that scoring takes, and a training step (forward
-and backward, all weights learning) with the activations that it keeps. Weights are random. Before anything is timed,
-logits are compared with transformers', and the reduced model with its own layers run one by one; if they differ,
-nothing is printed.
+Prefill from embeddings to the last token's logits, the share of it that scoring takes, decoding over the caches that it
+leaves (in the code of an export), and a training step (forward and backward, all weights learning) with the activations
+that it keeps. Weights are random. Before anything is timed, logits are compared with transformers', the reduced model
+with its own layers run one by one, and decoding with a prefill of one token more; if they differ, nothing is printed.
 Writes runs/bench/report.json and prefill.png; --keep NAME adds the report to docs/performance.md, where those of
 kernels/bench.py --out docs/performance/NAME.json are shown too.
 """
@@ -34,11 +34,12 @@ CHECKED_TOKENS = 700
 
 
 def main(argv: list[str]) -> None:
-    """Measures, prints five ratios, writes the report."""
+    """Measures, prints the ratios, writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--visual-tokens", type=int, nargs="+", default=[2048, 8192], help="default: 2048 8192")
     parser.add_argument("--rounds", type=int, default=5, help="medians of so many (default 5)")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument("--no-decode", action="store_true", help="leave decoding out")
     parser.add_argument("--no-train", action="store_true", help="leave the training step out")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench", help="folder (default runs/bench)")
     parser.add_argument("--keep", metavar="NAME", help="add the report to docs/performance.md under this name")
@@ -72,6 +73,7 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
 
     device = init_distributed(Launch(0, 1, 0, 1))
     init_model_parallel(seed=cfg.trainer.seed)
+    from hybridprune_megatron.benchmark.decoding import check_decoding, exported_model, time_decoding
     from hybridprune_megatron.benchmark.measure import (
         Prompt,
         check_peer,
@@ -91,17 +93,27 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
     model = build_model(cfg).to(device)
     peer = None if options.no_peer else transformers_peer(model, cfg.model)
 
+    def sample(visual: int) -> Any:
+        return one_sample(visual, text_tokens(cfg, visual), QUESTION_TOKENS)
+
     def prompt(visual: int) -> Any:
-        return Prompt.of(model, one_sample(visual, text_tokens(cfg, visual), QUESTION_TOKENS))
+        return Prompt.of(model, sample(visual))
 
     small = prompt(CHECKED_TOKENS)
     difference = check_peer(model, peer, small) if peer is not None else None
     check_reduction(model, small, reduction)
+    exported = None
+    # An export has no FP8, so there is nothing to compare with.
+    if not options.no_decode and cfg.fp8.recipe is None:
+        exported = exported_model(model, cfg)
+        for each in (None, reduction):
+            check_decoding(model, exported, sample(CHECKED_TOKENS), each)
     rows = []
     for visual in options.visual_tokens:
         taken = time_prefill(model, peer, prompt(visual), reduction, options.rounds)
         scoring = median(time_scoring(model, prompt(visual), reduction, options.rounds))
-        rows.append(_prefill_row(cfg, visual, taken, scoring))
+        decoding = time_decoding(exported, peer, prompt(visual), reduction, options.rounds) if exported else {}
+        rows.append(_prefill_row(cfg, visual, taken, scoring, decoding))
     train = None
     if not options.no_train:
         visual = options.visual_tokens[-1]
@@ -125,11 +137,13 @@ def text_tokens(cfg: Config, visual: int) -> int:
 
 def _ratios(prefill: dict[str, Any], train: dict[str, Any] | None) -> dict[str, float | None]:
     """What the report begins with, at the greatest length."""
+    decoding = prefill["decode_seconds"]
     found = {
         "prefill_speedup": prefill["speedup"],
         "prefill_limit": prefill["limit"],
         "scoring_share": prefill["scoring_share"],
         "prefill_vs_transformers": prefill["vs_transformers"],
+        "decode_speedup": decoding["full"] / decoding["reduced"] if decoding else None,
     }
     if train is None:
         return found | dict.fromkeys(("train_step_speedup", "train_limit", "activation_memory_ratio"))
@@ -142,7 +156,9 @@ def _ratios(prefill: dict[str, Any], train: dict[str, Any] | None) -> dict[str, 
     }
 
 
-def _prefill_row(cfg: Config, visual: int, taken: dict[str, list[float]], scoring: float) -> dict[str, Any]:
+def _prefill_row(
+    cfg: Config, visual: int, taken: dict[str, list[float]], scoring: float, decoding: dict[str, list[float]]
+) -> dict[str, Any]:
     """One length: medians, ratios, and what counting operations allows."""
     from hybridprune_megatron.cost.prefill import Prompt, prefill_cost
 
@@ -164,6 +180,7 @@ def _prefill_row(cfg: Config, visual: int, taken: dict[str, list[float]], scorin
         "scoring_seconds": scoring,
         "scoring_share": scoring / seconds["full"],
         "vs_transformers": peer / seconds["full"] if peer else None,
+        "decode_seconds": {name: median(each) for name, each in decoding.items()},
     }
 
 

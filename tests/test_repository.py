@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {"method", "ops", "data", "config", "models", "evaluation"},
     "huggingface": {"method"},
     "engine": {"method", "data", "config", "models", "evaluation", "huggingface"},
-    "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface"},
+    "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface", "export"},
     "study": {"data", "config", "models", "evaluation", "engine", "export"},
     "export": {"method", "ops", "vision", "data", "config", "models", "engine", "huggingface"},
 }

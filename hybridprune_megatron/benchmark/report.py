@@ -25,13 +25,14 @@ the reduced model's with its own layers run one by one.
 
 
 def headline(report: Report) -> list[str]:
-    """The five ratios in lines for a terminal."""
+    """The ratios in lines for a terminal."""
     lines = [
         ("prefill, full over reduced", report["prefill_speedup"], report["prefill_limit"]),
         ("scoring, share of full prefill", report["scoring_share"], None),
         ("prefill, transformers over full", report["prefill_vs_transformers"], None),
         ("training step, full over reduced", report["train_step_speedup"], report["train_limit"]),
         ("activations, reduced over full", report["activation_memory_ratio"], None),
+        ("decoding, full over reduced", report["decode_speedup"], None),
     ]
     return [
         f"{name:<34}"
@@ -92,6 +93,7 @@ def _section(name: str, report: Report) -> Iterable[str]:
             + (f"{peer:.3f} | {ratio:.2f} |" if peer else "not measured | |")
         )
     yield ""
+    yield from _decoding(report["prefill"])
     if report["train"] is None:
         return
     train = report["train"]
@@ -105,6 +107,23 @@ def _section(name: str, report: Report) -> Iterable[str]:
         f"**{report['train_step_speedup']:.2f}** | {report['train_limit']:.2f} | {mib['full']:.0f} | "
         f"{mib['reduced']:.0f} | **{report['activation_memory_ratio']:.2f}** |\n"
     )
+
+
+def _decoding(rows: Sequence[Report]) -> Iterable[str]:
+    """Milliseconds a token, where they were measured."""
+    if not any(row["decode_seconds"] for row in rows):
+        return
+    yield from _table_head(
+        "decoding behind visual tokens", "full, ms a token", "reduced, ms", "full / reduced", "transformers, ms"
+    )
+    for row in rows:
+        taken = {name: 1e3 * seconds for name, seconds in row["decode_seconds"].items()}
+        peer = f"{taken['transformers']:.2f}" if "transformers" in taken else "not measured"
+        yield (
+            f"| {row['visual_tokens']:,} | {taken['full']:.2f} | {taken['reduced']:.2f} | "
+            f"{taken['full'] / taken['reduced']:.2f} | {peer} |"
+        )
+    yield ""
 
 
 def _table_head(*columns: str) -> Iterable[str]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
-from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.config.schema import Config, ModelConfig
 from hybridprune_megatron.data.chat_template import CHAT_TEMPLATE
 from hybridprune_megatron.data.conversation import (
     END_TOKEN,
@@ -104,7 +104,6 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
     """The export's configuration of a run."""
     model, tokenizer = cfg.model, _tokenizer(cfg)
     vision = asdict(model.vision) if model.vision is not None else None
-    experts = asdict(model.experts) if model.experts is not None else None
     reduction = {name: value for name, value in asdict(cfg.reduction).items() if name not in TRAINING_ONLY}
     special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
     ids = {token: special_token_id(tokenizer, token) for token in (*special, IMAGE_TOKEN)}
@@ -114,23 +113,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
             f"{max(ids.values())}; use the tokenizer the model was trained with"
         )
     config = HybridPruneConfig(
-        hybrid_override_pattern=model.hybrid_pattern.replace("|", ""),
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.kv_channels,
-        mamba_num_heads=model.mamba_num_heads,
-        mamba_head_dim=model.mamba_head_dim,
-        ssm_state_size=model.mamba_state_dim,
-        n_groups=model.mamba_num_groups,
-        chunk_size=model.mamba_chunk_size,
-        layer_norm_epsilon=model.norm_epsilon,
-        max_position_embeddings=model.max_sequence_length,
-        initializer_range=model.init_std,
-        experts=experts,
-        time_step_limit=[model.time_step_min, "inf"],
+        **language_settings(model),
         vision=vision,
         reduction=reduction,
         image_token_id=ids[IMAGE_TOKEN],
@@ -138,13 +121,36 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
         image_end_token_id=ids[IMAGE_END_TOKEN],
         turn_token_id=ids[TURN_TOKEN],
         special_token_ids=sorted(ids.values()),
-        tie_word_embeddings=model.tie_embeddings,
         eos_token_id=ids[END_TOKEN],
         pad_token_id=tokenizer.pad_token_id,
         architectures=["HybridPruneForCausalLM"],
     )
     config.auto_map = dict(_AUTO_MAP)
     return config
+
+
+def language_settings(model: ModelConfig) -> dict[str, Any]:
+    """The export's description of the language model."""
+    return {
+        "hybrid_override_pattern": model.hybrid_pattern.replace("|", ""),
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "mamba_num_heads": model.mamba_num_heads,
+        "mamba_head_dim": model.mamba_head_dim,
+        "ssm_state_size": model.mamba_state_dim,
+        "n_groups": model.mamba_num_groups,
+        "chunk_size": model.mamba_chunk_size,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "max_position_embeddings": model.max_sequence_length,
+        "initializer_range": model.init_std,
+        "experts": asdict(model.experts) if model.experts is not None else None,
+        "time_step_limit": [model.time_step_min, "inf"],
+        "tie_word_embeddings": model.tie_embeddings,
+    }
 
 
 def hf_weights(model: nn.Module, cfg: Config) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from tests.worlds import run_world
 
 
 def _measured() -> dict:
-    from hybridprune_megatron.benchmark import measure
+    from hybridprune_megatron.benchmark import decoding, measure
     from hybridprune_megatron.benchmark.peer import transformers_peer
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.evaluation.language_prefill import one_sample
@@ -25,9 +25,13 @@ def _measured() -> dict:
     cfg = tiny_config(pattern="M-M*M-*M", budget=0.4)
     model, reduction = build_model(cfg), build_reduction(cfg)
     peer = transformers_peer(model, cfg.model)
-    prompt = measure.Prompt.of(model, one_sample(120, 20, 6, tokens_per_frame=12))
+    sample = one_sample(120, 20, 6, tokens_per_frame=12)
+    prompt = measure.Prompt.of(model, sample)
     difference = measure.check_peer(model, peer, prompt)
     measure.check_reduction(model, prompt, reduction)
+    exported = decoding.exported_model(model, cfg)
+    decoded = [decoding.check_decoding(model, exported, sample, each) for each in (None, reduction)]
+    tokens = decoding.time_decoding(exported, peer, prompt, reduction, rounds=2)
     prefill = measure.time_prefill(model, peer, prompt, reduction, rounds=2)
     scoring = measure.time_scoring(model, prompt, reduction, rounds=2)
     seconds, kept = measure.time_training(model, prompt, reduction, rounds=1)
@@ -38,12 +42,18 @@ def _measured() -> dict:
         weight.add_(0.5)
         refused.append(_line(measure.check_peer, model, peer, prompt))
         weight.sub_(0.5)
+        # Weights are shared with the model: replaced, not changed.
+        mixer = exported.backbone.layers[0].mixer
+        mixer.dt_bias = torch.nn.Parameter(mixer.dt_bias + 0.5)
+        refused.append(_line(decoding.check_decoding, model, exported, sample, reduction))
     decoder = model.language_model.decoder
     original = decoder._drop
     decoder._drop = lambda *arguments: _shifted(original(*arguments))
     refused.append(_line(measure.check_reduction, model, prompt, reduction))
     return {
         "difference": difference,
+        "decoded": decoded,
+        "tokens": tokens,
         "prefill": prefill,
         "scoring": scoring,
         "seconds": seconds,
@@ -71,7 +81,10 @@ def test_measurements_and_refusals() -> None:
     assert found["kept"]["reduced"] < 0.8 * found["kept"]["full"]
     assert set(found["seconds"]) == {"full", "reduced"}
     assert "logits differ from transformers'" in found["refused"][0]
-    assert "differ by" in found["refused"][1]
+    assert "a decoded token's logits differ from a prefill's" in found["refused"][1]
+    assert "differ by" in found["refused"][2]
+    assert max(found["decoded"]) < 2e-4
+    assert {name: len(each) for name, each in found["tokens"].items()} == {"full": 2, "reduced": 2, "transformers": 2}
 
 
 def test_the_page_shows_every_report(tmp_path: Path) -> None:
@@ -82,6 +95,7 @@ def test_the_page_shows_every_report(tmp_path: Path) -> None:
         "limit": 4.79,
         "scoring_share": 0.012,
         "vs_transformers": None,
+        "decode_seconds": {"full": 0.002, "reduced": 0.001},
     }
     settings = SimpleNamespace(model="twin", pattern="M-M*", hidden_size=256, parameters=10_000_000, precision="fp32")
     more = {
@@ -94,6 +108,7 @@ def test_the_page_shows_every_report(tmp_path: Path) -> None:
     report = {
         **{"prefill_speedup": 4.0, "prefill_limit": 4.79, "scoring_share": 0.012, "prefill_vs_transformers": None},
         **{"train_step_speedup": None, "train_limit": None, "activation_memory_ratio": None, "train": None},
+        "decode_speedup": 2.0,
         "prefill": [row],
         "settings": vars(settings) | more,
         "device": {"device": "2 cores of a processor", "versions": {"torch": "2.13.0"}},
@@ -103,6 +118,7 @@ def test_the_page_shows_every_report(tmp_path: Path) -> None:
     page = (tmp_path / "page.md").read_text()
     assert "| 8,192 | 4.000 | 1.000 | **4.00** | 4.79 | 1.20% | not measured | |" in page
     assert "## here" in page
+    assert "| 8,192 | 2.00 | 1.00 | 2.00 | not measured |" in page
     assert "not measured" in headline(report)[2]
     plot_prefill(tmp_path / "plot.png", report)
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over packed samples: plain torch, and the native operator that equals it."""
+"""Causal depthwise convolution over packed samples: plain torch, and on CPUs the native operator that equals it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, sample_lengths: Sequenc
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, sample_lengths: Sequence[int]) -> Tensor:
-    """``silu(causal_conv(...))``, natively in one pass where nothing is kept for a backward pass."""
+    """``silu(causal_conv(...))``; natively the same digits with and without gradients, as recomputation wants."""
+    ops = native_on_cpu(x, weight, bias)
+    if ops is None:
+        return nn.functional.silu(causal_conv(x, weight, bias, sample_lengths))
     if not torch.is_grad_enabled():
-        ops = native_on_cpu(x, weight, bias)
-        if ops is not None:
-            return ops.causal_conv(x, weight, bias, _offsets(sample_lengths), True)
-    return nn.functional.silu(causal_conv(x, weight, bias, sample_lengths))
+        return ops.causal_conv(x, weight, bias, _offsets(sample_lengths), True)
+    return _NativeConvSilu.apply(ops, x, weight, bias, tuple(sample_lengths))
 
 
 class _CausalConv(torch.autograd.Function):
@@ -50,27 +51,45 @@ class _CausalConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, lengths: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.lengths = lengths
-        ops = native_on_cpu(x, weight, bias)
-        if ops is not None:
-            return ops.causal_conv(x, weight, bias, _offsets(lengths), False)
         gap = weight.shape[1] - 1
         return _joined(_convolve(_spread(x, lengths, gap), weight, bias), lengths, gap)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        gap = weight.shape[1] - 1
-        # A token is read by itself and the W - 1 tokens after it, so the first zeros do not count.
-        grad_rows = _spread(grad_y, ctx.lengths, gap)[gap:]
-        grad_x = _joined(_convolve(grad_rows, weight.flip(1), None), ctx.lengths, gap)
-        rows = _spread(x, ctx.lengths, gap)
-        grad_taps = weight.new_zeros(gap + 1, weight.shape[0])
-        step = max(1, _BLOCK_ELEMENTS // weight.shape[0])
-        for start in range(0, len(grad_rows) - gap, step):
-            stop = min(start + step, len(grad_rows) - gap)
-            for tap in range(gap + 1):
-                grad_taps[tap] += (grad_rows[start:stop] * rows[start + tap : stop + tap]).sum(0)
-        return grad_x, grad_taps.T, grad_y.sum(0), None
+        return *_gradients(grad_y, *ctx.saved_tensors, ctx.lengths), None
+
+
+class _NativeConvSilu(torch.autograd.Function):
+    """Convolution and SiLU; backward keeps what lies between them."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Any, x: Tensor, weight: Tensor, bias: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        offsets = _offsets(lengths)
+        ctx.save_for_backward(x, weight, ops.causal_conv(x, weight, bias, offsets, False))
+        ctx.lengths = lengths
+        return ops.causal_conv(x, weight, bias, offsets, True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, convolved = ctx.saved_tensors
+        grad_y = torch.ops.aten.silu_backward(grad, convolved)
+        return None, *_gradients(grad_y, x, weight, ctx.lengths), None
+
+
+def _gradients(grad_y: Tensor, x: Tensor, weight: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x, weight and bias of a convolution."""
+    gap = weight.shape[1] - 1
+    # A token is read by itself and the W - 1 tokens after it, so the first zeros do not count.
+    grad_rows = _spread(grad_y, lengths, gap)[gap:]
+    grad_x = _joined(_convolve(grad_rows, weight.flip(1), None), lengths, gap)
+    rows = _spread(x, lengths, gap)
+    grad_taps = weight.new_zeros(gap + 1, weight.shape[0])
+    step = max(1, _BLOCK_ELEMENTS // weight.shape[0])
+    for start in range(0, len(grad_rows) - gap, step):
+        stop = min(start + step, len(grad_rows) - gap)
+        for tap in range(gap + 1):
+            grad_taps[tap] += (grad_rows[start:stop] * rows[start + tap : stop + tap]).sum(0)
+    return grad_x, grad_taps.T, grad_y.sum(0)
 
 
 def _offsets(lengths: Sequence[int]) -> Tensor:

@@ -56,7 +56,8 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        return *_gradients(grad_y, *ctx.saved_tensors, ctx.lengths), None
+        x, weight = ctx.saved_tensors
+        return *_gradients(grad_y, x, weight, ctx.lengths), None
 
 
 class _NativeConvSilu(torch.autograd.Function):

@@ -31,6 +31,12 @@ def test_it_equals_plain_torch(lengths, groups, heads, width, state, monkeypatch
         found[setting] = ssd_scan(*flat)
     assert not torch.equal(found["0"], found["1"]) or found["0"].numel() < 10_000, "both ran the same code"
     torch.testing.assert_close(found["1"], found["0"], rtol=1e-4, atol=1e-4)
+    # As a convolution leaves them: parts of one matrix.
+    beside = torch.cat([part.flatten(1) for part in (flat[0], B, C)], 1).split(
+        [flat[0][0].numel(), B[0].numel(), C[0].numel()], 1
+    )
+    parts = [part.view(like.shape) for part, like in zip(beside, (flat[0], B, C))]
+    assert torch.equal(ssd_scan(parts[0], *flat[1:3], *parts[1:], *flat[5:]), found["1"])
 
 
 def test_opcheck():

@@ -83,6 +83,11 @@ HP_VECTOR void scaled(float* __restrict__ out, const float* __restrict__ x, floa
   for (int64_t k = 0; k < n; ++k) out[k] = factor * x[k];
 }
 
+// A tensor whose rows, along the first dimension, are contiguous each; where they are is not asked.
+at::Tensor side_by_side(const at::Tensor& x) {
+  return x.size(0) > 0 && x.select(0, 0).is_contiguous() ? x : x.contiguous();
+}
+
 void check_scan(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A, const at::Tensor& B,
                 const at::Tensor& C, const at::Tensor& D, const at::Tensor& sample_index, int64_t chunk) {
   TORCH_CHECK(x.dim() == 4, "x has ", x.dim(), " dimensions: expected [tokens, groups, heads of a group, width]");
@@ -100,21 +105,26 @@ void check_scan(const at::Tensor& x, const at::Tensor& dt, const at::Tensor& A, 
   }
 }
 
-// Offsets into the tensors, and what a thread needs for one chunk of one group.
+// Offsets into the tensors, and what a thread needs for one chunk of one group. x, B and C lie side by side in one matrix
+// where they come from a convolution: their rows are read there, ``stride`` apart.
 struct Scan {
   const float *x, *dt, *A, *B, *C, *D;
   const int32_t* sample;
   int64_t L, G, R, P, N, Q;
+  int64_t x_stride, B_stride, C_stride;
 
   int64_t chunks() const { return (L + Q - 1) / Q; }
   int64_t start(int64_t chunk) const { return chunk * Q; }
   int64_t size(int64_t chunk) const { return std::min(Q, L - chunk * Q); }
 
-  // [size, width] of one group of a tensor [L, G, width].
-  at::Tensor rows(const float* data, int64_t chunk, int64_t group, int64_t width) const {
-    return at::from_blob(const_cast<float*>(data) + (start(chunk) * G + group) * width, {size(chunk), width},
-                         {G * width, 1}, at::kFloat);
+  // [size, N] of one group of B or C.
+  at::Tensor rows(const float* data, int64_t chunk, int64_t group, int64_t stride) const {
+    return at::from_blob(const_cast<float*>(data) + start(chunk) * stride + group * N, {size(chunk), N}, {stride, 1},
+                         at::kFloat);
   }
+
+  // Where a token's heads of a group are in x.
+  const float* heads(int64_t token, int64_t group) const { return x + token * x_stride + group * R * P; }
 
   // Steps [R, Q] of a chunk's heads and the running sums of dt A.
   void load(int64_t chunk, int64_t group, float* steps, float* log_decay) const {
@@ -144,7 +154,7 @@ void write_states(const Scan& s, int64_t chunk, int64_t group, std::vector<float
   float *steps = buffer.data(), *log_decay = steps + s.R * s.Q, *weighted = log_decay + s.R * s.Q;
   s.load(chunk, group, steps, log_decay);
   for (int64_t i = 0; i < n; ++i) {
-    const float* x = s.x + ((s.start(chunk) + i) * s.G + group) * width;
+    const float* x = s.heads(s.start(chunk) + i, group);
     // A sample that has ended before the chunk's end leaves nothing.
     const bool stays = s.sample[s.start(chunk) + i] == s.sample[last];
     for (int64_t r = 0; r < s.R; ++r) {
@@ -154,7 +164,7 @@ void write_states(const Scan& s, int64_t chunk, int64_t group, std::vector<float
     }
   }
   at::Tensor out = at::from_blob(states + ((chunk + 1) * s.G + group) * width * s.N, {width, s.N}, at::kFloat);
-  at::mm_out(out, at::from_blob(weighted, {n, width}, at::kFloat).t(), s.rows(s.B, chunk, group, s.N));
+  at::mm_out(out, at::from_blob(weighted, {n, width}, at::kFloat).t(), s.rows(s.B, chunk, group, s.B_stride));
 }
 
 // What a chunk's tokens read: of the state that entered it, and of the tokens before them in the chunk.
@@ -170,7 +180,7 @@ void write_output(const Scan& s, int64_t chunk, int64_t group, std::vector<float
   float *from_state = product + s.Q * s.Q, *weighted = from_state + s.Q * width, *weight = weighted + s.Q * width;
   float *before = weight + s.Q, *among = before + kRows * width;
   s.load(chunk, group, steps, log_decay);
-  const at::Tensor B = s.rows(s.B, chunk, group, s.N), C = s.rows(s.C, chunk, group, s.N);
+  const at::Tensor B = s.rows(s.B, chunk, group, s.B_stride), C = s.rows(s.C, chunk, group, s.C_stride);
   at::Tensor products = at::from_blob(product, {n, n}, at::kFloat);
   at::mm_out(products, C, B.t());
   at::Tensor read = at::from_blob(from_state, {n, width}, at::kFloat);
@@ -186,9 +196,9 @@ void write_output(const Scan& s, int64_t chunk, int64_t group, std::vector<float
     if (first > 0) {
       for (int64_t r = 0; r < s.R; ++r) {
         weigh(weight, log_decay + r * s.Q, steps + r * s.Q, log_decay[r * s.Q + first], first);
-        const float* x = s.x + (start * s.G + group) * width + r * s.P;
+        const float* x = s.heads(start, group) + r * s.P;
         for (int64_t j = 0; j < first; ++j) {
-          scaled(weighted + j * width + r * s.P, x + j * s.G * width, weight[j], s.P);
+          scaled(weighted + j * width + r * s.P, x + j * s.x_stride, weight[j], s.P);
         }
       }
       at::Tensor reached = at::from_blob(before, {rows, width}, at::kFloat);
@@ -199,14 +209,14 @@ void write_output(const Scan& s, int64_t chunk, int64_t group, std::vector<float
     }
     for (int64_t r = 0; r < s.R; ++r) {
       const float *a = log_decay + r * s.Q + first, *step = steps + r * s.Q + first;
-      const int64_t at_first = ((start + first) * s.G + group) * width + r * s.P;
+      const float* x = s.heads(start + first, group) + r * s.P;
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t at_token = at_first + i * s.G * width;
+        float* out = y + ((start + first + i) * s.G + group) * width + r * s.P;
         const float of_state = s.entered(chunk, first + i) ? decay_of(a[i]) : 0.0f;
-        combine(y + at_token, s.x + at_token, before + i * width + r * s.P,
-                from_state + (first + i) * width + r * s.P, s.D[group * s.R + r], decay_of(a[i] - a[0]), of_state, s.P);
+        combine(out, x + i * s.x_stride, before + i * width + r * s.P, from_state + (first + i) * width + r * s.P,
+                s.D[group * s.R + r], decay_of(a[i] - a[0]), of_state, s.P);
         mix(among, product + (first + i) * n + first, a, step, a[i], i + 1);
-        add_rows(y + at_token, among, s.x + at_first, s.G * width, i + 1, s.P);
+        add_rows(out, among, x, s.x_stride, i + 1, s.P);
       }
     }
   }
@@ -216,8 +226,8 @@ std::tuple<at::Tensor, at::Tensor> ssd_scan(const at::Tensor& x, const at::Tenso
                                             const at::Tensor& B, const at::Tensor& C, const at::Tensor& D,
                                             const at::Tensor& sample_index, int64_t chunk) {
   check_scan(x, dt, A, B, C, D, sample_index, chunk);
-  const at::Tensor inputs[] = {x.contiguous(), dt.contiguous(), A.contiguous(),
-                               B.contiguous(), C.contiguous(),  D.contiguous()};
+  const at::Tensor inputs[] = {side_by_side(x), dt.contiguous(),  A.contiguous(),
+                               side_by_side(B), side_by_side(C), D.contiguous()};
   const at::Tensor samples = sample_index.to(at::kInt).contiguous();
   const Scan s{inputs[0].const_data_ptr<float>(),
                inputs[1].const_data_ptr<float>(),
@@ -231,7 +241,10 @@ std::tuple<at::Tensor, at::Tensor> ssd_scan(const at::Tensor& x, const at::Tenso
                x.size(2),
                x.size(3),
                B.size(2),
-               chunk};
+               chunk,
+               inputs[0].stride(0),
+               inputs[3].stride(0),
+               inputs[4].stride(0)};
   const int64_t chunks = s.chunks(), state = s.P * s.N, heads = s.G * s.R;
   at::Tensor y = at::empty(x.sizes(), x.options());
   at::Tensor states = at::empty({chunks + 1, s.G, s.R, s.P, s.N}, x.options());

@@ -69,10 +69,17 @@ def _is_cuda(device: object) -> bool:
     return isinstance(device, str) and device.split(":")[0] == "cuda"
 
 
+#: Methods that are looked at whatever their keywords are.
+_WITH_A_DEVICE = frozenset((torch.Tensor.cuda, torch.Tensor.to, torch.Tensor.type))
+
+
 class _CudaNamesMeanCpu(TorchFunctionMode):
     """Rewrites a CUDA device in any torch call to the CPU; answers ``Tensor.type()`` as the optimizers expect it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Thousands of calls a pass go by here, nearly all of them this way.
+        if func not in _WITH_A_DEVICE and not (kwargs and "device" in kwargs):
+            return func(*args, **kwargs) if kwargs else func(*args)
         if kwargs:
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):

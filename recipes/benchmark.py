@@ -73,17 +73,9 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
 
     device = init_distributed(Launch(0, 1, 0, 1))
     init_model_parallel(seed=cfg.trainer.seed)
-    from hybridprune_megatron.benchmark.decoding import check_decoding, exported_model, time_decoding
-    from hybridprune_megatron.benchmark.measure import (
-        Prompt,
-        check_peer,
-        check_reduction,
-        time_prefill,
-        time_scoring,
-        time_training,
-    )
+    from hybridprune_megatron.benchmark.decoding import exported_model, time_decoding
+    from hybridprune_megatron.benchmark.measure import Prompt, time_prefill, time_scoring, time_training
     from hybridprune_megatron.benchmark.peer import transformers_peer
-    from hybridprune_megatron.evaluation.language_prefill import one_sample
     from hybridprune_megatron.evaluation.machine import describe_machine
     from hybridprune_megatron.models.build import build_model, build_reduction
 
@@ -93,31 +85,20 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
     model = build_model(cfg).to(device)
     peer = None if options.no_peer else transformers_peer(model, cfg.model)
 
-    def sample(visual: int) -> Any:
-        return one_sample(visual, text_tokens(cfg, visual), QUESTION_TOKENS)
-
-    def prompt(visual: int) -> Any:
-        return Prompt.of(model, sample(visual))
-
-    small = prompt(CHECKED_TOKENS)
-    difference = check_peer(model, peer, small) if peer is not None else None
-    check_reduction(model, small, reduction)
-    exported = None
     # An export has no FP8, so there is nothing to compare with.
-    if not options.no_decode and cfg.fp8.recipe is None:
-        exported = exported_model(model, cfg)
-        for each in (None, reduction):
-            check_decoding(model, exported, sample(CHECKED_TOKENS), each)
+    exported = None if options.no_decode or cfg.fp8.recipe is not None else exported_model(model, cfg)
+    difference = _check(cfg, model, peer, exported, reduction)
     rows = []
     for visual in options.visual_tokens:
-        taken = time_prefill(model, peer, prompt(visual), reduction, options.rounds)
-        scoring = median(time_scoring(model, prompt(visual), reduction, options.rounds))
-        decoding = time_decoding(exported, peer, prompt(visual), reduction, options.rounds) if exported else {}
+        prompt = Prompt.of(model, _sample(cfg, visual))
+        taken = time_prefill(model, peer, prompt, reduction, options.rounds)
+        scoring = median(time_scoring(model, prompt, reduction, options.rounds))
+        decoding = time_decoding(exported, peer, prompt, reduction, options.rounds) if exported else {}
         rows.append(_prefill_row(cfg, visual, taken, scoring, decoding))
     train = None
     if not options.no_train:
-        visual = options.visual_tokens[-1]
-        seconds, kept = time_training(model, prompt(visual), reduction, options.rounds)
+        # The last and greatest length.
+        seconds, kept = time_training(model, prompt, reduction, options.rounds)
         middle = {name: median(each) for name, each in seconds.items()}
         train = {"visual_tokens": visual, "seconds": middle, "rounds": seconds, "activation_bytes": kept}
     shut_down()
@@ -128,6 +109,32 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
         "largest_difference_from_transformers": difference,
         "device": describe_machine(),
     }
+
+
+def _check(cfg: Config, model: Any, peer: Any, exported: Any, reduction: Any) -> float | None:
+    """Compares all models on a short prompt; the difference from transformers' logits, if it is there.
+
+    Raises:
+        ValueError: a model computes something wrong.
+    """
+    from hybridprune_megatron.benchmark.decoding import check_decoding
+    from hybridprune_megatron.benchmark.measure import Prompt, check_peer, check_reduction
+
+    sample = _sample(cfg, CHECKED_TOKENS)
+    prompt = Prompt.of(model, sample)
+    difference = check_peer(model, peer, prompt) if peer is not None else None
+    check_reduction(model, prompt, reduction)
+    if exported is not None:
+        for each in (None, reduction):
+            check_decoding(model, exported, sample, each)
+    return difference
+
+
+def _sample(cfg: Config, visual: int) -> Any:
+    """What every token of a prompt is."""
+    from hybridprune_megatron.evaluation.language_prefill import one_sample
+
+    return one_sample(visual, text_tokens(cfg, visual), QUESTION_TOKENS)
 
 
 def text_tokens(cfg: Config, visual: int) -> int:

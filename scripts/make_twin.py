@@ -84,26 +84,16 @@ def published_weights(cfg: Config, ours: dict[str, Tensor]) -> dict[str, Tensor]
 
 def published_config(cfg: Config) -> dict[str, Any]:
     """config.json with the keys of the published one that say something about sizes."""
+    from hybridprune_megatron.export.write import language_sizes
+
     model, vision = cfg.model, cfg.model.vision
     assert vision is not None, "the twin is a video model"
     language = {
         "model_type": "nemotron_h",
         "architectures": ["NemotronHForCausalLM"],
-        "hybrid_override_pattern": model.hybrid_pattern,
+        **language_sizes(model),
         "num_hidden_layers": len(model.hybrid_pattern),
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.kv_channels,
-        "mamba_num_heads": model.mamba_num_heads,
-        "mamba_head_dim": model.mamba_head_dim,
-        "ssm_state_size": model.mamba_state_dim,
-        "n_groups": model.mamba_num_groups,
         "conv_kernel": 4,
-        "chunk_size": model.mamba_chunk_size,
-        "layer_norm_epsilon": model.norm_epsilon,
         "max_position_embeddings": model.max_sequence_length,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",

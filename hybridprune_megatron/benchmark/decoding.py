@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.benchmark.measure import TOLERANCE, Prompt
+from hybridprune_megatron.benchmark.measure import TOLERANCE, Prompt, checked_difference
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.evaluation.forward import measuring
 from hybridprune_megatron.evaluation.timing import in_turn
@@ -66,14 +66,8 @@ def check_decoding(
         expected, _ = model.language_model(longer.hidden, longer.layout, reduction, longer.layout.origin[-1:])
     with torch.no_grad():
         found = _decoded(exported, longer.hidden[-1], _prefilled(exported, shorter, reduction))
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
     allowed = TOLERANCE[longer.hidden.dtype]
-    if not difference <= allowed:
-        raise ValueError(
-            f"a decoded token's logits differ from a prefill's by {difference:.1e} of their largest, allowed "
-            f"{allowed:.0e}: nothing was timed"
-        )
-    return difference
+    return checked_difference(found, expected, allowed, "a decoded token's logits differ from a prefill's")
 
 
 def time_decoding(

@@ -57,14 +57,30 @@ def check_peer(model: VideoLanguageModel, peer: Any, prompt: Prompt) -> float:
     with measuring(model, None):
         ours, _ = model.language_model(prompt.hidden, prompt.layout, None, None)
         theirs = peer(inputs_embeds=prompt.hidden.transpose(0, 1), use_cache=False).logits[0]
-    difference = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    allowed = TOLERANCE[prompt.hidden.dtype]
+    return checked_difference(ours, theirs, TOLERANCE[prompt.hidden.dtype], "logits differ from transformers'")
+
+
+def checked_difference(found: Tensor, expected: Tensor, allowed: float, what: str) -> float:
+    """Largest difference of logits, relative to the largest one.
+
+    Args:
+        found: any shape.
+        expected: as ``found``.
+        allowed: highest relative difference.
+        what: begins the error, e.g. "logits differ from transformers'".
+
+    Raises:
+        ValueError: it is more.
+    """
+    difference = _relative_difference(found, expected)
     if not difference <= allowed:
-        raise ValueError(
-            f"logits differ from transformers' by {difference:.1e} of their largest, allowed {allowed:.0e}: nothing "
-            "was timed"
-        )
+        raise ValueError(f"{what} by {difference:.1e} of their largest, allowed {allowed:.0e}: nothing was timed")
     return difference
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected value."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def check_reduction(model: VideoLanguageModel, prompt: Prompt, reduction: Reduction) -> None:
@@ -95,7 +111,7 @@ def check_reduction(model: VideoLanguageModel, prompt: Prompt, reduction: Reduct
         expected = model.language_model.output_layer(decoder.final_norm(hidden))[0].squeeze(1)
     counts = [sum(layout.visual_counts) for layout in trace]
     wanted = [sum(counts) for counts in reduction.counts_by_layer(prompt.layout, decoder.multiple_of)]
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    difference = _relative_difference(found, expected)
     if counts != wanted or not difference <= TOLERANCE[prompt.hidden.dtype]:
         raise ValueError(
             f"the reduced model keeps {counts} visual tokens (wanted {wanted}) and its logits differ by "

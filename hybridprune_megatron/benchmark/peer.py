@@ -11,6 +11,7 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from hybridprune_megatron.config.schema import ModelConfig
 from hybridprune_megatron.engine.weights import whole_weights
+from hybridprune_megatron.export.write import language_sizes
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
@@ -32,22 +33,7 @@ def transformers_config(shape: ModelConfig) -> NemotronHConfig:
             "n_group": experts.num_groups,
             "topk_group": experts.groups_per_token,
         }
-    return NemotronHConfig(
-        hybrid_override_pattern=shape.hybrid_pattern,
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.ffn_hidden_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_query_groups,
-        head_dim=shape.kv_channels,
-        mamba_num_heads=shape.mamba_num_heads,
-        mamba_head_dim=shape.mamba_head_dim,
-        ssm_state_size=shape.mamba_state_dim,
-        n_groups=shape.mamba_num_groups,
-        chunk_size=shape.mamba_chunk_size,
-        layer_norm_epsilon=shape.norm_epsilon,
-        **sizes,
-    )
+    return NemotronHConfig(**language_sizes(shape), **sizes)
 
 
 def transformers_peer(model: VideoLanguageModel, shape: ModelConfig) -> NemotronHForCausalLM:

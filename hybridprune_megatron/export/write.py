@@ -132,6 +132,18 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
 def language_settings(model: ModelConfig) -> dict[str, Any]:
     """The export's description of the language model."""
     return {
+        **language_sizes(model),
+        "max_position_embeddings": model.max_sequence_length,
+        "initializer_range": model.init_std,
+        "experts": asdict(model.experts) if model.experts is not None else None,
+        "time_step_limit": [model.time_step_min, "inf"],
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def language_sizes(model: ModelConfig) -> dict[str, Any]:
+    """The sizes of a language model under the names of config.json: ours, the published one's and transformers'."""
+    return {
         "hybrid_override_pattern": model.hybrid_pattern.replace("|", ""),
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -145,11 +157,6 @@ def language_settings(model: ModelConfig) -> dict[str, Any]:
         "n_groups": model.mamba_num_groups,
         "chunk_size": model.mamba_chunk_size,
         "layer_norm_epsilon": model.norm_epsilon,
-        "max_position_embeddings": model.max_sequence_length,
-        "initializer_range": model.init_std,
-        "experts": asdict(model.experts) if model.experts is not None else None,
-        "time_step_limit": [model.time_step_min, "inf"],
-        "tie_word_embeddings": model.tie_embeddings,
     }
 
 

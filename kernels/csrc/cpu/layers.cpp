@@ -11,13 +11,11 @@
 #include <vector>
 
 #include "../checks.h"
+#include "grain.h"
 #include "vector.h"
 
 namespace hybridprune {
 namespace {
-
-// Rows of about 64 KiB together are worth a thread.
-int64_t grain(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }
 
 // out_j += tap_j x_j
 HP_VECTOR void add_products(float* __restrict__ out, const float* __restrict__ tap, const float* __restrict__ x,
@@ -84,7 +82,7 @@ at::Tensor causal_conv(const at::Tensor& x, const at::Tensor& weight, const at::
   const float *from = values.const_data_ptr<float>(), *tap = by_tap.const_data_ptr<float>();
   const float* first = start.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, length, grain(channels), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, length, grain(channels * sizeof(float)), [&](int64_t begin, int64_t end) {
     // The last sample that starts at or before the row; empty ones start where the next does.
     const int64_t* sample = std::upper_bound(sample_start, samples_end, begin) - 1;
     for (int64_t i = begin; i < end; ++i) {
@@ -109,7 +107,7 @@ std::tuple<at::Tensor, at::Tensor> rms_norm(const at::Tensor& x, const at::Tenso
   const float *from = values.const_data_ptr<float>(), *by = factors.const_data_ptr<float>();
   const int64_t stride = values.stride(0);
   float *to = out.mutable_data_ptr<float>(), *scales = scale.mutable_data_ptr<float>();
-  at::parallel_for(0, length, grain(width), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, length, grain(width * sizeof(float)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* row = from + i * stride;
       scales[i] = 1.0f / std::sqrt(squares(row, width) / width + static_cast<float>(epsilon));
@@ -134,7 +132,7 @@ std::tuple<at::Tensor, at::Tensor> gated_rms_norm(const at::Tensor& y, const at:
   const float* by = factors.const_data_ptr<float>();
   const int64_t y_stride = values.stride(0), z_stride = gates.stride(0);
   float *to = out.mutable_data_ptr<float>(), *scales = scale.mutable_data_ptr<float>();
-  at::parallel_for(0, length, grain(width), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, length, grain(width * sizeof(float)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t channel = g * group_width;

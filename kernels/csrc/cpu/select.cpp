@@ -12,6 +12,7 @@
 
 #include "../checks.h"
 #include "../order.h"
+#include "grain.h"
 
 namespace hybridprune {
 namespace {
@@ -54,9 +55,6 @@ at::Tensor select(const at::Tensor& scores, const at::Tensor& offsets, const at:
   });
   return out;
 }
-
-// Rows of about 64 KiB together are worth a thread.
-int64_t grain(int64_t row_bytes) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, row_bytes)); }
 
 at::Tensor gather(const at::Tensor& rows, const at::Tensor& index) {
   check_gather(rows, index);

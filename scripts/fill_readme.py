@@ -1,6 +1,7 @@
-"""Writes the tables of the committed study and demo report into README.md.
+"""Writes the tables of the committed study, benchmark and demo report into README.md.
 
 python recipes/study.py --report && python scripts/fill_readme.py
+python recipes/benchmark.py --keep cpu && python scripts/fill_readme.py
 cp runs/demo/report.json docs/demo_report.json && python scripts/fill_readme.py
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hybridprune_megatron.benchmark.report import headline_rows
 from hybridprune_megatron.evaluation.report import markdown_table, summary_rows
 from hybridprune_megatron.study.cells import HEADLINE
 from hybridprune_megatron.study.report import summary_table
@@ -18,12 +20,14 @@ ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "docs" / "demo_report.json"
 README = ROOT / "README.md"
 STUDY = ROOT / "docs" / "study"
+SPEED = ROOT / "docs" / "performance" / "cpu.json"
 
 
 def filled(readme: str) -> str:
     """The README's text with the tables of the committed results between their marks."""
-    readme = between_marks(readme, "demo report", demo_block())
-    return between_marks(readme, "study", study_block()) if (STUDY / "rows.jsonl").is_file() else readme
+    for name, block in (("demo report", demo_block()), ("study", study_block()), ("speed", speed_block())):
+        readme = between_marks(readme, name, block)
+    return readme
 
 
 def demo_block() -> str:
@@ -39,6 +43,18 @@ def study_block() -> str:
     samples = next(iter(rows.values()))["settings"]["samples"]
     made = f"`python recipes/study.py`, budget {HEADLINE:g}, {samples} held-out questions; all of it in docs/study.md."
     return f"{markdown_table(summary_table(list(rows.values()), timings))}\n\n{made}\n"
+
+
+def speed_block() -> str:
+    """The benchmark's ratios at its greatest length on a CPU."""
+    report = json.loads(SPEED.read_text())
+    settings, device = report["settings"], report["device"]
+    table = [("", "measured", "operations allow"), *headline_rows(report)]
+    made = (
+        f"`{settings['command']}`, budget {settings['budget']:g}, {report['prefill'][-1]['visual_tokens']:,} visual "
+        f"tokens, medians of {settings['rounds']}, {device['device']}, {device['date']}."
+    )
+    return f"{markdown_table(table)}\n\n{made}\n"
 
 
 def between_marks(readme: str, name: str, block: str) -> str:
@@ -58,4 +74,4 @@ def between_marks(readme: str, name: str, block: str) -> str:
 
 if __name__ == "__main__":
     README.write_text(filled(README.read_text()))
-    print(f"{README.name} shows {REPORT.relative_to(ROOT)} and {STUDY.relative_to(ROOT)}")
+    print(f"{README.name} shows " + ", ".join(str(path.relative_to(ROOT)) for path in (REPORT, STUDY, SPEED)))

@@ -27,9 +27,9 @@ against bf16, and every operator's share of the copy bandwidth.
 """
 
 
-def headline(report: Report) -> list[str]:
-    """The ratios in lines for a terminal."""
-    lines = [
+def headline_rows(report: Report) -> list[tuple[str, str, str]]:
+    """What was measured, its value, and the ratio that counted operations allow, where there is one."""
+    rows = [
         ("prefill, full over reduced", report["prefill_speedup"], report["prefill_limit"]),
         ("scoring, share of full prefill", report["scoring_share"], None),
         ("prefill, transformers over full", report["prefill_vs_transformers"], None),
@@ -38,10 +38,16 @@ def headline(report: Report) -> list[str]:
         ("decoding, full over reduced", report["decode_speedup"], None),
     ]
     return [
-        f"{name:<34}"
-        + ("not measured" if value is None else f"{value:>12.3f}")
-        + (f"  (by operations {limit:.2f})" if limit is not None else "")
-        for name, value, limit in lines
+        (name, "not measured" if value is None else f"{value:.3f}", "" if limit is None else f"{limit:.2f}")
+        for name, value, limit in rows
+    ]
+
+
+def headline(report: Report) -> list[str]:
+    """The ratios in lines for a terminal."""
+    return [
+        f"{name:<34}{value:>12}" + (f"  (by operations {limit})" if limit else "")
+        for name, value, limit in headline_rows(report)
     ]
 
 

@@ -56,6 +56,12 @@ class Method:
 METHODS = (
     Method(OURS, "ours: attention layers, low to high, floor 0.1", ("reduction=attention_floor",), ours=True),
     Method("random", "random", ("reduction=random",)),
+    # The control for the score alone: ours but for it.
+    Method(
+        "random_same_schedule",
+        "random, on the schedule of ours",
+        ("reduction=attention_floor", "reduction.scorer=random"),
+    ),
     Method("uniform", "uniform stride", ("reduction=uniform",)),
     Method("fastv", "FastV", ("reduction=fastv",)),
     Method("pyramiddrop", "PyramidDrop", ("reduction=pyramiddrop",)),
@@ -63,6 +69,7 @@ METHODS = (
     Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
     Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
     Method("query", "ours, all layers", ("reduction=query",), ours=True),
+    Method("query_floor", "ours, all layers, floor 0.1", ("reduction=query", "reduction.floor=0.1"), ours=True),
     Method("query_with_decay", "ours, all layers, with decay", ("reduction=query_with_decay",), ours=True),
     Method("attention_only", "ours, attention layers only, no floor", ("reduction=attention_only",), ours=True),
     Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
@@ -72,8 +79,15 @@ METHODS = (
     ),
     Method(
         "evs_query",
-        "EVS in front and ours inside",
+        "EVS in front and ours (all layers) inside",
         ("reduction=evs_query",),
+        ours=True,
+        tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),
+    ),
+    Method(
+        "evs_attention",
+        "EVS in front and ours (attention layers) inside",
+        ("reduction=evs_attention",),
         ours=True,
         tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),
     ),
@@ -81,7 +95,19 @@ METHODS = (
 )
 #: Beside ours, what is also finetuned at the headline budget alone: what drops inside and is compared with it, and the
 #: model with every token.
-FIXED = ("none", "pyramiddrop", "random", "uniform", "fastv", "evs", "one_shot", "query")
+FIXED = (
+    "none",
+    "pyramiddrop",
+    "random",
+    "random_same_schedule",
+    "uniform",
+    "fastv",
+    "evs",
+    "one_shot",
+    "query",
+    "tome",
+    "evs_attention",
+)
 METHOD_BY_NAME = {method.name: method for method in METHODS}
 
 

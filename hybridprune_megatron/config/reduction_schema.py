@@ -60,6 +60,7 @@ class ReductionConfig:
         mamba_function: applied to implicit attention before it is averaged; identity, abs, relu or softmax.
         mamba_pooling: scores of a Mamba layer over its heads; mean, max_groups (mean within a group) or max_heads.
         smoothing_frames: frames on either side whose same patch a score is averaged with; 0 = off.
+        frame_share: share (0 to 1) of the highest score in its frame that every score gains; 0 = off.
         seed: changes the draw of the random scorer.
         dropped: what becomes of a dropped token; discard, or merge (averaged into its most similar kept one).
         front: query-agnostic reduction in front of the model; none, random, uniform, evs, evs_pixels or tome.
@@ -89,6 +90,7 @@ class ReductionConfig:
     mamba_function: str = "identity"
     mamba_pooling: str = "mean"
     smoothing_frames: int = 0
+    frame_share: float = 0.0
     seed: int = 0
     dropped: str = "discard"
     front: str = "none"
@@ -105,7 +107,7 @@ class ReductionConfig:
             )
         for name, words in WORDS.items():
             one_of("reduction", self, name, words)
-        within("reduction", self, 0, 1, "midpoint", "front_retention")
+        within("reduction", self, 0, 1, "midpoint", "front_retention", "frame_share")
         if self.dt_filter is not None:
             within("reduction", self, 0, 1, "dt_filter")
             above_zero("reduction", self, "dt_filter")
@@ -155,7 +157,7 @@ class ReductionConfig:
             )
 
     def _check_pairs(self) -> None:
-        for name in ("smoothing_frames", "min_tokens_per_frame"):
+        for name in ("smoothing_frames", "frame_share", "min_tokens_per_frame"):
             if self.scorer == "utrc" and getattr(self, name):
                 raise fail(
                     f"reduction.{name}",

@@ -90,7 +90,7 @@ def drop_operations(
 
     Args:
         model: dimensions.
-        reduction: the scorer, smoothing, and what becomes of dropped tokens.
+        reduction: the scorer, smoothing, the share of a frame, and what becomes of dropped tokens.
         visual: visual tokens before the drop.
         left: visual tokens after it.
         text: all other tokens.
@@ -103,6 +103,8 @@ def drop_operations(
     }
     if reduction.smoothing_frames:
         operations["smooth"] = elementwise(4 * visual * (2 * reduction.smoothing_frames + 1), _FP32)
+    if reduction.frame_share:
+        operations["frame"] = elementwise(4 * visual, _FP32)
     if reduction.scorer == "utrc":
         # Of the less important half every token is compared with all of the other half.
         less = max(visual // 2, visual - left)

@@ -17,7 +17,7 @@ from hybridprune_megatron.method.merge import Ranking, take_merged
 from hybridprune_megatron.method.plan import Plan, select
 from hybridprune_megatron.method.schedule import packed_counts
 from hybridprune_megatron.method.scorers import OUTPUT_SCORERS, OutputScorer, Scorer, build_scorer
-from hybridprune_megatron.method.smoothing import smoothed
+from hybridprune_megatron.method.smoothing import smoothed, with_frame
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Reduction:
         min_tokens: smallest number of visual tokens a sample keeps.
         min_tokens_per_frame: tokens that every frame keeps while the sample's count allows.
         smoothing_frames: frames on either side whose same patch a score is averaged with.
+        frame_share: share of the highest score in its frame that every score gains.
         multiple_of: what the packed length must divide by after every drop.
         dropped: what becomes of a dropped token: "discard", or "merge" into the kept token most like it.
         front: drops or merges tokens in front of the language model; None: all enter it.
@@ -46,6 +47,7 @@ class Reduction:
     min_tokens: int = 1
     min_tokens_per_frame: int = 0
     smoothing_frames: int = 0
+    frame_share: float = 0.0
     multiple_of: int = 1
     dropped: str = "discard"
     front: Front | None = None
@@ -163,7 +165,7 @@ class Reduction:
     @torch.no_grad()
     def plan(self, scores: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Plan:
         """Which tokens stay; arguments as for ``drop``."""
-        scores = smoothed(scores, layout, self.smoothing_frames)
+        scores = with_frame(smoothed(scores, layout, self.smoothing_frames), layout, self.frame_share)
         runs = self.local.runs(layout.visual_counts, counts) if self.local is not None else None
         return select(scores, layout, counts, self.min_tokens_per_frame, runs)
 

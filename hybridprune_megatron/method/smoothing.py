@@ -1,4 +1,4 @@
-"""Scores averaged over time: a patch is important if it is so in the frames around it too."""
+"""Scores that look around: a patch is important if it is so in the frames around it, or if its own frame is."""
 
 from __future__ import annotations
 
@@ -41,6 +41,28 @@ def smoothed(scores: Tensor, layout: TokenLayout, num_frames: int) -> Tensor:
     sums = grid.cumsum(1)
     total, count = sums[:, last + 1] - sums[:, first]
     return (total / count)[where].to(scores.dtype)
+
+
+def with_frame(scores: Tensor, layout: TokenLayout, share: float) -> Tensor:
+    """Every token's score plus a share of the highest one in its frame.
+
+    ``s_j := s_j + share * max_{j' in frame of j} s_j'``, over the tokens that are still there. Where something lies in
+    its frame stands in the tokens around it as much as in its own, so an important token keeps some of its neighbours.
+    Nothing waits for the device.
+
+    Args:
+        scores: float [V] in the order of ``layout.visual_index``.
+        layout: the packed sequence the scores belong to.
+        share: 0 returns the scores as they are; at 1 whole frames stay before others.
+
+    Returns:
+        float [V].
+    """
+    if not share or not layout.frame_videos:
+        return scores
+    highest = scores.new_full((len(layout.frame_videos),), -torch.inf)
+    highest.scatter_reduce_(0, layout.visual_frame, scores, "amax")
+    return scores + share * highest[layout.visual_frame]
 
 
 def _reach(frame_videos: Sequence[int], num_frames: int) -> Tensor:

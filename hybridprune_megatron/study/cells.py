@@ -16,7 +16,7 @@ BUDGETS = (0.25, 0.5, 0.35, 0.15)
 HEADLINE = 0.25
 SEEDS = (0, 1, 2)
 #: The variant of ours that the findings recommend; the others are its ablations.
-OURS = "attention_floor"
+OURS = "attention_frames"
 #: Baselines of other people's, of which the strongest get all seeds.
 NUM_STRONGEST = 2
 
@@ -54,7 +54,7 @@ class Method:
 
 
 METHODS = (
-    Method(OURS, "ours: attention layers, low to high, floor 0.1", ("reduction=attention_floor",), ours=True),
+    Method(OURS, "ours: attention layers, low to high, with neighbours", ("reduction=attention_frames",), ours=True),
     Method("random", "random", ("reduction=random",)),
     # The control for the score alone: ours but for it.
     Method(
@@ -68,6 +68,7 @@ METHODS = (
     Method("evs", "EVS in front", ("reduction=evs",), tuning=FIXED_BUDGET),
     Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
     Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
+    Method("attention_floor", "ours, without neighbours", ("reduction=attention_floor",), ours=True),
     Method("query", "ours, all layers", ("reduction=query",), ours=True),
     Method("query_floor", "ours, all layers, floor 0.1", ("reduction=query", "reduction.floor=0.1"), ours=True),
     Method("query_with_decay", "ours, all layers, with decay", ("reduction=query_with_decay",), ours=True),
@@ -98,6 +99,7 @@ METHODS = (
 FIXED = (
     "none",
     "pyramiddrop",
+    "attention_floor",
     "random",
     "random_same_schedule",
     "uniform",

@@ -44,6 +44,7 @@ DROPS: list[dict[str, Any]] = [
     {"scorer": "utrc", "dropped": "merge"},
     {"scorer": "utrc"},
     {"smoothing_frames": 1},
+    {"frame_share": 0.1},
 ]
 
 

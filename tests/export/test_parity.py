@@ -76,6 +76,7 @@ OPTIONS = {
         "smoothing_frames": 1,
         "min_tokens_per_frame": 1,
     },
+    "with its frame": {"frame_share": 0.5},
     "decay": {"mamba_decay": True, "mamba_pooling": "max_heads", "mamba_function": "abs"},
     "last row looks ahead": {
         "query_rows": "last",

@@ -5,7 +5,7 @@ import torch
 
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.plan import select
-from hybridprune_megatron.method.smoothing import smoothed
+from hybridprune_megatron.method.smoothing import smoothed, with_frame
 
 TEXT, FRAME, QUESTION, ANSWER = TokenKind.TEXT, TokenKind.FRAME, TokenKind.QUESTION, TokenKind.ANSWER
 
@@ -212,3 +212,19 @@ def test_smoothing_is_the_mean_over_the_frames_around(num_frames):
         assert torch.equal(spread[:12].view(4, 3), spread[:3].expand(4, 3))
     text = TokenLayout.from_samples([SampleLayout((Span(TEXT, 2),))])
     assert smoothed(torch.empty(0), text, num_frames).shape == (0,)
+
+
+def test_a_token_gains_from_what_is_left_of_its_frame():
+    frames = [Span(FRAME, 3, video, frame) for video, frame in ((0, 0), (0, 1), (1, 0))]
+    full = TokenLayout.from_samples([SampleLayout((*frames[:2],)), SampleLayout((Span(TEXT, 2), frames[2]))])
+    scores = torch.tensor([4.0, -1.0, 0.0, -2.0, -3.0, -4.0, 1.0, 2.0, 0.5])
+    gained = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0])
+    assert torch.equal(with_frame(scores, full, 0.5), scores + gained)
+    assert with_frame(scores, full, 0.0) is scores
+    # The first token of the second frame has gone, and its score with it.
+    left = select(torch.tensor([9.0, 8.0, 7.0, 0.0, 6.0, 5.0, 9.0, 8.0, 7.0]), full, (5, 3)).layout
+    assert left.visual_patch.tolist() == [0, 1, 2, 1, 2, 0, 1, 2]
+    rest = scores[[0, 1, 2, 4, 5, 6, 7, 8]]
+    assert with_frame(rest, left, 1.0).tolist() == [8.0, 3.0, 4.0, -6.0, -7.0, 3.0, 4.0, 2.5]
+    text = TokenLayout.from_samples([SampleLayout((Span(TEXT, 2),))])
+    assert with_frame(torch.empty(0), text, 0.5).shape == (0,)

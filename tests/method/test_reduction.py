@@ -132,6 +132,7 @@ def test_a_step_filter_alone_is_a_reduction_that_drops_nothing():
     ("settings", "message"),
     [
         ({"scorer": "utrc", "smoothing_frames": 1}, "set reduction.smoothing_frames=0"),
+        ({"scorer": "utrc", "frame_share": 0.5}, "set reduction.frame_share=0"),
         ({"scorer": "utrc", "min_tokens_per_frame": 2}, "set reduction.min_tokens_per_frame=0"),
         ({"scorer": "query", "dt_filter": 1.5}, "reduction.dt_filter=1.5: must be from 0 to 1"),
         ({"scorer": "query", "dt_filter": 0.0}, "reduction.dt_filter=0.0: must be a finite number above 0"),

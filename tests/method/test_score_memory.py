@@ -10,7 +10,7 @@ from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, To
 from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.scorers import SCORERS, build_scorer
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
-from hybridprune_megatron.method.smoothing import smoothed
+from hybridprune_megatron.method.smoothing import smoothed, with_frame
 
 HEADS, KV_HEADS, WIDTH, GROUPS, STATE = 4, 2, 4, 2, 4
 PATCHES, QUERY = 64, 64
@@ -75,7 +75,7 @@ def test_scores_that_look_at_nothing_are_linear(name):
 
 def test_smoothing_and_selection_are_linear():
     def run(layout: TokenLayout, *_: object) -> None:
-        scores = smoothed(torch.zeros(sum(layout.visual_counts)), layout, 2)
+        scores = with_frame(smoothed(torch.zeros(sum(layout.visual_counts)), layout, 2), layout, 0.5)
         select(scores, layout, [count // 3 for count in layout.visual_counts], min_per_frame=2)
 
     assert bytes_per_token(run) < BYTES_PER_TOKEN

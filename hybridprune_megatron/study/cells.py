@@ -60,7 +60,7 @@ METHODS = (
     Method(
         "random_same_schedule",
         "random, on the schedule of ours",
-        ("reduction=attention_floor", "reduction.scorer=random"),
+        (f"reduction={OURS}", "reduction.scorer=random"),
     ),
     Method("uniform", "uniform stride", ("reduction=uniform",)),
     Method("fastv", "FastV", ("reduction=fastv",)),

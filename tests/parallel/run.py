@@ -98,6 +98,7 @@ def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:
         "trainer.global_batch_size=4",
         "data.sequence_length=1024",
         RETENTION,
+        "reduction.frame_share=0.1",
         f"reduction.multiple_of={MULTIPLE_OF}",
         *overrides,
         pattern=pattern,

@@ -1,11 +1,12 @@
 """The study: every method at every budget on the needle benchmark, before and after light finetuning.
 
+    scripts/make_bench_base.sh data
     python recipes/study.py [--workers 2] [--only before] [key=value ...]
 
-Takes the base model and the data of ``experiment=bench`` (scripts/make_bench_base.sh makes both) and measures, the most
-telling first: accuracy of the base model under every method, light finetuning under every method and its accuracy, and
-measured prefill time. Hours of work; every result is one row of docs/study/rows.jsonl as soon as it is there, a killed
-study goes on where it was, and docs/study.md is written again after every row.
+Takes the base model of ``experiment=bench``, which is in the repository, and the data that the first command makes, and
+measures, the most telling first: accuracy of the base model under every method, light finetuning under every method and
+its accuracy, and measured prefill time. Hours of work; every result is one row of docs/study/rows.jsonl as soon as it is
+there, a killed study goes on where it was, and docs/study.md is written again after every row.
 """
 
 from __future__ import annotations

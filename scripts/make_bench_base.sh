@@ -1,12 +1,30 @@
 #!/bin/bash
-# Makes the study's base model and data: assets/bench/base.safetensors, runs/bench/clips and runs/bench/features. Some
-# hours on two CPU cores. Killed and started again, it goes on where it was.
+# Makes what recipes/study.py starts from. Killed and started again, it goes on where it was.
+#   scripts/make_bench_base.sh data   the data for the base model that is in the repository: runs/bench/clips and
+#                                     runs/bench/features (a quarter of an hour on two CPU cores)
+#   scripts/make_bench_base.sh        the base model anew as well, assets/bench/base.safetensors (some hours)
 set -eu
+case "${1-all}" in data | all) ;; *) echo "make_bench_base.sh: '$1' is neither data nor all (the default)" >&2; exit 2 ;; esac
 cd "$(dirname "$0")/.."
 python=.venv/bin/python
 # One single-threaded process a core is faster here than one process with two threads.
 export OMP_NUM_THREADS=1
 train() { .venv/bin/torchrun --standalone --nproc_per_node 2 recipes/finetune.py trainer.devices=2 "$@"; }
+
+clips() { $python scripts/make_bench_data.py --out runs/bench/clips --seed 12 --train 640 --validation 240; }
+features() {  # weights, folder of the clips, folder for the features
+  $python scripts/precompute_features.py experiment=bench "model.init_checkpoint=$1" --data "$2" --out "$3"
+}
+final_features() {  # weights
+  for split in train validation; do
+    features "$1" runs/bench/clips/$split runs/bench/features/$split
+  done
+}
+if [ "${1-all}" = data ]; then
+  clips
+  final_features assets/bench/base.safetensors
+  exit
+fi
 
 # The demo's base, deepened: computes the same at first.
 $python scripts/grow_depth.py --weights assets/demo/base.safetensors --pattern 'M-M*-M-M*-' \
@@ -28,10 +46,7 @@ train experiment=bench_base_clips name=bench_base_clips_again model.init_checkpo
 $python scripts/save_weights.py --checkpoint runs/bench_base_clips_again --out runs/bench_base/clips16_again.safetensors
 
 # Third stage: 128 frames, features of the tower computed once; then 4 frames again.
-$python scripts/make_bench_data.py --out runs/bench/clips --seed 12 --train 640 --validation 240
-features() {  # weights, folder of the clips, folder for the features
-  $python scripts/precompute_features.py experiment=bench "model.init_checkpoint=$1" --data "$2" --out "$3"
-}
+clips
 features runs/bench_base/clips16_again.safetensors runs/bench/clips/train runs/bench_base/features_first
 train experiment=bench_base name=bench_base_first model.init_checkpoint=runs/bench_base/clips16_again.safetensors \
   data.train=runs/bench_base/features_first data.validation=null trainer.max_steps=160
@@ -41,8 +56,6 @@ train experiment=bench_base_dense name=bench_base_dense_again model.init_checkpo
 $python scripts/save_weights.py --checkpoint runs/bench_base_dense_again --out runs/bench_base/clips4_again.safetensors
 
 # Last stage: 128 frames with the final tower.
-for split in train validation; do
-  features runs/bench_base/clips4_again.safetensors runs/bench/clips/$split runs/bench/features/$split
-done
+final_features runs/bench_base/clips4_again.safetensors
 train experiment=bench_base
 $python scripts/save_weights.py --checkpoint runs/bench_base --out assets/bench/base.safetensors --dtype bf16

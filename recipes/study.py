@@ -3,10 +3,10 @@
     scripts/make_bench_base.sh data
     python recipes/study.py [--workers 2] [--only before] [key=value ...]
 
-Takes the base model of ``experiment=bench``, which is in the repository, and the data that the first command makes, and
-measures, the most telling first: accuracy of the base model under every method, light finetuning under every method and
-its accuracy, and measured prefill time. Hours of work; every result is one row of docs/study/rows.jsonl as soon as it is
-there, a killed study goes on where it was, and docs/study.md is written again after every row.
+Takes the base model of ``experiment=bench``, which is in the repository, and the data that the first command makes.
+Measures, the most telling first: accuracy of the base model under every method, light finetuning under every method
+and its accuracy, and measured prefill time. Hours of work; every result is one row of docs/study/rows.jsonl as soon as
+it is there, a killed study goes on where it was, and docs/study.md is written again after every row.
 """
 
 from __future__ import annotations
@@ -91,6 +91,15 @@ def settings_of(cfg: Config, overrides: list[str]) -> dict[str, Any]:
     weights = Path(cfg.model.init_checkpoint)
     if not weights.is_file():
         raise ValueError(f"model.init_checkpoint={weights} is not there: scripts/make_bench_base.sh makes it")
+    needles = Path(cfg.data.validation) / "needles.json"
+    if not needles.is_file():
+        raise ValueError(f"data.validation={needles.parent}: no needles.json; scripts/make_bench_base.sh data makes it")
+    held_out = json.loads(needles.read_text())["samples"]
+    if held_out < cfg.trainer.eval_samples:
+        raise ValueError(
+            f"trainer.eval_samples={cfg.trainer.eval_samples}, but data.validation={needles.parent} holds {held_out} "
+            "samples: make as many (scripts/make_bench_data.py --validation), or ask for fewer"
+        )
     return {
         "base": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
         "samples": cfg.trainer.eval_samples,

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Makes what recipes/study.py starts from. Killed and started again, it goes on where it was.
 #   scripts/make_bench_base.sh data   the data for the base model that is in the repository: runs/bench/clips and
-#                                     runs/bench/features (a quarter of an hour on two CPU cores)
+#                                     runs/bench/features (some minutes on two CPU cores)
 #   scripts/make_bench_base.sh        the base model anew as well, assets/bench/base.safetensors (some hours)
 set -eu
 case "${1-all}" in data | all) ;; *) echo "make_bench_base.sh: '$1' is neither data nor all (the default)" >&2; exit 2 ;; esac
@@ -11,9 +11,9 @@ python=.venv/bin/python
 export OMP_NUM_THREADS=1
 train() { .venv/bin/torchrun --standalone --nproc_per_node 2 recipes/finetune.py trainer.devices=2 "$@"; }
 
-clips() { $python scripts/make_bench_data.py --out runs/bench/clips --seed 12 --train 640 --validation 240; }
-features() {  # weights, folder of the clips, folder for the features
-  $python scripts/precompute_features.py experiment=bench "model.init_checkpoint=$1" --data "$2" --out "$3"
+clips() { $python scripts/make_bench_data.py --out runs/bench/clips --seed 12 --train 640 --validation 245; }
+features() {  # weights, folder of the clips, folder for the features, which is there only when it is whole
+  [ -d "$3" ] || $python scripts/precompute_features.py experiment=bench "model.init_checkpoint=$1" --data "$2" --out "$3"
 }
 final_features() {  # weights
   for split in train validation; do

@@ -25,7 +25,8 @@ def test_held_out_samples_that_are_missing_are_refused(tmp_path: Path, samples: 
     rows = ROOT / "docs" / "study" / "rows.jsonl"
     before = rows.read_bytes()
     run = study(f"data.validation={tmp_path}", "trainer.eval_samples=4")
-    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1, run.stderr
     if samples is None:
         assert f"data.validation={tmp_path}" in run.stderr
         assert "scripts/make_bench_base.sh data" in run.stderr

@@ -78,6 +78,13 @@ METHODS = (
     Method(
         "one_shot", "ours, early one-shot after layer 1", ("reduction=constant", "reduction.step_layer=1"), ours=True
     ),
+    # Against ours, the schedule alone.
+    Method(
+        "one_shot_frames",
+        "ours, early one-shot after layer 1, with neighbours",
+        ("reduction=constant", "reduction.step_layer=1", "reduction.frame_share=0.01"),
+        ours=True,
+    ),
     Method(
         "evs_query",
         "EVS in front and ours (all layers) inside",
@@ -106,10 +113,13 @@ FIXED = (
     "fastv",
     "evs",
     "one_shot",
+    "one_shot_frames",
     "query",
     "tome",
     "evs_attention",
 )
+#: Variants of ours that get all seeds as well: what each takes away from it is one of the claims.
+ABLATIONS = ("attention_floor", "one_shot", "one_shot_frames")
 METHOD_BY_NAME = {method.name: method for method in METHODS}
 
 
@@ -158,7 +168,7 @@ def units(rows: dict[str, Any]) -> Iterator[Unit]:
         yield Unit("after_fixed", name, 0, (1.0 if name == "none" else HEADLINE,))
     yield Unit("after", OURS, 0, (1.0, *BUDGETS))
     for seed in SEEDS[1:]:
-        for name in (OURS, *strongest_baselines(rows)):
+        for name in (OURS, *strongest_baselines(rows), *ABLATIONS):
             yield Unit("after_fixed", name, seed, (HEADLINE,))
     for method in METHODS:
         if not method.headline_only:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hybridprune_megatron.study.cells import (
+    ABLATIONS,
     BUDGETS,
     HEADLINE,
     METHODS,
@@ -43,14 +44,14 @@ def test_the_headline_budget_comes_first() -> None:
     assert len([unit for unit in compared if unit in order[:first_full]]) > 10
 
 
-def test_the_strongest_baselines_get_all_seeds() -> None:
+def test_the_strongest_baselines_and_ablations_get_all_seeds() -> None:
     rows = [row("before", "random", 0.9), row("before", "uniform", 0.5), row("before", "evs", 0.6)]
     # Finetuned accuracy counts where it is known; variants of ours are no baselines.
     rows += [row("after_fixed", "random", 0.1), row("after_fixed", OURS, 1.0), row("after_fixed", "query", 1.0)]
     by_key = {each["key"]: each for each in rows}
     assert strongest_baselines(by_key) == ["evs", "uniform"]
     seeded = {unit.method for unit in units(by_key) if unit.stage == "after_fixed" and unit.seed == 2}
-    assert seeded == {OURS, "evs", "uniform"}
+    assert seeded == {OURS, *ABLATIONS, "evs", "uniform"}
 
 
 def test_rows_of_a_cell_come_by_seed() -> None:

@@ -69,6 +69,13 @@ METHODS = (
     Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
     Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
     Method("attention_floor", "ours, without neighbours", ("reduction=attention_floor",), ours=True),
+    # The Mamba layers that rank needed frames above others (docs/study.md) choose too.
+    Method(
+        "attention_mamba_frames",
+        "ours, with Mamba layers 6 to 13 as well, with neighbours",
+        (f"reduction={OURS}", "reduction.layers=[1,4,6,8,9,11,13]"),
+        ours=True,
+    ),
     Method("query", "ours, all layers", ("reduction=query",), ours=True),
     Method("query_floor", "ours, all layers, floor 0.1", ("reduction=query", "reduction.floor=0.1"), ours=True),
     Method("query_with_decay", "ours, all layers, with decay", ("reduction=query_with_decay",), ours=True),
@@ -114,6 +121,7 @@ FIXED = (
     "evs",
     "one_shot",
     "one_shot_frames",
+    "attention_mamba_frames",
     "query",
     "tome",
     "evs_attention",

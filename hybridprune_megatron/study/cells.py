@@ -119,6 +119,7 @@ FIXED = (
     "uniform",
     "fastv",
     "evs",
+    "utrc",
     "one_shot",
     "one_shot_frames",
     "attention_mamba_frames",

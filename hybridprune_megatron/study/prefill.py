@@ -18,7 +18,7 @@ def time_methods(runner: Runner, path: Path, settings: dict[str, Any], progress:
     """Times whatever has no row yet.
 
     Args:
-        runner: builds the model; its weights do not matter for time.
+        runner: builds the model with the base weights.
         path: of the rows.
         settings: see ``Rows``.
         progress: wraps the list of what is left, e.g. tqdm.

@@ -77,9 +77,12 @@ class Runner:
     def time(self, unit: Unit, budget: float, clips: int, rounds: int) -> tuple[float, float]:
         """Median seconds of a prefill with every token and of one under a unit's method, in turn on the same clips."""
         from hybridprune_megatron.data.batch import pack
+        from hybridprune_megatron.engine.weights import load_initial_weights
         from hybridprune_megatron.evaluation.timing import time_prefill
         from hybridprune_megatron.models.build import build_reduction
 
+        # Precomputed features are refused by any other tower than the one that made them.
+        load_initial_weights(self._model, self._weights(unit))
         batch = pack([question.sample for question in self._questions[:clips]])
         candidates = {"full": None, "reduced": build_reduction(self.config(unit, budget))}
         seconds = time_prefill(self._model, batch, candidates, rounds).seconds

@@ -174,11 +174,11 @@ def units(rows: dict[str, Any]) -> Iterator[Unit]:
         yield Unit("before", method.name, 0, (HEADLINE,))
     yield Unit("after_fixed", OURS, 0, (HEADLINE, 1.0))
     for name in FIXED:
-        yield Unit("after_fixed", name, 0, (1.0 if name == "none" else HEADLINE,))
+        yield fixed_unit(name, 0)
     yield Unit("after", OURS, 0, (1.0, *BUDGETS))
     for seed in SEEDS[1:]:
-        for name in (OURS, *strongest_baselines(rows), *ABLATIONS):
-            yield Unit("after_fixed", name, seed, (HEADLINE,))
+        for name in (OURS, "none", *strongest_baselines(rows), *ABLATIONS):
+            yield fixed_unit(name, seed)
     for method in METHODS:
         if not method.headline_only:
             yield Unit("before", method.name, 0, BUDGETS)
@@ -188,6 +188,11 @@ def units(rows: dict[str, Any]) -> Iterator[Unit]:
                 yield Unit(method.tuned_stage, method.name, 0, budgets)
     for seed in SEEDS[1:]:
         yield Unit("after", OURS, seed, (HEADLINE,))
+
+
+def fixed_unit(method: str, seed: int) -> Unit:
+    """Finetuned at the budget it is tested at: the headline, or with every token for "none"."""
+    return Unit("after_fixed", method, seed, (1.0 if method == "none" else HEADLINE,))
 
 
 def strongest_baselines(rows: dict[str, Any]) -> list[str]:

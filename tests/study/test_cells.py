@@ -51,7 +51,9 @@ def test_the_strongest_baselines_and_ablations_get_all_seeds() -> None:
     by_key = {each["key"]: each for each in rows}
     assert strongest_baselines(by_key) == ["evs", "uniform"]
     seeded = {unit.method for unit in units(by_key) if unit.stage == "after_fixed" and unit.seed == 2}
-    assert seeded == {OURS, *ABLATIONS, "evs", "uniform"}
+    assert seeded == {OURS, "none", *ABLATIONS, "evs", "uniform"}
+    # What it is all compared with keeps every token.
+    assert Unit("after_fixed", "none", 2, (1.0,)) in list(units(by_key))
 
 
 def test_rows_of_a_cell_come_by_seed() -> None:

@@ -194,15 +194,28 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
                 raise ValueError("pixel_values or labels together with filled caches: give them in the first call only")
             output = self._decode(input_ids, attention_mask, past_key_values, logits_to_keep)
             return output if return_dict is not False else output.to_tuple()
+        batch = PaddedBatch.of(self.config, input_ids, attention_mask, token_kinds, frames_per_video)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        batch = PaddedBatch.of(self.config, input_ids, attention_mask, token_kinds, frames_per_video)
         cache = None
         if use_cache:
             if bool((batch.packed_index[:, -1] < 0).any()):
                 raise ValueError("a row is padded on the right: decoding goes on from the last column; pad on the left")
             cache = past_key_values if past_key_values is not None else HybridCache()
             cache.add_columns(input_ids)
+        output = self._forward_prompt(batch, pixel_values, cache, labels, logits_to_keep, output_reduction)
+        return output if return_dict is not False else output.to_tuple()
+
+    def _forward_prompt(
+        self,
+        batch: PaddedBatch,
+        pixel_values: Tensor | None,
+        cache: HybridCache | None,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        output_reduction: bool,
+    ) -> HybridPruneOutput:
+        """All tokens of a batch through layers that drop; logits of the columns that are left, NaN for the others."""
         trace: list[TokenLayout] | None = [] if output_reduction else None
         hidden = self._embed(batch, pixel_values)
         layout = batch.layout.to(hidden.device)
@@ -216,13 +229,12 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         values = self.language_model.logits(hidden[where])
         logits = values.new_full((*shown.shape, values.shape[-1]), float("nan"))
         logits = logits.masked_scatter(shown.unsqueeze(-1).to(logits.device), values)
-        output = HybridPruneOutput(
+        return HybridPruneOutput(
             loss=None if labels is None else _loss(logits, shown, labels),
             logits=logits,
             past_key_values=cache,
             reduction=statistics,
         )
-        return output if return_dict is not False else output.to_tuple()
 
     def _embed(self, batch: PaddedBatch, pixel_values: Tensor | None) -> Tensor:
         """[R, D]: embedded text with the projected frames at the visual positions."""

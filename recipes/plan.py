@@ -14,6 +14,7 @@ The last line is the override to paste behind recipes/finetune.py. docs/planner.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -161,4 +162,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    # `plan.py ... | head` ends quietly when head has read enough.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main(sys.argv[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -180,6 +181,13 @@ def test_a_plan_takes_less_than_five_seconds_and_imports_nothing_heavy(experimen
     assert lines[-1].startswith("reduction.budget=0.")
     assert any(line.startswith("target.speedup=4: 4.0") for line in lines)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_stops_reading_ends_it_quietly():
+    command = [sys.executable, str(RECIPE), "experiment=twin"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        assert run.stderr.read() == ""
 
 
 def test_the_picture_is_written(tmp_path: Path, capsys):

@@ -42,6 +42,8 @@ def _worker(rank: int, size: int, store: str, fn: Callable[..., Any], args: tupl
     os.setpgid(0, 0)
     # Nor is such a helper to hold the pipe by whose end the test knows that this process is gone.
     os.register_at_fork(after_in_child=answers.close)
+    # As every launcher says it: NeMo takes a process without it for rank 0, and two of those tidy up one folder.
+    os.environ["RANK"] = str(rank)
     # Megatron collects garbage at every save and load: not among all that the forkserver has imported.
     gc.freeze()
     try:

@@ -48,17 +48,13 @@ class Runner:
 
     def measure(self, unit: Unit, budgets: tuple[float, ...], emit: Callable[[dict[str, Any]], None]) -> None:
         """Rows of a unit at some budgets, handed out one by one."""
-        from hybridprune_megatron.engine.weights import load_initial_weights
         from hybridprune_megatron.evaluation.accuracy import evaluate
         from hybridprune_megatron.models.build import build_reduction
 
-        weights = self._weights(unit)
-        load_initial_weights(self._model, weights)
+        model = self._loaded(unit)
         for budget in budgets:
             start = time.perf_counter()
-            result = evaluate(
-                self._model, self._questions, build_reduction(self.config(unit, budget)), self.batch_tokens
-            )
+            result = evaluate(model, self._questions, build_reduction(self.config(unit, budget)), self.batch_tokens)
             emit(
                 {
                     "key": unit.key(budget),
@@ -77,15 +73,12 @@ class Runner:
     def time(self, unit: Unit, budget: float, clips: int, rounds: int) -> tuple[float, float]:
         """Median seconds of a prefill with every token and of one under a unit's method, in turn on the same clips."""
         from hybridprune_megatron.data.batch import pack
-        from hybridprune_megatron.engine.weights import load_initial_weights
         from hybridprune_megatron.evaluation.timing import time_prefill
         from hybridprune_megatron.models.build import build_reduction
 
-        # Precomputed features are refused by any other tower than the one that made them.
-        load_initial_weights(self._model, self._weights(unit))
         batch = pack([question.sample for question in self._questions[:clips]])
         candidates = {"full": None, "reduced": build_reduction(self.config(unit, budget))}
-        seconds = time_prefill(self._model, batch, candidates, rounds).seconds
+        seconds = time_prefill(self._loaded(unit), batch, candidates, rounds).seconds
         return seconds["full"], seconds["reduced"]
 
     def _overrides(self, unit: Unit, budget: float) -> list[str]:
@@ -125,6 +118,14 @@ class Runner:
         if code:
             tail = " ".join((folder / "finetune.log").read_text().split()[-40:])
             raise RuntimeError(f"finetuning {unit.weights} ended with code {code}: {tail}")
+
+    def _loaded(self, unit: Unit) -> Any:
+        """The model with a unit's weights; precomputed features are refused by any tower but the one that made them."""
+        from hybridprune_megatron.engine.weights import load_initial_weights
+
+        weights = self._weights(unit)
+        load_initial_weights(self._model, weights)
+        return self._model
 
     @cached_property
     def _questions(self) -> list[Question]:

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Far above what any of the waits takes on a busy machine.
 PATIENCE_S = 1500
 STEPS = 40
+#: The states a job stays in. It goes through many others, some for an instant (SIGNALING while Slurm warns it).
+OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 #: The job is preempted once it has done these.
 ENOUGH = 3
 
@@ -108,9 +110,13 @@ def _wait(until: Callable[[], bool], what: Callable[[], str]) -> None:
 
 def _finish(cluster: Cluster, number: str, log: Path) -> dict[str, str]:
     """Waits for the end of a job, which must be a good one."""
-    running = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
-    _wait(lambda: cluster.job(number)["JobState"] not in running, log.read_text)
-    job = cluster.job(number)
+    job: dict[str, str] = {}
+
+    def over() -> bool:
+        job.update(cluster.job(number))
+        return job["JobState"] in OVER
+
+    _wait(over, log.read_text)
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
     return job
 

@@ -8,8 +8,8 @@ Writes analysis.json, the figures and report.html (one file with everything in i
 
 {keys}
 
-Every other key=value changes the checkpoint's configuration; with a .safetensors file they compose it. docs/analysis.md
-explains the figures.
+Every other key=value changes the checkpoint's configuration; with bare weights (a .safetensors file, a Hugging Face
+folder) they compose it. docs/analysis.md explains the figures.
 """
 
 from __future__ import annotations

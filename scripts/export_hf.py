@@ -20,7 +20,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="folder of a run (newest checkpoint), of one checkpoint, or .safetensors file",
+        help="folder of a run (newest checkpoint), of one checkpoint, or bare weights: a .safetensors file, a folder "
+        "of them, a Hugging Face folder",
     )
     parser.add_argument("--out", required=True, help="folder to write; replaced if it exists")
     parser.add_argument(
@@ -33,7 +34,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="changes to the checkpoint's configuration; with a .safetensors file, the configuration (experiment=...)",
+        help="changes to the checkpoint's configuration; with bare weights, the configuration (experiment=...)",
     )
     options = parser.parse_args(argv)
     for override in options.overrides:

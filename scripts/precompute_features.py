@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="Energon data set folder with videos")
     parser.add_argument("--out", required=True, type=Path, help="folder of the new data set; must not exist")
-    parser.add_argument("--checkpoint", help="folder of a run (newest checkpoint), of one, or .safetensors file")
+    parser.add_argument("--checkpoint", help="folder of a run (newest checkpoint), of one, or bare weights")
     parser.add_argument(
         "--dtype", choices=("bf16", "fp32"), default="bf16", help="stored features (default %(default)s)"
     )
@@ -90,14 +90,15 @@ def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageMod
     """
     # After the arguments are read: these take half a minute to import.
     from hybridprune_megatron.config import load_config
+    from hybridprune_megatron.config.checkpoint_folder import RUN_FILE
     from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
 
     named = checkpoint or load_config(overrides).model.init_checkpoint
     if named is None:
         raise ValueError("model.init_checkpoint=null: name the weights of the tower by it or by --checkpoint")
     path = find_checkpoint(named)
-    if checkpoint is None and path.is_dir():
-        raise ValueError(f"model.init_checkpoint={named} is a folder: give it as --checkpoint")
+    if checkpoint is None and (path / RUN_FILE).is_file():
+        raise ValueError(f"model.init_checkpoint={named} is a run's, with a configuration: give it as --checkpoint")
     cfg = checkpoint_config(path, overrides)
     if cfg.model.vision is None:
         raise ValueError(f"model {cfg.model.name} has no vision tower (model.vision=null)")

@@ -77,11 +77,15 @@ def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
         raise ValueError(
             f"model.init_checkpoint={path} does not exist; give a .safetensors file, a checkpoint folder, or null"
         )
-    holds_tensors = path.is_file() or any((path / name).is_file() for name in ("config.json", INDEX_FILE, WEIGHTS_FILE))
-    if holds_tensors:
+    if holds_tensors(path):
         _load_tensors(module, path)
     else:
         _load_distributed(module, path)
+
+
+def holds_tensors(path: Path) -> bool:
+    """Bare weights: a ``.safetensors`` file, or a folder of such files (imported, or Hugging Face's)."""
+    return path.is_file() or any((path / name).is_file() for name in ("config.json", INDEX_FILE, WEIGHTS_FILE))
 
 
 def save_weights(module: MegatronModule, path: str | Path, dtype: torch.dtype | None = None) -> None:

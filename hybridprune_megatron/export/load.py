@@ -15,18 +15,20 @@ from hybridprune_megatron.config.compose import load_config
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel
-from hybridprune_megatron.engine.weights import load_initial_weights
+from hybridprune_megatron.engine.weights import holds_tensors, load_initial_weights
 from hybridprune_megatron.models.build import build_model
 from hybridprune_megatron.models.lora import merge_adapters
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
-# How a run was spread over machines says nothing about its weights; one process holds them all.
+# How a run was spread over machines, and in what its products were rounded, says nothing about its weights; one process
+# on a CPU holds them all.
 _ONE_PROCESS: dict[str, Any] = {
     "parallel": {
         "tensor": 1,
         "pipeline": 1,
         "virtual_pipeline": 1,
         "context": 1,
+        "expert": 1,
         "sequence_parallel": False,
         "distributed_optimizer": False,
         "overlap_grad_reduce": False,
@@ -34,23 +36,25 @@ _ONE_PROCESS: dict[str, Any] = {
     },
     "trainer": {"num_nodes": 1, "devices": 1, "global_batch_size": 1},
     "model": {"spec": "torch"},
+    "fp8": {"recipe": None},
 }
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest complete one of a run or of its checkpoints folder.
+    """The checkpoint that a path means: itself, bare weights too, or the newest complete one of a run or of its
+    checkpoints folder.
 
     Raises:
         ValueError: there is none.
     """
     path = Path(path)
-    if path.is_file() or (path / RUN_FILE).is_file() or (path / "metadata.json").is_file():
+    if holds_tensors(path) or (path / RUN_FILE).is_file() or (path / "metadata.json").is_file():
         return path
     found = latest_checkpoint(path) or latest_checkpoint(path / "checkpoints")
     if found is None:
         raise ValueError(
             f"--checkpoint={path}: no complete checkpoint there; give a run's folder, one of its "
-            "checkpoints/step_<n> folders, or a .safetensors file"
+            "checkpoints/step_<n> folders, a .safetensors file or a folder of them"
         )
     return found
 

@@ -231,6 +231,11 @@ def test_what_cannot_be_precomputed_is_refused(demo_config: MakeConfig, odd_set:
         load(None, ["experiment=demo_base"])
     with pytest.raises(ValueError, match=r"model\.trainable\.vision=true"):
         load(None, ["experiment=demo", "model.trainable.vision=true"])
+    step = tmp_path / "run" / "checkpoints" / "step_00000001"
+    step.mkdir(parents=True)
+    (step / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="give it as --checkpoint"):
+        load(None, ["experiment=demo", f"model.init_checkpoint={step}"])
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

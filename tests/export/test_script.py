@@ -15,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
+from hybridprune_megatron.config import load_config
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint
 from tests.own_time import HANG_SECONDS
@@ -65,6 +66,23 @@ def test_the_configuration_of_a_run_for_one_process(run_dir) -> None:
         checkpoint_config(find_checkpoint(run_dir), ["reduction.budgt=0.4"])
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=nemotron_3_nano_30b_a3b", "data.train=x", "data.tokenizer=x", "model.init_checkpoint=x"],
+        ["experiment=demo", "parallel.context=2", "trainer.devices=2"],
+        *(["experiment=twin", f"fp8={recipe}", "trainer.precision=bf16"] for recipe in ("tensorwise", "delayed")),
+    ],
+    ids=lambda overrides: " ".join(overrides[:2]),
+)
+def test_one_process_reads_the_configuration_of_any_run(overrides: list[str], tmp_path: Path) -> None:
+    saved = load_config(overrides)
+    (tmp_path / "run.json").write_text(json.dumps({"step": 1, "config": asdict(saved)}))
+    cfg = checkpoint_config(tmp_path, [])
+    assert (cfg.parallel.model_parallel_size, cfg.parallel.expert, cfg.fp8.recipe) == (1, 1, None)
+    assert cfg.reduction == saved.reduction
+
+
 def test_a_run_is_exported(script, world, run_dir, tmp_path, capsys) -> None:
     script.main(["--checkpoint", str(run_dir), "--out", str(tmp_path / "hf")])
     assert "step_00000010 exported" in capsys.readouterr().out
@@ -72,6 +90,17 @@ def test_a_run_is_exported(script, world, run_dir, tmp_path, capsys) -> None:
     wanted = world.hf.state_dict()
     assert set(exported) == set(wanted)
     assert all(torch.equal(exported[name], wanted[name]) for name in wanted)
+
+
+def test_a_folder_of_weights_is_exported_as_the_file_in_it(script, tmp_path) -> None:
+    file, folder = SCRIPT.parents[1] / "assets" / "demo" / "base.safetensors", tmp_path / "imported"
+    folder.mkdir()
+    shutil.copy(file, folder / "model.safetensors")
+    for source, out in ((file, "of_file"), (folder, "of_folder")):
+        script.main(["--checkpoint", str(source), "--out", str(tmp_path / out), "experiment=demo"])
+    of_file, of_folder = (load_file(tmp_path / out / "model.safetensors") for out in ("of_file", "of_folder"))
+    assert of_file.keys() == of_folder.keys()
+    assert all(torch.equal(of_file[name], of_folder[name]) for name in of_file)
 
 
 def test_bare_weights_need_a_configuration(script, world, tmp_path, capsys) -> None:

@@ -28,7 +28,7 @@ ARGS ?=
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# make setup     builds .venv and installs everything (again only if pyproject.toml changed)
+# make setup     builds .venv and installs everything (again only if what it is made of changed)
 setup: $(INSTALLED)
 
 # Pip's lines, without those that say nothing new and cut to a terminal's width.

@@ -7,6 +7,7 @@ cp runs/demo/report.json docs/demo_report.json && python scripts/fill_readme.py
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -73,5 +74,6 @@ def between_marks(readme: str, name: str, block: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     README.write_text(filled(README.read_text()))
     print(f"{README.name} shows " + ", ".join(str(path.relative_to(ROOT)) for path in (REPORT, STUDY, SPEED)))

@@ -136,6 +136,14 @@ def test_readme_names_every_folder():
         assert f"| `{folder}/` |" in readme, folder
 
 
+def test_links_between_pages_lead_somewhere():
+    pages = [path for path in tracked() if path.suffix == ".md"]
+    assert len(pages) > 10
+    for page in pages:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
 def test_readme_shows_the_committed_report():
     from scripts.fill_readme import README, filled
 

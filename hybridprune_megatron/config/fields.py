@@ -56,10 +56,11 @@ def default_of(owner: Any, name: str) -> Any:
 
 
 def field_help(owner: type, name: str) -> str:
-    """The line on a field in the ``Attributes`` section of its dataclass."""
+    """What the ``Attributes`` section of its dataclass says of a field, on one line."""
     section = (owner.__doc__ or "").partition("Attributes:")[2]
-    found = re.search(rf"^ +{name}: (.+)$", section, flags=re.MULTILINE)
-    return found.group(1) if found else ""
+    # A line that is indented further goes on with the one above.
+    found = re.search(rf"^( +){name}: (.+(?:\n\1 +.+)*)$", section, flags=re.MULTILINE)
+    return " ".join(found.group(2).split()) if found else ""
 
 
 def key_help(key: str) -> str:

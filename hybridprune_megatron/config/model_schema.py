@@ -185,7 +185,7 @@ class ModelConfig:
         tie_embeddings: output layer shares the embedding's weights.
         norm_epsilon: epsilon of every RMSNorm.
         init_std: standard deviation of freshly initialized weights.
-        spec: layer set; te (Transformer Engine + mamba_ssm), torch, or auto (te where it is installed).
+        spec: layer set; te (Transformer Engine + mamba_ssm), torch, or auto (te where a GPU and its packages are).
         init_checkpoint: weights to start from; .safetensors, a Hugging Face or a checkpoint folder; null = random.
         experts: sizes of the E layers; null where the pattern has none.
         vision: the vision tower; null makes a text-only model.

@@ -12,7 +12,7 @@ from hybridprune_megatron.config.schema import Config
 # What may change between two starts of one run: how far it goes, how it is spread, how it reports.
 _FREE = {
     *("trainer.max_steps", "trainer.num_nodes", "trainer.devices", "trainer.recompute", "trainer.eval_samples"),
-    *("trainer.log_every_n_steps", "trainer.save_every_n_steps", "data.validation", "model.spec"),
+    *("trainer.log_every_n_steps", "trainer.save_every_n_steps", "data.validation"),
     *("output_dir", "name", "model.init_checkpoint", "trainer.async_save", "trainer.timeout_minutes"),
     *("trainer.nonfinite",),
 }

@@ -286,7 +286,7 @@ class Config:
         optim: optimizer and learning rate.
         trainer: length of the run, machines, precision.
         parallel: how the model and the batch are split.
-        exp_manager: passed to NeMo's exp_manager as it is.
+        exp_manager: passed to NeMo's exp_manager; checkpoints are the run's own business.
         tuning: how finetuning goes about budgets, targets and weights.
         fp8: which layers run in FP8, and how numbers are scaled.
     """

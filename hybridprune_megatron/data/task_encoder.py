@@ -236,7 +236,8 @@ class TrainLoader:
     number as its state, but every rank would read and tokenize everything, because packing decides where a batch ends.
 
     Args:
-        cfg: uses ``data``, ``model.vision``, ``trainer.seed``, ``trainer.global_batch_size`` and ``parallel``.
+        cfg: uses ``data``, ``model.vision``, ``trainer.seed``, ``trainer.global_batch_size``, and what lengths
+            must divide by (``length_multiple``).
         rank: data-parallel rank.
         world_size: number of data-parallel ranks.
         pad_to_multiple_of: of the length of every batch; None takes what parallelism and reduction need.

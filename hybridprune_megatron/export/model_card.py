@@ -91,7 +91,7 @@ def _training(cfg: Config, facts: RunFacts) -> dict[str, str]:
         "trained from": Path(cfg.model.init_checkpoint).name if cfg.model.init_checkpoint else "random weights",
         "data": Path(cfg.data.train).name if cfg.data.train else None,
         "steps": facts.step,
-        "samples": facts.samples,
+        "packed sequences": facts.samples,
         "loss, mean of the last steps": None if facts.loss is None else f"{facts.loss:.4f}",
         **{f"accuracy, {name.replace('_', ' ')}": f"{100 * share:.1f} %" for name, share in facts.accuracy.items()},
         "commit of hybridprune_megatron": facts.commit,

@@ -19,7 +19,7 @@ class RunFacts:
 
     Attributes:
         step: optimizer steps.
-        samples: samples that these steps consumed.
+        samples: packed sequences that these steps consumed.
         commit: of this project's code when the checkpoint was saved.
         versions: of packages, by name.
         loss: mean over the last ten steps up to the checkpoint, or over all if they are fewer.

@@ -20,7 +20,8 @@ class Scorer(Protocol):
     """Scores the visual tokens of a packed sequence in one layer.
 
     Both methods get this rank's heads and return float32 [V] in the order of ``layout.visual_index``, higher is more
-    important, pooled over these heads; the caller pools over tensor-parallel ranks, whose heads are as many. They must
+    important, pooled over these heads; the caller pools over the ranks with the other heads (tensor-parallel ones,
+    for Mamba layers context-parallel ones too), whose heads are as many. They must
     be deterministic and free of state.
 
     Attributes:

@@ -42,7 +42,7 @@ def build_model(
     """The model of a configuration on this rank, parameters of frozen parts without gradients.
 
     Args:
-        cfg: the whole configuration; uses model, reduction, parallel, trainer.precision.
+        cfg: the whole configuration; uses model, reduction, parallel, tuning, fp8, trainer.precision and .recompute.
         pre_process: first pipeline stage.
         post_process: last pipeline stage.
         chunk: which of its chunks, on a stage of an interleaved pipeline.

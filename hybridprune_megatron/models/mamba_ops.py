@@ -1,4 +1,4 @@
-"""Convolution and scan behind one interface: plain torch anywhere, causal-conv1d and mamba_ssm kernels on a GPU."""
+"""Convolution and scan behind one interface: ``ops/`` anywhere, causal-conv1d and mamba_ssm kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MambaOps(Protocol):
 
 
 class TorchMambaOps:
-    """The specification: plain torch on any device."""
+    """Those of ``ops/``: plain torch on any device, native operators on a CPU where ``kernels/`` is installed."""
 
     def conv(self, x: Tensor, weight: Tensor, bias: Tensor, packing: LayerPacking) -> Tensor:
         return causal_conv_silu(x, weight, bias, packing.layout.sample_lengths)

@@ -103,7 +103,7 @@ class VideoLanguageModel(MegatronModule):
             trace: gets the layout that enters every layer.
 
         Returns:
-            float [R, vocabulary of this rank] and the layout.
+            float [R, vocabulary of this rank] and the layout; under context parallelism those of R rows that lie here.
         """
         return self._run(batch, rows, None, trace)
 

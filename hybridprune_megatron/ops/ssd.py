@@ -1,4 +1,4 @@
-"""Mamba-2's scan (SSD) over packed samples, plain torch: the specification that every kernel is compared with.
+"""Mamba-2's scan (SSD) over packed samples, plain torch: what every kernel is compared with.
 
 Per head: ``h_i = exp(dt_i A) h_{i-1} + dt_i x_i B_i^T``, ``y_i = h_i C_i + D x_i``, with h = 0 before the first token
     of a sample.

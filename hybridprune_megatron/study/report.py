@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,12 @@ def timing_key(method: str, budget: float) -> str:
     return f"{method}/{budget:g}"
 
 
+def seen_from_above(markdown: str, folder: str) -> str:
+    """Markdown of a folder as a page beside that folder has it: relative links lead through it."""
+    link = r"\]\((?!https?:|#)([^)]+)\)"
+    return re.sub(link, lambda found: f"]({posixpath.normpath(posixpath.join(folder, found[1]))})", markdown)
+
+
 def write_report(
     path: Path, rows: Sequence[Row], timings: dict[str, Row], setting: str, findings: str, figure: str
 ) -> None:
@@ -117,7 +125,7 @@ def write_report(
         rows: of the study.
         timings: prefill by ``timing_key``.
         setting: a paragraph on sizes, data, seeds and device.
-        findings: Markdown by a person.
+        findings: Markdown by a person; its links start in the folder ``study`` beside the page.
         figure: relative path of the plot.
     """
     full = rows_of(rows, "before", "none", 1.0)
@@ -126,7 +134,7 @@ def write_report(
         "# Study: which visual tokens can go",
         "<!-- Made by `python recipes/study.py`; the findings are docs/study/findings.md. Do not edit by hand. -->",
         setting,
-        findings.strip(),
+        seen_from_above(findings.strip(), "study"),
         f"## {title}",
         "Accuracy with its 95 % interval (bootstrap over held-out samples); the number of finetuning seeds in brackets "
         "where there is more than one. Differences are paired by sample; bold: beyond their interval.",
@@ -136,7 +144,7 @@ def write_report(
         "In parentheses, how many times as fast the measured prefill of the language model is.",
         markdown_table(budget_table(rows, timings, "before")),
         "## Every budget, after light finetuning at random budgets",
-        f"What drops in front of the model is finetuned at {HEADLINE:g}: it hands on a fixed share.",
+        f"What drops only in front of the model is finetuned at {HEADLINE:g}: it hands on a fixed share.",
         markdown_table(budget_table(rows, timings, "after")),
         f"## By kind of question, budget {HEADLINE:g}, before finetuning",
         markdown_table(kind_table(rows, "before")),

@@ -93,6 +93,9 @@ def test_a_run_continues_only_with_its_own_settings(tmp_path: Path) -> None:
     check_resume(load_config(longer))
     with pytest.raises(ConfigError, match=r"reduction.budget=0.35: .* holds a run with reduction.budget=0.25; give"):
         check_resume(load_config(["experiment=demo", f"output_dir={tmp_path}", "reduction.budget=0.35"]))
+    # Its weights have other names.
+    with pytest.raises(ConfigError, match=r"model.spec=te: .* holds a run with model.spec=auto; give"):
+        check_resume(load_config(["experiment=demo", f"output_dir={tmp_path}", "model.spec=te"]))
 
 
 def test_help_shows_groups_keys_and_values(capsys) -> None:
@@ -122,6 +125,7 @@ def test_help_all_explains_every_key(capsys) -> None:
     for key in keys:
         assert f"  {key}=" in text
         assert key_help(key), f"{key} has no line in the Attributes section of its dataclass"
+        assert key_help(key).endswith("."), f"{key}: {key_help(key)}"
 
 
 def test_cfg_job_prints_the_resolved_configuration(capsys) -> None:

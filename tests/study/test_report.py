@@ -12,6 +12,7 @@ from hybridprune_megatron.study.report import (
     headline_table,
     kind_table,
     random_budget_table,
+    seen_from_above,
     timing_key,
     write_report,
 )
@@ -68,6 +69,12 @@ def test_other_tables() -> None:
     )
     assert line(kind_table(ROWS, "after"), METHODS[0].label) == (METHODS[0].label, "85.0 %", "50.0 %")
     assert random_budget_table(ROWS)[2][1].startswith("85.0 %")
+
+
+def test_links_of_the_findings_lead_through_their_folder() -> None:
+    text = "![Kept](analysis/kept.png), [speed](../speed.md#cpu), [one](https://a.b/c), [below](#budgets)"
+    page = "![Kept](study/analysis/kept.png), [speed](speed.md#cpu), [one](https://a.b/c), [below](#budgets)"
+    assert seen_from_above(text, "study") == page
 
 
 def test_page_and_figure_are_written(tmp_path: Path) -> None:

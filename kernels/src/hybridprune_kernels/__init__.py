@@ -1,4 +1,4 @@
-"""Native scoring operators, ``torch.ops.hybridprune``; importing this registers them. README.md has the schemas."""
+"""Native operators, ``torch.ops.hybridprune``; importing this registers them. README.md has the schemas."""
 
 from __future__ import annotations
 

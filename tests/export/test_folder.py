@@ -172,7 +172,7 @@ def test_the_card_says_what_is_known_of_the_run(world, tmp_path) -> None:
     card = (export_model(world.model, cfg, tmp_path / "hf", facts=facts) / "README.md").read_text()
     for row in (
         "steps | 12",
-        "samples | 34",
+        "packed sequences | 34",
         "loss, mean of the last steps | 12.5000",
         "accuracy, reduced after | 65.4 %",
     ):

@@ -107,6 +107,27 @@ def decode_video(
         return _decode(source, sampling, frame_size)
 
 
+def sample_frames(
+    frames: np.ndarray, seconds: Sequence[float], sampling: FrameSampling, frame_size: int
+) -> DecodedVideo:
+    """The chosen ones of frames that were decoded elsewhere, scaled as ``decode_video`` scales.
+
+    Args:
+        frames: uint8 [F, H, W, 3], RGB, upright, F of at least 1.
+        seconds: F times, rising.
+        sampling: which frames.
+        frame_size: side of the output frames, in pixels.
+    """
+    seconds = [float(time - seconds[0]) for time in seconds]
+    chosen = sampling.choose(seconds)
+    pictures = [
+        _picture(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[index]), format="rgb24"), frame_size)
+        for index in chosen
+    ]
+    stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return DecodedVideo(stack, [seconds[index] for index in chosen], seconds)
+
+
 def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str = "video") -> list[float]:
     """The times that ``decode_video`` will most likely give its frames, without decoding.
 

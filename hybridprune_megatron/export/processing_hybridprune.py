@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
@@ -23,7 +24,7 @@ from hybridprune_megatron.data.conversation import (
     render_chat,
 )
 from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT, EncodedPrompt, PromptEncoder, special_token_id
-from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video
+from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video, sample_frames
 from hybridprune_megatron.method.layout import TokenKind
 
 _ASSISTANT = f"{TURN_TOKEN}Assistant\n"
@@ -77,6 +78,7 @@ class HybridPruneProcessor(ProcessorMixin):
         add_generation_prompt: bool = False,
         tokenize: bool = False,
         return_dict: bool = False,
+        processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Renders conversations; ``<video>`` stands for a video, ``<image>`` for an image.
@@ -88,7 +90,7 @@ class HybridPruneProcessor(ProcessorMixin):
             tokenize: False returns text; True also reads what the parts name (under "video" or "image", "path" or
                 "url").
             return_dict: with ``tokenize``: whether to return all inputs instead of ``input_ids``.
-            kwargs: with ``tokenize``: passed to ``__call__``.
+            processor_kwargs, kwargs: with ``tokenize``: passed to ``__call__``.
         """
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = list(conversation) if batched else [conversation]
@@ -98,7 +100,7 @@ class HybridPruneProcessor(ProcessorMixin):
         if not tokenize:
             return texts if batched else texts[0]
         videos, images = (_named(conversations, kind) for kind in ("video", "image"))
-        inputs = self(text=texts, videos=videos, images=images, **kwargs)
+        inputs = self(text=texts, videos=videos, images=images, **kwargs, **(processor_kwargs or {}))
         return inputs if return_dict else inputs["input_ids"]
 
     def __call__(
@@ -111,21 +113,25 @@ class HybridPruneProcessor(ProcessorMixin):
         padding: bool | str = True,
         return_tensors: str | None = "pt",
         conversation_mode: str | None = None,
+        video_metadata: Any = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Tokenizes rendered conversations and decodes their videos.
 
         Args:
-            images: paths, bytes or PIL images, in the order of the ``<image>`` placeholders; each becomes one frame.
+            images: paths, bytes, PIL images or uint8 [H, W, 3], in the order of the ``<image>`` placeholders; each
+                becomes one frame.
             text: one or several texts from ``apply_chat_template``.
-            videos: paths, bytes or ``DecodedVideo``, in the order of the ``<video>`` placeholders of all texts; lists
-                of lists are joined.
+            videos: paths, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], or a list of PIL
+                images), in the order of the ``<video>`` placeholders of all texts; lists of lists are joined.
             audio, audios: must be empty.
             padding: False refuses texts of different lengths; else they are padded on the left.
             return_tensors: only "pt".
             conversation_mode: which questions of a chat score, instead of the trained ``conversation``:
                 "first_question", "split_turns" (the last one) or "all_turns".
-            kwargs: must be empty or None.
+            video_metadata: one entry a video, read for those given as frames: ``fps``, and ``frames_indices`` if these
+                are not all frames of the video. Of them the frames are taken that would be taken of a file.
+            kwargs: must be empty, None or False.
 
         Returns:
             input_ids, attention_mask, token_kinds: int64 [B, L]; if there are videos, pixel_values uint8 [F, 3, S, S]
@@ -135,24 +141,33 @@ class HybridPruneProcessor(ProcessorMixin):
             ValueError: inputs this model does not take, unreadable videos, or a text in another format.
         """
         for name, value in {"audio": audio, "audios": audios, **kwargs}.items():
-            if value is not None and not (isinstance(value, list | tuple) and not value):
+            # Callers that serve many processors name what they do not want, too.
+            if value is not None and value is not False and not (isinstance(value, list | tuple) and not value):
                 raise ValueError(f"{name}={value!r:.60}: this processor takes text, videos, images; leave {name} out")
         if text is None or return_tensors not in (None, "pt"):
             raise ValueError(f"text={text!r:.20}, return_tensors={return_tensors!r}: give text; only 'pt' is returned")
         texts = [text] if isinstance(text, str) else list(text)
-        given = {VIDEO_TOKEN: _flat(videos), IMAGE_TOKEN: _flat(images)}
+        given = {VIDEO_TOKEN: _videos(videos), IMAGE_TOKEN: _flat(images)}
         for token, files in given.items():
             shown = sum(each.count(token) for each in texts)
             if shown != len(files):
                 raise ValueError(f"{shown} {token} in the text and {len(files)} given: give one for each, in order")
-        waiting = {token: iter(files) for token, files in given.items()}
+        metadata = [None] * len(given[VIDEO_TOKEN])
+        if video_metadata is not None:
+            metadata = [each for part in video_metadata for each in (part if isinstance(part, list) else [part])]
+        if len(metadata) != len(given[VIDEO_TOKEN]):
+            raise ValueError(f"{len(given[VIDEO_TOKEN])} videos, {len(metadata)} in video_metadata: give one for each")
+        waiting = {
+            VIDEO_TOKEN: map(self._video, given[VIDEO_TOKEN], metadata),
+            IMAGE_TOKEN: map(self._image, given[IMAGE_TOKEN]),
+        }
         encoder = PromptEncoder(self.tokenizer, self.tokens_per_frame, self.frame_text)
         prompts: list[EncodedPrompt] = []
         frames: list[Tensor] = []
         for each in texts:
             times: list[list[float] | None] = []
             for token in MEDIA_PATTERN.findall(each):
-                decoded = self._decode(next(waiting[token]), image=token == IMAGE_TOKEN)
+                decoded = next(waiting[token])
                 frames.append(decoded.frames)
                 times.append(None if token == IMAGE_TOKEN else decoded.seconds)
             prompts.append(encoder.encode_prompt(parse_chat(each), times, conversation_mode or self.conversation))
@@ -184,24 +199,32 @@ class HybridPruneProcessor(ProcessorMixin):
         input_ids = torch.cat([sequences, new], 1)
         return BatchFeature({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
 
-    def _decode(self, source: Any, image: bool) -> DecodedVideo:
-        """Reads a video, or an image as a video of one frame, so that both are scaled alike."""
-        if isinstance(source, DecodedVideo) and not image:
+    def _video(self, source: Any, metadata: Any) -> DecodedVideo:
+        """Reads a video: a file, or frames that were decoded elsewhere."""
+        if isinstance(source, DecodedVideo):
             return source
-        if image and hasattr(source, "save"):
+        self._need_tower("video")
+        sampling = FrameSampling(self.sampling, self.num_frames, self.fps, self.max_frames)
+        if isinstance(source, str | bytes | Path):
+            return decode_video(source, sampling, self.frame_size)
+        frames = _frames(source, "video", "a path, the bytes of a file, frames, or a DecodedVideo")
+        return sample_frames(frames, _frame_times(len(frames), metadata), sampling, self.frame_size)
+
+    def _image(self, source: Any) -> DecodedVideo:
+        """Reads an image as a video of one frame, so that both are scaled alike."""
+        self._need_tower("image")
+        if hasattr(source, "save"):
             buffer = io.BytesIO()
             source.convert("RGB").save(buffer, "PNG")
             source = buffer.getvalue()
-        kind = "image" if image else "video"
-        if not isinstance(source, str | bytes | Path):
-            other = "a PIL image" if image else "a DecodedVideo"
-            raise ValueError(f"{kind} of type {type(source).__name__}: give a path, the bytes of a file, or {other}")
+        if isinstance(source, str | bytes | Path):
+            return decode_video(source, FrameSampling("uniform", 1), self.frame_size, "image")
+        frames = _frames(source, "image", "a path, the bytes of a file, a PIL image or one of uint8 [H, W, 3]")
+        return sample_frames(frames, [0.0] * len(frames), FrameSampling("uniform", 1), self.frame_size)
+
+    def _need_tower(self, kind: str) -> None:
         if self.sampling == "none":
             raise ValueError(f"this model takes text only: leave {kind}s out")
-        if image:
-            return decode_video(source, FrameSampling("uniform", 1), self.frame_size, kind)
-        sampling = FrameSampling(self.sampling, self.num_frames, self.fps, self.max_frames)
-        return decode_video(source, sampling, self.frame_size)
 
     def _pad(self, prompts: Sequence[EncodedPrompt], padding: bool) -> dict[str, Tensor]:
         lengths = [len(prompt.input_ids) for prompt in prompts]
@@ -218,13 +241,63 @@ class HybridPruneProcessor(ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask, "token_kinds": token_kinds}
 
 
-def _flat(videos: Any) -> list[Any]:
-    """Videos of all texts in one list."""
+def _frames(source: Any, kind: str, allowed: str) -> np.ndarray:
+    """Decoded frames as uint8 [F, H, W, 3].
+
+    Raises:
+        ValueError: they are none.
+    """
+    if isinstance(source, list):
+        source = np.stack([np.asarray(frame.convert("RGB")) for frame in source])
+    if not isinstance(source, np.ndarray | Tensor):
+        raise ValueError(f"{kind} of type {type(source).__name__}: give {allowed}")
+    frames = source.cpu().numpy() if isinstance(source, Tensor) else source
+    if kind == "image":
+        frames = frames[None]
+    if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:
+        frames = frames.transpose(0, 2, 3, 1)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise ValueError(
+            f"{kind} of {frames.dtype} {list(source.shape)}: give uint8 RGB, [F, H, W, 3] or [F, 3, H, W], without F "
+            "for an image, none of them 0"
+        )
+    return frames
+
+
+def _frame_times(count: int, metadata: Any) -> list[float]:
+    """Seconds of the frames of a video that is no file.
+
+    Raises:
+        ValueError: they do not follow from its metadata.
+    """
+    read = metadata.get if isinstance(metadata, Mapping) else lambda key: getattr(metadata, key, None)
+    fps, indices = read("fps"), read("frames_indices")
+    indices = list(range(count)) if indices is None else [int(index) for index in indices]
+    if not isinstance(fps, int | float | np.number) or not 0 < fps < float("inf"):
+        raise ValueError(
+            f"video of {count} frames with fps={fps!r}: their times are unknown; give video_metadata=[{{'fps': 2.0}}]"
+        )
+    if len(indices) != count or sorted(set(indices)) != indices:
+        raise ValueError(f"{len(indices)} frames_indices for {count} frames: give one rising index for each frame")
+    return [index / fps for index in indices]
+
+
+def _flat(media: Any) -> list[Any]:
+    """What lists of lists hold, in one list."""
+    if media is None:
+        return []
+    return [each for part in media for each in _flat(part)] if isinstance(media, list | tuple) else [media]
+
+
+def _videos(videos: Any) -> list[Any]:
+    """Videos of all texts in one list; a list of PIL images is a video."""
     if videos is None:
         return []
-    if isinstance(videos, list | tuple):
-        return [video for part in videos for video in _flat(part)]
-    return [videos]
+    if not isinstance(videos, list | tuple):
+        return [videos]
+    if videos and all(hasattr(frame, "save") for frame in videos):
+        return [list(videos)]
+    return [video for part in videos for video in _videos(part)]
 
 
 def _named(conversations: Sequence[Sequence[dict[str, Any]]], kind: str) -> list[Any]:

@@ -41,6 +41,8 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_hybridprune.HybridPruneConfig",
     "AutoModel": _MODEL_CLASS,
     "AutoModelForCausalLM": _MODEL_CLASS,
+    "AutoModelForImageTextToText": _MODEL_CLASS,
+    "AutoModelForMultimodalLM": _MODEL_CLASS,
     "AutoProcessor": _PROCESSOR_CLASS,
 }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer
+from transformers.video_utils import VideoMetadata
 
 from hybridprune_megatron.data.conversation import read_conversation
 from hybridprune_megatron.data.prompt import PromptEncoder
@@ -77,6 +80,41 @@ def test_tokenized_in_one_call(world, clips) -> None:
     assert all(torch.equal(whole[name], parts[name]) for name in parts)
 
 
+def test_frames_stand_for_the_file_that_they_were_decoded_from(world, tmp_path) -> None:
+    clip = str(tmp_path / "smooth.mp4")
+    with av.open(clip, "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for index in range(12):
+            grey = (np.add.outer(np.arange(32), np.arange(48)) * 2 + 5 * index).astype(np.uint8)
+            picture = np.stack([grey, grey, grey], -1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(clip) as container:
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    text = world.processor.apply_chat_template(message("What?"), add_generation_prompt=True)
+    of_file = world.processor(text=text, videos=[clip])
+    metadata = VideoMetadata(total_num_frames=12, fps=5.0)
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for given in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2), pictures):
+        found = world.processor(text=text, videos=[given], video_metadata=[metadata])
+        # The same frames at the same times; a file's are scaled before their colours become RGB.
+        assert torch.equal(found["input_ids"], of_file["input_ids"])
+        difference = found["pixel_values"].int() - of_file["pixel_values"].int()
+        assert difference.abs().max() <= 4
+    # Somebody who has chosen frames already says which: every other one, all of which are taken.
+    chosen = world.processor(
+        text=text, videos=[frames[::2]], video_metadata=[{"fps": 5.0, "frames_indices": range(0, 12, 2)}]
+    )
+    written = world.processor.tokenizer.decode(chosen["input_ids"][0])
+    assert len(chosen["pixel_values"]) == 6
+    assert all(f"at {second:.2f} seconds" in written for second in (0, 0.4, 2))
+    of_array, of_picture = (
+        world.processor(text=text.replace("<video>", "<image>"), images=image) for image in (frames[0], pictures[0])
+    )
+    assert torch.equal(of_array["pixel_values"], of_picture["pixel_values"])
+
+
 def test_several_videos_between_text(world, clips) -> None:
     content = [
         {"type": "text", "text": "First "},
@@ -134,6 +172,17 @@ def test_images_and_videos_between_text(world, clips, tmp_path) -> None:
         ({"audios": ["a.wav"]}, "audios="),
         ({"videos": []}, "1 <video> in the text and 0 given"),
         ({"videos": [3]}, "video of type int"),
+        ({"videos": [np.zeros((2, 8, 8, 3), np.uint8)]}, r"2 frames with fps=None.*video_metadata=\[\{'fps': 2.0\}\]"),
+        ({"videos": [np.zeros((2, 8, 8, 3))], "video_metadata": [{"fps": 2}]}, r"video of float64 \[2, 8, 8, 3\]"),
+        ({"videos": [np.zeros((0, 8, 8, 3), np.uint8)], "video_metadata": [{"fps": 2}]}, r"uint8 \[0, 8, 8, 3\]"),
+        (
+            {
+                "videos": [np.zeros((2, 8, 8, 3), np.uint8)],
+                "video_metadata": [{"fps": 2, "frames_indices": [1, 1]}],
+            },
+            "2 frames_indices for 2 frames: give one rising index",
+        ),
+        ({"videos": ["b.mp4"], "video_metadata": []}, "1 videos, 0 in video_metadata"),
         ({"videos": ["missing.mp4"]}, "missing.mp4 cannot be decoded"),
         ({"return_tensors": "np"}, "return_tensors='np'"),
         ({"max_frames": 4}, "max_frames=4"),

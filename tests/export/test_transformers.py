@@ -7,11 +7,11 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer
+from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, pipeline
 
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
-from tests.export.conftest import row
+from tests.export.conftest import message, row
 
 SETTINGS = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None}
 
@@ -41,6 +41,18 @@ def test_streams(world, inputs, answers, capsys) -> None:
     thread.join()
     assert "".join(parts) == text
     assert len(parts) > 1
+
+
+@pytest.mark.parametrize(("task", "kind"), [("any-to-any", "video"), ("image-text-to-text", "image")])
+def test_a_pipeline_answers_as_the_model_does(world, clips, task: str, kind: str) -> None:
+    # One frame of a video is an image, which the pipeline of images may show as a file.
+    chat = message("What?")
+    chat[0]["content"][0] = {"type": kind, "path": str(clips[0])}
+    inputs = world.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    alone = world.hf.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
+    answer = pipeline(task, model=str(world.folder), trust_remote_code=True)
+    (found,) = answer(text=chat, max_new_tokens=4, do_sample=False, return_full_text=False)
+    assert found["generated_text"] == world.processor.tokenizer.decode(alone, skip_special_tokens=True) != ""
 
 
 def test_bf16_is_fp32_but_for_rounding(world, inputs) -> None:

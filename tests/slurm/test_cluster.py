@@ -116,9 +116,14 @@ def _finish(cluster: Cluster, number: str, log: Path) -> dict[str, str]:
         job.update(cluster.job(number))
         return job["JobState"] in OVER
 
-    _wait(over, log.read_text)
-    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), log.read_text()
+    _wait(over, lambda: _text(log))
+    assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), _text(log)
     return job
+
+
+def _text(log: Path) -> str:
+    """What a job has written so far. Ranks write at once, so one's progress bar may cut a character of another's."""
+    return log.read_text(errors="replace") if log.exists() else "no log yet"
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -140,14 +145,14 @@ def test_preempted_job_requeues_itself_and_ends_with_the_same_losses(
 
     log = Path(f"{preempted}.log")
     number = _submit(cluster, data, preempted)
-    _wait(lambda: len(_rows(preempted)) >= ENOUGH, lambda: log.read_text() if log.exists() else "no log yet")
+    _wait(lambda: len(_rows(preempted)) >= ENOUGH, lambda: _text(log))
     # Wants both nodes: Slurm warns our job, and would kill it after the partition's GraceTime.
     urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     job = _finish(cluster, number, log)
 
     assert job["Restarts"] == "1"
     assert cluster.job(urgent)["JobState"] == "COMPLETED"
-    text = log.read_text()
+    text = _text(log)
     saved = preempted / "checkpoints"
     stopped_at = text.split("asked to stop: saved after step ")[1].split(",")[0]
     assert ENOUGH <= int(stopped_at) < STEPS

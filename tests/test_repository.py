@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.tracked import ROOT, tracked
+
 PACKAGE = "hybridprune_megatron"
 
 #: What every package may import of this project; everything else is refused.
@@ -44,16 +44,6 @@ FORBIDDEN: dict[str, set[str]] = {
 }
 MOST_LINES = 400
 MOST_BYTES = 10 * 2**20
-
-
-def tracked() -> list[Path]:
-    """Files under version control, or all files outside of ignored folders where there is no git (an archive)."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
-    if listed.returncode:
-        skipped = {".venv", "runs", "build", ".git"}
-        return [path for path in ROOT.rglob("*") if path.is_file() and not skipped & set(path.parts)]
-    # A file that is deleted but not committed yet is listed still.
-    return [path for name in listed.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
 
 
 def text_files() -> list[Path]:

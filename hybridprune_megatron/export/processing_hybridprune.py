@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,20 +147,7 @@ class HybridPruneProcessor(ProcessorMixin):
         if text is None or return_tensors not in (None, "pt"):
             raise ValueError(f"text={text!r:.20}, return_tensors={return_tensors!r}: give text; only 'pt' is returned")
         texts = [text] if isinstance(text, str) else list(text)
-        given = {VIDEO_TOKEN: _videos(videos), IMAGE_TOKEN: _flat(images)}
-        for token, files in given.items():
-            shown = sum(each.count(token) for each in texts)
-            if shown != len(files):
-                raise ValueError(f"{shown} {token} in the text and {len(files)} given: give one for each, in order")
-        metadata = [None] * len(given[VIDEO_TOKEN])
-        if video_metadata is not None:
-            metadata = [each for part in video_metadata for each in (part if isinstance(part, list) else [part])]
-        if len(metadata) != len(given[VIDEO_TOKEN]):
-            raise ValueError(f"{len(given[VIDEO_TOKEN])} videos, {len(metadata)} in video_metadata: give one for each")
-        waiting = {
-            VIDEO_TOKEN: map(self._video, given[VIDEO_TOKEN], metadata),
-            IMAGE_TOKEN: map(self._image, given[IMAGE_TOKEN]),
-        }
+        waiting = self._decoded(texts, videos, images, video_metadata)
         encoder = PromptEncoder(self.tokenizer, self.tokens_per_frame, self.frame_text)
         prompts: list[EncodedPrompt] = []
         frames: list[Tensor] = []
@@ -198,6 +185,29 @@ class HybridPruneProcessor(ProcessorMixin):
         new = torch.tensor([encoder.encode_next_turn(question, closed)]).to(sequences)
         input_ids = torch.cat([sequences, new], 1)
         return BatchFeature({"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)})
+
+    def _decoded(
+        self, texts: Sequence[str], videos: Any, images: Any, video_metadata: Any
+    ) -> dict[str, Iterator[DecodedVideo]]:
+        """What stands for the placeholders of all texts, decoded one by one as they come.
+
+        Raises:
+            ValueError: other numbers of videos or images than placeholders, or of metadata than videos.
+        """
+        given = {VIDEO_TOKEN: _videos(videos), IMAGE_TOKEN: _flat(images)}
+        for token, files in given.items():
+            shown = sum(each.count(token) for each in texts)
+            if shown != len(files):
+                raise ValueError(f"{shown} {token} in the text and {len(files)} given: give one for each, in order")
+        metadata = [None] * len(given[VIDEO_TOKEN])
+        if video_metadata is not None:
+            metadata = [each for part in video_metadata for each in (part if isinstance(part, list) else [part])]
+        if len(metadata) != len(given[VIDEO_TOKEN]):
+            raise ValueError(f"{len(given[VIDEO_TOKEN])} videos, {len(metadata)} in video_metadata: give one for each")
+        return {
+            VIDEO_TOKEN: map(self._video, given[VIDEO_TOKEN], metadata),
+            IMAGE_TOKEN: map(self._image, given[IMAGE_TOKEN]),
+        }
 
     def _video(self, source: Any, metadata: Any) -> DecodedVideo:
         """Reads a video: a file, or frames that were decoded elsewhere."""

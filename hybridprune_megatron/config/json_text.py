@@ -1,0 +1,64 @@
+"""JSON that comes from somewhere else: every way in which it can be wrong is a ``ValueError`` of one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+_MAX_DIGITS = 100
+
+
+def read_json(path: Path) -> Any:
+    """``parse_json`` of a file.
+
+    Raises:
+        ValueError: the file cannot be read, or as ``parse_json``.
+    """
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path} cannot be read ({reason})") from None
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Parses JSON strictly: UTF-8 (a byte order mark is skipped), finite numbers, text that can be encoded again.
+
+    Raises:
+        ValueError: with the reason. Nesting that is too deep, numbers that are too long and lone surrogates are
+            reasons like any other, not the ``RecursionError`` or ``UnicodeEncodeError`` they become later.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(text, parse_float=_finite, parse_int=_whole, parse_constant=_refuse_constant)
+        # Python takes "\ud800" and fails where the text is written or tokenized.
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a lone surrogate, {error.object[error.start]!a}, which is not a character") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text:.40} is too large a number")
+    return number
+
+
+def _whole(text: str) -> int:
+    # Python's own refusal tells how to lift its limit.
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits is too large")
+    return int(text)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number of JSON")

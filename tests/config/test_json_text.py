@@ -1,0 +1,44 @@
+"""Foreign JSON: what is right is read, everything else is one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridprune_megatron.config.json_text import parse_json, read_json
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"a": ', "Expecting value"),
+        ('"\\ud800"', "lone surrogate"),
+        ('{"\\udfff": 1}', "lone surrogate"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"a":' * 200_000, "nested too deeply"),
+        ("9" * 5_000, "digits"),
+        ("1e999", "too large"),
+        ("[NaN]", "NaN"),
+        ("-Infinity", "-Infinity"),
+        (b"\xff\xfe", "not UTF-8 at byte 0"),
+        ("", "Expecting value"),
+    ],
+)
+def test_what_is_wrong_is_one_line(text: str | bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as raised:
+        parse_json(text)
+    assert type(raised.value) is not UnicodeDecodeError
+    assert len(str(raised.value).splitlines()) == 1
+    assert len(str(raised.value)) < 300
+
+
+def test_a_byte_order_mark_and_surrogate_pairs_are_read() -> None:
+    assert parse_json(b'\xef\xbb\xbf{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
+    assert parse_json('{"a": [1, 2.5, true, null]}') == {"a": [1, 2.5, True, None]}
+
+
+def test_a_file_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"none\.json cannot be read \(No such file"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ValueError, match=r"bad\.json cannot be read \(Expecting"):
+        read_json(tmp_path / "bad.json")

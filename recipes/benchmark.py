@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.checks import fail
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, PAGE = ROOT / "docs" / "performance", ROOT / "docs" / "performance.md"

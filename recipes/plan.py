@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config import Config, ConfigError, load_config
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.compose import EXIT_CODE
 from hybridprune_megatron.config.fields import field_help
 from hybridprune_megatron.cost.calibration import Calibration, calibration_lengths, predict, sample_sizes

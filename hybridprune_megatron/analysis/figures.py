@@ -16,9 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 from hybridprune_megatron.analysis.probe import IN_FRONT
 from hybridprune_megatron.evaluation.plots import LAYER_COLOURS
-from hybridprune_megatron.method.schedule import SCORING_LAYERS
+from hybridprune_megatron.layers.kinds import KINDS
 
-TYPE_COLOURS = {name: LAYER_COLOURS[symbol] for symbol, name in SCORING_LAYERS.items()}
+TYPE_COLOURS = {name: LAYER_COLOURS[symbol] for symbol, KINDS[name].scores.items()}
 #: Okabe and Ito, for pairs of layers: within Mamba, within attention, across.
 _PAIR_COLOURS = {"mamba-mamba": "#0072B2", "attention-attention": "#D55E00", "attention-mamba": "#009E73"}
 _MASS_MARKERS = ("o", "s", "^")

@@ -31,7 +31,7 @@ from hybridprune_megatron.analysis.samples import AnalysisSample
 from hybridprune_megatron.analysis.statistics import evenly_spread
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.plan import select
-from hybridprune_megatron.method.schedule import SCORING_LAYERS
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 #: Principal components of the dropped tokens' mean feature that are to be recovered.
@@ -114,7 +114,7 @@ def collect(
 
 def drop_layers(symbols: str) -> list[int]:
     """Layers after which the probe drops: at most five that can score and have a layer to read behind them."""
-    scoring = [layer for layer, symbol in enumerate(symbols) if symbol in SCORING_LAYERS]
+    scoring = [layer for layer, symbol in enumerate(symbols) if KINDS[symbol].scores]
     return evenly_spread(scoring[:-1], _MOST_DROPS)
 
 
@@ -182,7 +182,7 @@ def _row(
     return {
         "dropped_after": after,
         "layer": layer,
-        "type": SCORING_LAYERS[symbols[layer]],
+        "type": KINDS[symbols[layer]].name,
         "score": found.score,
         "shuffled": found.shuffled,
         "shuffled_high": found.shuffled_high,

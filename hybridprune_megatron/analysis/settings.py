@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, fail
 
 #: Fewer clips are too few for a probe's folds.
 FEWEST_PROBED = 20

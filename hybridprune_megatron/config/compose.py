@@ -20,10 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
-from hybridprune_megatron.config.checks import ConfigError, closest, fail
+from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.explain import explain_exception, explain_override
 from hybridprune_megatron.config.features import check_features
 from hybridprune_megatron.config.help import usage
+from hybridprune_megatron.config.overrides import part_overrides
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
 
@@ -50,6 +51,7 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
     if not CONF_DIR.is_dir():
         raise ConfigError(f"{CONF_DIR} is not there: the package runs from a checkout; use pip install -e .")
     register_schema()
+    overrides = part_overrides(overrides)
     for override in overrides:
         problem = explain_override(override, CONF_DIR)
         if problem is not None:
@@ -97,28 +99,7 @@ def to_config(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain_exception(error)) from error
     assert isinstance(cfg, Config), type(cfg)
-    scorers = known_scorers()
-    if cfg.reduction.scorer not in scorers:
-        nearest = closest(cfg.reduction.scorer, scorers)
-        raise fail(
-            "reduction.scorer",
-            cfg.reduction.scorer,
-            f"conf/reduction names the scorers {', '.join(scorers)}",
-            f"did you mean {nearest}?" if nearest else f"set e.g. reduction.scorer={scorers[0]}",
-        )
     return cfg
-
-
-def known_scorers() -> list[str]:
-    """The scorers that the files of ``conf/reduction`` name.
-
-    The registry of scorers imports torch; every scorer comes with a file in ``conf/reduction``, which is quick to read.
-    A test holds the two together.
-    """
-    found: set[str] = set()
-    for path in CONF_DIR.glob("reduction/*.yaml"):
-        found.update(re.findall(r"^scorer: *([\w-]+)", path.read_text(encoding="ascii"), flags=re.MULTILINE))
-    return sorted(found)
 
 
 def check_files(cfg: Config) -> None:

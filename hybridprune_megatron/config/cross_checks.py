@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.config.checks import divides, fail
-from hybridprune_megatron.config.reduction_schema import resolved_retention
+from hybridprune_megatron.checks import divides, fail
 from hybridprune_megatron.method.schedule import cut_pattern, even_edges
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def check_config(cfg: Config) -> None:
     check_combinations(cfg)
     check_batch(cfg)
     # Solving the schedule finds layers that cannot drop and budgets that cannot be reached.
-    resolved_retention(cfg.reduction, cfg.model.hybrid_pattern)
+    cfg.reduction.retention(cfg.model.hybrid_pattern)
     check_steps(cfg)
 
 
@@ -196,14 +195,7 @@ def check_combinations(cfg: Config) -> None:
             f"leaves stages behind the first without anything to learn, and parallel.pipeline={parallel.pipeline}",
             "set model.trainable.language=true, tuning.lora.rank, or parallel.pipeline=1",
         )
-    groups = cfg.model.mamba_num_groups // parallel.tensor
-    if cfg.reduction.mamba_pooling == "max_groups" and groups < parallel.context:
-        raise fail(
-            "reduction.mamba_pooling",
-            "max_groups",
-            f"needs whole groups on a rank: {groups} are shared by parallel.context={parallel.context} ranks",
-            "set reduction.mamba_pooling=mean or max_heads, or lower parallel.context",
-        )
+    cfg.reduction.score.check_heads("mamba", cfg.model.mamba_num_groups // parallel.tensor, parallel.context)
 
 
 def check_batch(cfg: Config) -> None:

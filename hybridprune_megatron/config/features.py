@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, fail
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config, ModelConfig
@@ -101,10 +101,10 @@ def check_features(cfg: Config) -> None:
         except ValueError as error:
             raise ConfigError(f"data.{key}={path}: its {FEATURES_FILE} cannot be read ({error}); {_REMEDY}") from error
         info.check(cfg.model, f"data.{key}={path}")
-        if cfg.reduction.front == "evs_pixels":
+        if cfg.reduction.front.needs_pixels:
             raise fail(
                 "reduction.front",
-                "evs_pixels",
+                cfg.reduction.front.name,
                 f"compares frames, and data.{key}={path} holds features of them",
                 "set reduction.front=evs, or read the videos",
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.config.checks import at_least, fail, one_of
+from hybridprune_megatron.checks import at_least, fail, one_of
 from hybridprune_megatron.method.schedule import layer_symbols
 
 if TYPE_CHECKING:

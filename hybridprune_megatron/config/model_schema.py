@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridprune_megatron.config.checks import above_zero, at_least, divides, fail, one_of
+from hybridprune_megatron.checks import above_zero, at_least, divides, fail, one_of
 from hybridprune_megatron.config.cross_checks import check_pattern
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hybridprune_megatron.config.checkpoint_folder import latest_checkpoint, read_run_file
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.flat import config_values, leaves
 from hybridprune_megatron.config.schema import Config
 

@@ -13,11 +13,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of, within
+from hybridprune_megatron.checks import above_zero, at_least, fail, one_of, within
 from hybridprune_megatron.config.cross_checks import check_config
 from hybridprune_megatron.config.fp8_schema import Fp8Config, check_fp8
 from hybridprune_megatron.config.model_schema import ExpertsConfig, ModelConfig, TrainableConfig, VisionConfig
-from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
+from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.config.tuning_checks import check_tuning
 from hybridprune_megatron.config.tuning_schema import TuningConfig
 
@@ -326,13 +326,13 @@ class Config:
         shares = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
         # Attention cuts a sequence into two chunks a context-parallel rank; a rank's part has whole tiles.
         unit = math.lcm(2 if parallel.context > 1 else 1, self.fp8.tile)
-        return math.lcm(shares * unit, self.reduction.multiple_of)
+        return math.lcm(shares * unit, self.reduction.select.multiple_of)
 
     @property
     def retention_by_layer(self) -> tuple[float, ...]:
-        """Share of a sample's visual tokens that enters each layer: ``reduction.retention`` or the solved schedule."""
-        return resolved_retention(self.reduction, self.model.hybrid_pattern)
+        """Share of a sample's visual tokens that enters each layer."""
+        return self.reduction.retention(self.model.hybrid_pattern)
 
     def retention_at(self, budget: float) -> tuple[float, ...]:
         """``retention_by_layer`` at another budget."""
-        return resolved_retention(replace(self.reduction, budget=budget), self.model.hybrid_pattern)
+        return replace(self.reduction, budget=budget).retention(self.model.hybrid_pattern)

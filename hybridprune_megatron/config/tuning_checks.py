@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, PROJECTOR_TARGET
 from hybridprune_megatron.method.budgets import budget_levels
+from hybridprune_megatron.method.schedule import Listed
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -29,9 +30,9 @@ def check_budgets(cfg: Config) -> None:
     if cfg.model.vision is None:
         reason = f"model {cfg.model.name} has no vision tower (model.vision=null), so there is nothing to drop"
         raise fail(key, budget.distribution, reason, f"set {key}=fixed")
-    if cfg.reduction.retention is not None:
-        reason = "reduction.retention is one fixed schedule, and every budget needs its own"
-        raise fail(key, budget.distribution, reason, f"set reduction.retention=null or {key}=fixed")
+    if isinstance(cfg.reduction.schedule, Listed):
+        reason = "reduction.schedule.retention is one fixed schedule, and every budget needs its own"
+        raise fail(key, budget.distribution, reason, f"take another reduction.schedule, or set {key}=fixed")
     levels = budget_levels(budget.distribution, budget.low, budget.high, budget.choices)
     for name, level in (("low", min(levels)), ("high", max(levels))):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of, within
+from hybridprune_megatron.checks import above_zero, at_least, fail, one_of, within
 from hybridprune_megatron.method.budgets import DISTRIBUTIONS
 
 #: Linears of the language model: attention, MLP, Mamba.

@@ -177,14 +177,15 @@ class Wires:
             question: tokens that ask.
         """
         parallel, transfers = self.cfg.parallel, []
-        if self.cfg.reduction.scorer == "query" and symbol == "*":
+        score = self.cfg.reduction.score
+        if score.reads_signals and KINDS[symbol].name == "attention":
             queries = attention_widths(self.cfg.model)[0] // parallel.tensor
             log_sums = question * self.cfg.model.num_attention_heads // parallel.tensor
             transfers += all_reduce("scores", "forward", self.context, question * queries * self.width)
             transfers += all_gather("scores", "forward", self.context, parallel.context * log_sums * _FP32)
             transfers += all_gather("scores", "forward", self.context, before * _FP32)
             transfers += all_reduce("scores", "forward", self.tensor, visual * _FP32)
-        elif self.cfg.reduction.scorer == "query":
+        elif score.reads_signals:
             transfers += all_reduce("scores", "forward", self.heads, visual * _FP32)
         if parallel.sequence_parallel:
             transfers += all_gather("drop", "forward", self.tensor, self._stream(before))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.ops import Cost, causal_pairs, elementwise, linear, sum_costs
+from hybridprune_megatron.layers.operations import Cost, causal_pairs, elementwise, linear, sum_costs
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import ModelConfig

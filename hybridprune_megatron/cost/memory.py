@@ -40,7 +40,7 @@ from hybridprune_megatron.cost.activations import (
     total_bytes,
 )
 from hybridprune_megatron.cost.layers import CONV_TAPS, attention_widths, mamba_channels, mamba_inner
-from hybridprune_megatron.cost.ops import WIDTH
+from hybridprune_megatron.layers.operations import WIDTH
 from hybridprune_megatron.cost.parameters import (
     Parameters,
     adapter_parameters,

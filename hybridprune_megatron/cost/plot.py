@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hybridprune_megatron.cost.ops import sum_costs
+from hybridprune_megatron.layers.operations import sum_costs
 from hybridprune_megatron.cost.prefill import Prefill
 from hybridprune_megatron.cost.report import flop_unit
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.device import DEVICES
 from hybridprune_megatron.cost.memory import GIB, Memory
-from hybridprune_megatron.cost.ops import Cost, sum_costs
+from hybridprune_megatron.layers.operations import Cost, sum_costs
 from hybridprune_megatron.cost.prefill import Operations, Prefill
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def heading(cfg: Config, prefill: Prefill) -> str:
     layers = reduction.layers if isinstance(reduction.layers, str) else f"layers {reduction.layers}"
     return (
         f"{cfg.model.name}: one sample of {video}{prompt.visual:,} visual and {prompt.text:,} text tokens "
-        f"({prompt.question} ask); scorer {reduction.scorer}, schedule {reduction.schedule} over {layers}"
+        f"({prompt.question} ask); score {reduction.score.name}, schedule {reduction.schedule.name} over {layers}"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.cost.memory import GIB, Memory, Packed, training_memory
 from hybridprune_megatron.cost.prefill import Prefill, Prompt, prefill_cost
 from hybridprune_megatron.cost.step_time import Clock, StepTime, step_time

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.cost.assumptions import Assumptions
 from hybridprune_megatron.cost.memory import GIB
 from hybridprune_megatron.cost.scaling import LAYOUTS, Estimate, Layout, Scaling
@@ -57,7 +57,7 @@ def report(compared: Comparison) -> Iterator[str]:
     yield (
         f"{cfg.model.name}: samples of {prompt.tokens:,} tokens ({prompt.frames} frames = {prompt.visual:,} visual "
         f"tokens, {prompt.text:,} of text, {prompt.question} of them ask), {compared.full.batch} a step. Reduction at "
-        f"{budget:g} of the visual tokens (mean over all layers), scorer {cfg.reduction.scorer}."
+        f"{budget:g} of the visual tokens (mean over all layers), score {cfg.reduction.score.name}."
     )
     yield from _section("The fastest layout that fits", headline(compared))
     for gpus in SIZES:

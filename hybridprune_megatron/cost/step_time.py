@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.communication import Transfer, Wires
 from hybridprune_megatron.cost.memory import Stage, StaticMemory
-from hybridprune_megatron.cost.ops import WIDTH, Cost
+from hybridprune_megatron.layers.operations import WIDTH, Cost
 from hybridprune_megatron.cost.vision import projector_cost, tower_operations
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ class Clock:
             replace(each, phase="backward") for each in transfers if each.phase == "forward" and each.what in sent_again
         ]
         if row.scoring:
-            question = 1 if self.cfg.reduction.query_rows == "last" else self.prefill.prompt.question
+            question = self.cfg.reduction.score.rows(self.prefill.prompt.question)
             after = self.tokens[layer + 1]
             transfers += self.wires.reduction(row.symbol, self.tokens[layer], after, row.visual, question)
             forward["scoring, dropping"] = self._scoring(row.scoring)

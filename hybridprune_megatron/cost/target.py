@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridprune_megatron.config.checks import above_zero, at_least, fail, one_of
+from hybridprune_megatron.checks import above_zero, at_least, fail, one_of
 from hybridprune_megatron.cost.device import DEVICES
 
 PREFIX = "target."

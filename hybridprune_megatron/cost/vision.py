@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.ops import Cost, elementwise, linear, sum_costs
+from hybridprune_megatron.layers.operations import Cost, elementwise, linear, sum_costs
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import VisionConfig

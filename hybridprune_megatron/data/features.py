@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.features import FeaturesInfo
 from hybridprune_megatron.data.batch import FrameFeatures
 from hybridprune_megatron.data.video import FrameSampling

@@ -30,7 +30,7 @@ from megatron.energon import (
 )
 from megatron.energon.errors import FatalSampleError, reraise_exception
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.bad_samples import BadSampleTally, count_broken_shards, fatal, fatal_line
 from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack

@@ -119,7 +119,7 @@ class MegatronStrategy(DDPStrategy):
         run = {
             "consumed_samples": module.consumed_samples,
             "world_size": dist.get_world_size(),
-            "config": asdict(module.cfg),
+            "config": plain_config(module.cfg),
             "versions": versions(),
             "commit": source_commit(),
         }

@@ -29,7 +29,7 @@ def max_logit_difference(model: VideoLanguageModel, exported: Any, samples: Sequ
             of frames, which the export does not take.
     """
     largest = 0.0
-    reduction = model.reduction and replace(model.reduction, multiple_of=1)
+    reduction = model.reduction and replace(model.reduction, select=replace(model.reduction.select, multiple_of=1))
     with measuring(model, reduction):
         for sample in samples:
             largest = max(largest, _difference(model, exported, sample))

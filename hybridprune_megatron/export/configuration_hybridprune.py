@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hybridprune_megatron.config.checks import closest, fail
-from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
-from hybridprune_megatron.method.schedule import Shape, layer_symbols
+from hybridprune_megatron.checks import fail
+from hybridprune_megatron.config.legacy import nested
+from hybridprune_megatron.config.reduction_schema import ReductionConfig
+from hybridprune_megatron.method.schedule import Listed, layer_symbols
 
 # Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
 TRAINING_ONLY = {"multiple_of", "local_choice"}
-_KEYS = [field.name for field in fields(ReductionConfig) if field.name not in TRAINING_ONLY]
-# What the solved retention per layer follows from.
-_SCHEDULE_KEYS = {"budget", "layers", "front_retention", *(field.name for field in fields(Shape))}
 
 
 def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -25,7 +21,8 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
 
     Args:
         pattern: hybrid layer pattern.
-        reduction: any keys of the training configuration's reduction group but ``TRAINING_ONLY``; None: no reduction.
+        reduction: any keys of the training configuration's reduction group but ``TRAINING_ONLY``, and the shares of
+            the layers under "retention"; None: no reduction.
 
     Raises:
         ValueError: an unknown key, a value that the key does not allow, a budget that cannot be met, or a retention of
@@ -33,26 +30,37 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
     """
     if reduction is None:
         return None
-    _check_types(reduction)
-    settings = ReductionConfig(**{"scorer": "query", "budget": 1.0, **reduction})
-    resolved = {name: getattr(settings, name) for name in _KEYS}
-    return resolved | {"retention": list(resolved_retention(settings, pattern))}
+    given = {"budget": 1.0, **nested(reduction)}
+    stored = given.pop("retention", None)
+    settings = ReductionConfig.of(given)
+    plain = settings.plain()
+    plain["select"] = {name: value for name, value in plain["select"].items() if name not in TRAINING_ONLY}
+    if stored is not None:
+        as_list = {"name": Listed.name, "retention": stored}
+        return plain | {"retention": list(ReductionConfig.of(given | {"schedule": as_list}).retention(pattern))}
+    return plain | {"retention": list(settings.retention(pattern))}
 
 
 def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The saved reduction with some settings replaced; None turns it off.
 
-    The saved retention goes if anything is replaced that it was solved from.
+    A part (score, schedule, front) that is given by another name replaces the saved one, keys alone change it. The saved
+    retention goes if anything is replaced that it was solved from.
 
     Raises:
-        ValueError: what is given is no mapping.
+        ValueError: what is given is not a mapping.
     """
     if given is None:
         return None
     if not isinstance(given, Mapping):
         raise fail("reduction", given, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
-    merged = {**(saved or {}), **given}
-    if "retention" not in given and _SCHEDULE_KEYS & set(given):
+    merged, changes = nested(saved or {}), nested(given)
+    for name, value in changes.items():
+        before = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping) and value.get("name") in (None, before.get("name")):
+            value = {**before, **value}
+        merged[name] = value
+    if "retention" not in changes and set(changes) & {"budget", "layers", "front", "schedule"}:
         merged["retention"] = None
     return merged
 
@@ -153,22 +161,6 @@ class HybridPruneConfig(PreTrainedConfig):
             merged = merge_reduction(config_dict.get("reduction"), kwargs.pop("reduction"))
             config_dict = {**config_dict, "reduction": merged}
         return super().from_dict(config_dict, **kwargs)
-
-
-def _check_types(reduction: Mapping[str, Any]) -> None:
-    """Keys are known and values are of their type, which a training run's configuration has checked by itself."""
-    hints = get_type_hints(ReductionConfig)
-    for name, value in reduction.items():
-        if name not in _KEYS:
-            nearest = closest(name, _KEYS)
-            fix = f"did you mean {nearest}?" if nearest else f"leave {name} out"
-            raise fail(f"reduction.{name}", value, f"no such key; allowed are {', '.join(_KEYS)}", fix)
-        hint = hints[name]
-        options = [get_origin(option) or option for option in get_args(hint)] if type(hint) is UnionType else [hint]
-        numbers = [type(each) in (int, float) for each in value] if type(value) is list and list in options else [True]
-        if hint is not Any and not (type(value) in (*options, int if float in options else None) and all(numbers)):
-            words = hint if type(hint) is UnionType else hint.__name__
-            raise fail(f"reduction.{name}", repr(value), f"must be {words}", f"set reduction.{name} to such a value")
 
 
 def _checked_limit(limit: Sequence[float | str]) -> list[float | str]:

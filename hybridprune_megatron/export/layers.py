@@ -17,7 +17,7 @@ from hybridprune_megatron.export.configuration_hybridprune import HybridPruneCon
 from hybridprune_megatron.export.experts import Expert, ExpertsMixture
 from hybridprune_megatron.method.dt_filter import filtered_steps
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.scorers import Scorer
+from hybridprune_megatron.method.scorer import Scorer
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 from hybridprune_megatron.ops.attention import packed_attention
 from hybridprune_megatron.ops.conv import causal_conv_silu
@@ -95,7 +95,7 @@ class MambaMixer(nn.Module):
         scores = None
         if scorer is not None:
             with torch.no_grad():
-                scores = scorer.mamba(MambaSignals(B, C, dt, A), packing.layout, self.index)
+                scores = scorer.score(MambaSignals(B, C, dt, A), packing.layout, self.index)
         if cache is not None:
             state = ssd_final_states(x, dt, A, B, packing.layout.cu_seqlens, packing.sample_index)
             cache.layers[self.index] = MambaCache(_last_rows(inputs, packing, weight.shape[1] - 1), state)
@@ -157,7 +157,7 @@ class AttentionMixer(nn.Module):
         scores = None
         if scorer is not None:
             with torch.no_grad():
-                scores = scorer.attention(AttentionSignals.of(query, key, packing.layout), packing.layout, self.index)
+                scores = scorer.score(AttentionSignals.of(query, key, packing.layout), packing.layout, self.index)
         if cache is not None:
             cache.layers[self.index] = AttentionCache(
                 key, value, lengths, packing.sample_index, packing.sample_position

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
     if checkpoint.is_dir() and (checkpoint / RUN_FILE).is_file():
         saved: Any = read_run_file(checkpoint)["config"]
     else:
-        saved = asdict(load_config(overrides))
+        saved = plain_config(load_config(overrides))
         overrides = ()
     saved["model"]["hybrid_pattern"] = saved["model"]["hybrid_pattern"].replace("|", "")
     try:

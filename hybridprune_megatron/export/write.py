@@ -106,7 +106,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
     """The export's configuration of a run."""
     model, tokenizer = cfg.model, _tokenizer(cfg)
     vision = asdict(model.vision) if model.vision is not None else None
-    reduction = {name: value for name, value in asdict(cfg.reduction).items() if name not in TRAINING_ONLY}
+    reduction = cfg.reduction.plain()
     special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
     ids = {token: special_token_id(tokenizer, token) for token in (*special, IMAGE_TOKEN)}
     if max(ids.values()) >= model.vocab_size:

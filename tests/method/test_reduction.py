@@ -7,7 +7,7 @@ from math import floor
 import pytest
 import torch
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.merge import take_merged

@@ -73,3 +73,16 @@ def elementwise(numbers: int, width: int) -> Cost:
 def causal_pairs(length: int) -> int:
     """Pairs (i, j) of a sequence with j <= i."""
     return length * (length + 1) // 2
+
+
+def most_similar_cost(rows: int, candidates: int, hidden: int, width: int) -> Cost:
+    """Cosines of all rows with all candidates; blocks of them, in fp32, are written and read once.
+
+    Args:
+        rows: vectors that are matched.
+        candidates: vectors that they are matched to.
+        hidden: their width.
+        width: bytes of a number of theirs.
+    """
+    flops = 2 * rows * candidates * hidden
+    return Cost(flops, flops, width * (rows + candidates) * hidden + 2 * WIDTH["fp32"] * rows * candidates)

@@ -62,6 +62,11 @@ class Registry(Generic[P]):
         return {known.name: known for known in self.built_in}
 
     @property
+    def default(self) -> str:
+        """Our first."""
+        return self.built_in[0].name
+
+    @property
     def names(self) -> list[str]:
         """What may be written, dotted paths aside."""
         announced = [entry.name for entry in entry_points(group=self.group)] if self.group else []
@@ -133,6 +138,8 @@ def typed(owner: type, given: Mapping[str, Any], prefix: str, whose: str) -> dic
     Raises:
         ConfigError: an unknown key, a value of another type, a missing one.
     """
+    if not isinstance(given, Mapping):
+        raise fail(prefix.rstrip("."), repr(given), "must be keys with values", f"set e.g. {prefix}{fields(owner)[0].name}")
     hints, known = get_type_hints(owner), [field for field in fields(owner) if field.init]
     names = [field.name for field in known]
     for name in given:
@@ -154,7 +161,7 @@ def _converted(value: Any, hint: Any, key: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for option in options:
         origin = get_origin(option) or option
-        if origin is Any:
+        if origin is Any or (is_dataclass(origin) and isinstance(value, origin)):
             return value
         if origin in (list, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
             inner = get_args(option)[0]

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hybridprune_megatron.checks import ConfigError, above_zero, closest, fail, within
+from hybridprune_megatron.config.legacy import nested
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.front import FRONTS, NoFront
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import (
     LAYER_WORDS,
     SCHEDULES,
+    Listed,
     layer_symbols,
     reducing_layers,
     retention_by_layer,
@@ -45,11 +47,11 @@ class ReductionConfig:
     """
 
     budget: float
-    score: Any = "query"
-    schedule: Any = "sigmoid"
+    score: Any = SCORERS.default
+    schedule: Any = SCHEDULES.default
     layers: Any = "all"
     select: Select = field(default_factory=Select)
-    front: Any = "none"
+    front: Any = FRONTS.default
     dt_filter: float | None = None
 
     def __post_init__(self) -> None:
@@ -182,18 +184,13 @@ class ReductionConfig:
         Raises:
             ConfigError: an unknown key, or a value that a key does not take.
         """
-        given = dict(nested(values))
-        if isinstance(given.get("select"), Mapping):
+        given = nested(values)
+        listed = given.pop("retention", None)
+        if listed is not None:
+            given["schedule"] = {"name": Listed.name, "retention": listed}
+        if "select" in given:
             given["select"] = Select(**typed(Select, given["select"], "reduction.select.", "reduction.select"))
-        hints = {**typed(_Plain, {name: each for name, each in given.items() if name in ("budget", "dt_filter")},
-                         "reduction.", "reduction")}
-        known = [each.name for each in fields(ReductionConfig)]
-        for name in given:
-            if name not in known:
-                nearest = closest(name, known)
-                fix = f"did you mean {nearest}?" if nearest else f"leave {name} out"
-                raise fail(f"reduction.{name}", given[name], f"no such key; allowed are {', '.join(known)}", fix)
-        return ReductionConfig(**{**given, **hints})
+        return ReductionConfig(**typed(ReductionConfig, given, "reduction.", "reduction"))
 
 
 def _check_layers_type(layers: Any) -> None:

@@ -205,7 +205,7 @@ def settings_of(cfg: Config, options: argparse.Namespace, argv: list[str]) -> di
         "parameters": language_parameters(cfg.model).total,
         "precision": cfg.trainer.precision,
         "spec": resolve_spec(cfg.model.spec),
-        "scorer": cfg.reduction.scorer,
+        "scorer": cfg.reduction.score.name,
         "budget": cfg.reduction.budget,
         "text_tokens": TEXT_TOKENS,
         "question_tokens": QUESTION_TOKENS,

@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         print(f"export failed: {error}", file=sys.stderr)
         sys.exit(2)
     how = f"the layout of {options.plain}" if options.plain else f"budget {cfg.reduction.budget}"
-    print(f"{checkpoint} exported to {folder} ({how}, score {cfg.reduction.scorer})")
+    print(f"{checkpoint} exported to {folder} ({how}, score {cfg.reduction.score.name})")
 
 
 if __name__ == "__main__":

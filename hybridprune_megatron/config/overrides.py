@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from hybridprune_megatron.config.reduction_schema import PARTS
 
@@ -10,20 +15,33 @@ from hybridprune_megatron.config.reduction_schema import PARTS
 def part_overrides(overrides: Sequence[str]) -> list[str]:
     """Overrides that Hydra takes, from those that a user writes.
 
-    ``reduction.score.seed=3`` sets a key that the composed file may not name, which Hydra wants to be told (``++``).
-    ``reduction.score=random reduction.score.seed=3`` replaces the part and sets a key of the new one: one text, which
-    ``Registry.build`` reads.
+    ``reduction.score=random`` or ``reduction.score={name: random, seed: 3}`` replaces the part, where Hydra would merge
+    a mapping into what the files say: it becomes a text, which ``Registry.build`` reads. ``reduction.score.seed=3`` then
+    sets a key of it; alone, it changes a key of the part that the files chose, which they may not name (``++``).
     """
     result = list(overrides)
     for part in PARTS:
         key = f"reduction.{part}"
-        chosen = [each for each in result if each.startswith(f"{key}=") and "{" not in each]
-        keys = [each for each in result if each.startswith(f"{key}.") and "=" in each]
-        if chosen and keys:
-            values = (each[len(key) + 1 :].split("=", 1) for each in keys)
-            name = chosen[-1].partition("=")[2]
-            text = "{name: " + name + "".join(f", {inner}: {value}" for inner, value in values) + "}"
-            result = [each for each in result if each not in (*chosen, *keys)] + [f"{key}='{text}'"]
+        own = [each for each in result if each.startswith((f"{key}=", f"{key}.")) and "=" in each]
+        chosen: dict[str, Any] = {}
+        for override in own:
+            name, value = _parsed(override)
+            if name == key:
+                chosen = value if isinstance(value, dict) else {"name": value}
+            elif chosen and name is not None:
+                chosen[name[len(key) + 1 :]] = value
+        if isinstance(chosen.get("name"), str) and set(chosen) != {"name"}:
+            result = [each for each in result if each not in own]
+            result.append(f"{key}='{json.dumps(chosen)}'")
         else:
-            result = [f"++{each}" if each in keys else each for each in result]
+            result = [f"++{each}" if each in own and each.startswith(f"{key}.") else each for each in result]
     return result
+
+
+def _parsed(override: str) -> tuple[str | None, Any]:
+    """Key and value of an override; None where it cannot be read, which is said later."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None, None
+    return parsed.key_or_group, parsed.value()

@@ -60,7 +60,7 @@ METHODS = (
     Method(
         "random_same_schedule",
         "random, on the schedule of ours",
-        (f"reduction={OURS}", "reduction.scorer=random"),
+        (f"reduction={OURS}", "reduction.score=random"),
     ),
     Method("uniform", "uniform stride", ("reduction=uniform",)),
     Method("fastv", "FastV", ("reduction=fastv",)),
@@ -77,19 +77,19 @@ METHODS = (
         ours=True,
     ),
     Method("query", "ours, all layers", ("reduction=query",), ours=True),
-    Method("query_floor", "ours, all layers, floor 0.1", ("reduction=query", "reduction.floor=0.1"), ours=True),
+    Method("query_floor", "ours, all layers, floor 0.1", ("reduction=query", "reduction.schedule.floor=0.1"), ours=True),
     Method("query_with_decay", "ours, all layers, with decay", ("reduction=query_with_decay",), ours=True),
     Method("attention_only", "ours, attention layers only, no floor", ("reduction=attention_only",), ours=True),
     Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
     Method("constant", "ours, constant from layer 1 on", ("reduction=constant",), ours=True),
     Method(
-        "one_shot", "ours, early one-shot after layer 1", ("reduction=constant", "reduction.step_layer=1"), ours=True
+        "one_shot", "ours, early one-shot after layer 1", ("reduction=constant", "reduction.schedule.layer=1"), ours=True
     ),
     # Against ours, the schedule alone.
     Method(
         "one_shot_frames",
         "ours, early one-shot after layer 1, with neighbours",
-        ("reduction=constant", "reduction.step_layer=1", "reduction.frame_share=0.01"),
+        ("reduction=constant", "reduction.schedule.layer=1", "reduction.select.frame_share=0.01"),
         ours=True,
     ),
     Method(

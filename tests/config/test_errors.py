@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from hybridprune_megatron.config import ConfigError, compose, load_config
 from hybridprune_megatron.config.compose import CONF_DIR, compose_config, to_config
 from hybridprune_megatron.config.explain import explain_override
+from hybridprune_megatron.config.reduction_schema import ReductionConfig
 
 FALLING = "1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05"
 # What is wrong with an override by itself: overrides, then the whole line (a regular expression).
@@ -53,6 +54,11 @@ OVERRIDE_CASES = {
         ["xyz=1"],
         r"xyz=1: unknown key xyz; the top level has name, .*parallel.*\(see --help-all\)",
     ),
+    "flat key of version 0.1": (
+        ["reduction.midpoint=0.3"],
+        r"reduction.midpoint=0.3: reduction.midpoint is reduction.schedule.midpoint since version 0.2",
+    ),
+    "scorer of version 0.1": (["reduction.scorer=random"], r".*reduction.scorer is reduction.score since version 0.2"),
     "key without its group": (["budget=0.3"], r"budget=0.3: unknown key budget; did you mean reduction.budget\?"),
     "misspelled key": (["reduction.bugdet=1"], r".*unknown key reduction.bugdet; did you mean reduction.budget\?"),
     "misspelled group": (["reducton.budget=1"], r".*unknown key reducton; did you mean reduction.budget\?"),
@@ -70,7 +76,7 @@ OVERRIDE_CASES = {
         ["parallel.sequence_parallel=perhaps"],
         r".*expected true or false .*sequence_parallel=False",
     ),
-    "text for a list": (["reduction.retention=x"], r".*expected a list of numbers or null .*"),
+    "text for a list": (["tuning.budget.choices=x"], r".*expected a list of numbers .*"),
     "value for a nested group": (["model.vision=3"], r".*set one of its keys, e.g. model.vision.hidden_size=\.\.\."),
     "null for a number": (["trainer.max_steps=null"], r"trainer.max_steps=null: has the wrong type.*"),
     "not an override": (["demo"], r"demo: is not an override; write key=value.*"),
@@ -106,12 +112,12 @@ VALUE_CASES = {
     ),
     "unknown schedule": (
         ["reduction.schedule=sigmod"],
-        r".*allowed are sigmoid, linear, cosine, step, stages; did you mean sigmoid\?",
+        r".*allowed are cosine, linear, listed, sigmoid, stages, step; did you mean sigmoid\?",
     ),
-    "flat sigmoid": (["reduction.slope=0"], r"reduction.slope=0.0: must be a finite number above 0.*"),
-    "midpoint outside": (["reduction.midpoint=1.2"], r"reduction.midpoint=1.2: must be from 0 to 1.*"),
-    "no tokens": (["reduction.min_tokens=0"], r"reduction.min_tokens=0: must be at least 1.*"),
-    "unknown scorer": (["reduction.scorer=querry"], r"reduction.scorer=querry: .*names the scorers query,.*query\?"),
+    "flat sigmoid": (["reduction.schedule.slope=0"], r"reduction.schedule.slope=0.0: must be a finite number above 0.*"),
+    "midpoint outside": (["reduction.schedule.midpoint=1.2"], r"reduction.schedule.midpoint=1.2: must be from 0 to 1.*"),
+    "no tokens": (["reduction.select.min_tokens=0"], r"reduction.select.min_tokens=0: must be at least 1.*"),
+    "unknown scorer": (["reduction.score=querry"], r"reduction.score=querry: allowed are query,.*query\?"),
     "unknown layers word": (["reduction.layers=attn"], r"reduction.layers=attn: allowed.*did you mean attention\?"),
     "one layer, no list": (["reduction.layers=2"], r"reduction.layers=2: allowed are.*=\[0,2\]"),
     "layer that does not exist": (["reduction.layers=[99]"], r".*layer 99: .*layers 0 to 9.*\[0, 2, 3, 5, 7, 8\]"),
@@ -123,55 +129,55 @@ VALUE_CASES = {
         r"reduction.layers=attention: .*has no such layer.*",
     ),
     "schedule that rises": (
-        ["reduction.retention=[1,0.5,0.6,0.1,0.1,0.1,0.1,0.1,0.1,0.1]"],
-        r"reduction.retention\[2\]=0.6: rises from 0.5 of layer 1.*use at most 0.5 from layer 2 on",
+        ["reduction.schedule={name: listed, retention: [1,0.5,0.6,0.1,0.1,0.1,0.1,0.1,0.1,0.1]}"],
+        r"reduction.schedule.retention\[2\]=0.6: rises from 0.5 of layer 1.*use at most 0.5 from layer 2 on",
     ),
-    "schedule too short": (["reduction.retention=[1,0.5]"], r"reduction.retention=2 numbers: .*has 10 layers.*"),
+    "schedule too short": (["reduction.schedule={name: listed, retention: [1,0.5]}"], r"reduction.schedule.retention=2 numbers: .*has 10 layers.*"),
     "schedule starts below 1": (
-        [f"reduction.retention=[0.9,{FALLING[2:]}]"],
-        r"reduction.retention\[0\]=0.9: every visual token enters.*",
+        [f"reduction.schedule={{name: listed, retention: [0.9,{FALLING[2:]}]}}"],
+        r"reduction.schedule.retention\[0\]=0.9: every visual token enters.*",
     ),
     "schedule falls behind an MLP": (
-        ["reduction.retention=[1,0.5,0.4,0.1,0.1,0.1,0.1,0.1,0.1,0.1]"],
-        r"reduction.retention\[2\]=0.4: .*1 \('-'\).*",
+        ["reduction.schedule={name: listed, retention: [1,0.5,0.4,0.1,0.1,0.1,0.1,0.1,0.1,0.1]}"],
+        r"reduction.schedule.retention\[2\]=0.4: .*1 \('-'\).*",
     ),
     "schedule falls below 0": (
-        ["reduction.retention=[1,-0.1,-0.1,0,0,0,0,0,0,0]"],
-        r"reduction.retention\[1\]=-0.1: must be from 0 to 1; .*",
+        ["reduction.schedule={name: listed, retention: [1,-0.1,-0.1,0,0,0,0,0,0,0]}"],
+        r"reduction.schedule.retention\[1\]=-0.1: must be from 0 to 1; .*",
     ),
     "floor above the budget": (
-        ["reduction.floor=0.3", "reduction.schedule=linear"],
-        r"reduction.floor=0.3: must lie below reduction.budget=0.25.*",
+        ["reduction.schedule=linear", "reduction.schedule.floor=0.3"],
+        r"reduction.schedule.floor=0.3: must lie below reduction.budget=0.25.*",
     ),
-    "floor of a step": (["reduction.floor=0.1", "reduction.schedule=step"], r".*reduction.floor=null.*"),
+    "floor of a step": (["reduction.schedule=step", "reduction.schedule.floor=0.1"], r".*floor=0.1: reduction.schedule=step has the keys layer; .*"),
     "step too late": (
-        ["reduction.schedule=step", "reduction.step_layer=3"],
-        r".*keeps a mean of 0.400; raise the budget or lower reduction.step_layer",
+        ["reduction.schedule=step", "reduction.schedule.layer=3"],
+        r".*keeps a mean of 0.400; raise the budget or lower reduction.schedule.layer",
     ),
     "stages too few": (
-        ["reduction.schedule=stages", "reduction.stages=2"],
+        ["reduction.schedule=stages", "reduction.schedule.stages=2"],
         r".*keeps a mean of 0.600; raise the budget or raise reduction.stages.*",
     ),
-    "one stage": (["reduction.stages=1"], r"reduction.stages=1: must be at least 2.*"),
+    "one stage": (["reduction.schedule.stages=1"], r"reduction.schedule.stages=1: must be at least 2.*"),
     "every zeroth layer": (["reduction.layers=every_0"], r"reduction.layers=every_0: .*did you mean every_2\?"),
     "unknown pooling": (
-        ["reduction.mamba_pooling=max"],
-        r"reduction.mamba_pooling=max: allowed are mean, max_groups, max_heads.*",
+        ["reduction.score.mamba_pooling=max"],
+        r"reduction.score.mamba_pooling=max: allowed are mean, max_groups, max_heads.*",
     ),
-    "unknown function": (["reduction.mamba_function=rellu"], r".*did you mean relu\?"),
-    "negative smoothing": (["reduction.smoothing_frames=-1"], r"reduction.smoothing_frames=-1: must be at least 0.*"),
-    "share without a front": (["reduction.front_retention=0.5"], r".*reduction.front=none hands on everything; .*=1"),
-    "front without a share": (["reduction.front=evs"], r"reduction.front_retention=1.0: .*; set e.g. .*=0.5"),
+    "unknown function": (["reduction.score.mamba_function=rellu"], r".*did you mean relu\?"),
+    "negative smoothing": (["reduction.select.smoothing_frames=-1"], r"reduction.select.smoothing_frames=-1: must be at least 0.*"),
+    "share without a front": (["reduction.front.retention=0.5"], r".*reduction.front=none passes on everything; .*=1"),
+    "front without a share": (["reduction.front=evs"], r"reduction.front.retention=1.0: .*; set e.g. .*=0.5"),
     "front below the budget": (
-        ["reduction.front=evs", "reduction.front_retention=0.2"],
-        r"reduction.front_retention=0.2: must be at least reduction.budget=0.25.*",
+        ["reduction.front=evs", "reduction.front.retention=0.2"],
+        r"reduction.front.retention=0.2: must be at least reduction.budget=0.25.*",
     ),
     "schedule starts beside the front": (
-        [f"reduction.retention=[1.0,{FALLING[2:]}]", "reduction.front=evs", "reduction.front_retention=0.5"],
-        r"reduction.retention\[0\]=1.0: reduction.front_retention=0.5; set .*=\[0.5,...\]",
+        [f"reduction.schedule={{name: listed, retention: [1.0,{FALLING[2:]}]}}", "reduction.front=evs", "reduction.front.retention=0.5"],
+        r"reduction.schedule.retention\[0\]=1.0: reduction.front.retention=0.5; set .*=\[0.5,...\]",
     ),
     "schedule off the budget": (
-        [f"reduction.retention=[{FALLING}]", "reduction.budget=0.5"],
+        [f"reduction.schedule={{name: listed, retention: [{FALLING}]}}", "reduction.budget=0.5"],
         r".*\(its mean\)=0.265: .*set reduction.budget=0.265.*",
     ),
     "experts without sizes": (
@@ -237,8 +243,8 @@ VALUE_CASES = {
         r"model.trainable.language=False: leaves stages behind the first without anything to learn.*",
     ),
     "groups that ranks share": (
-        ["parallel.context=4", "trainer.devices=4", "reduction.mamba_pooling=max_groups"],
-        r"reduction.mamba_pooling=max_groups: needs whole groups on a rank: 2 are shared by parallel.context=4.*",
+        ["parallel.context=4", "trainer.devices=4", "reduction.score.mamba_pooling=max_groups"],
+        r"reduction.score.mamba_pooling=max_groups: needs whole groups on a rank: 2 are shared by parallel.context=4.*",
     ),
     "overlap alone": (["parallel.overlap_param_gather=true"], r".*needs parallel.distributed_optimizer=true.*"),
     "micro batches of 2": (["trainer.micro_batch_size=2"], r".*must be 1 .*make data.sequence_length longer.*"),
@@ -322,16 +328,60 @@ def test_missing_value_in_a_file(tmp_path, monkeypatch) -> None:
 
 def test_broken_yaml(tmp_path, monkeypatch) -> None:
     shutil.copytree(CONF_DIR, tmp_path / "conf")
-    (tmp_path / "conf/reduction/mine.yaml").write_text("scorer: [query\n")
+    (tmp_path / "conf/reduction/mine.yaml").write_text("score: [query\n")
     monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
     with pytest.raises(ConfigError, match=r"mine\.yaml") as caught:
         load_config(["reduction=mine"])
     assert "\n" not in str(caught.value)
 
 
-def test_a_new_scorer_needs_only_its_file_here(tmp_path, monkeypatch) -> None:
-    """The configuration learns a scorer from its yaml alone."""
+MINE = """
+from dataclasses import dataclass
+
+from hybridprune_megatron.method.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Mine(Scorer):
+    weight: float = 1.0
+
+    def attention(self, block):
+        return self.weight * block.k.float().norm(dim=-1)
+"""
+
+
+def test_a_score_of_somebody_elses_is_one_file_and_one_option(tmp_path, monkeypatch) -> None:
     shutil.copytree(CONF_DIR, tmp_path / "conf")
-    (tmp_path / "conf/reduction/mine.yaml").write_text("defaults:\n  - query\n  - _self_\nscorer: mine\n")
+    option = "defaults:\n  - attention_only\n  - _self_\nscore:\n  name: my_scores.Mine\n"
+    (tmp_path / "conf/reduction/mine.yaml").write_text(option)
+    (tmp_path / "my_scores.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
-    assert load_config(["reduction=mine"]).reduction.scorer == "mine"
+    reduction = load_config(["reduction=mine", "reduction.score.weight=3"]).reduction
+    assert reduction.plain()["score"] == {"name": "my_scores.Mine", "weight": 3.0}
+    assert ReductionConfig.of(reduction.plain()) == reduction
+    for overrides, line in (
+        (["reduction.score.weight=heavy"], r"reduction.score.weight='heavy': must be a number; .*"),
+        (["reduction.score.wieght=1"], r"reduction.score.wieght=1: .* has the keys weight; did you mean .*weight\?"),
+        (["reduction.layers=all"], r"reduction.layers=all: layer 0 is to drop, and .* has no formula for mamba layers.*"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            load_config(["reduction=mine", *overrides])
+
+
+def test_flat_keys_of_saved_runs_are_read() -> None:
+    flat = {
+        "scorer": "random", "budget": 0.3, "schedule": "step", "midpoint": 0.2, "slope": 10.0, "step_layer": 2,
+        "stages": None, "floor": None, "retention": None, "layers": "all", "min_tokens": 2, "min_tokens_per_frame": 0,
+        "multiple_of": 4, "local_choice": False, "query_rows": "question", "attention_pooling": "mean",
+        "mamba_decay": False, "smoothing_frames": 1, "frame_share": 0.0, "seed": 7, "dropped": "discard",
+        "front": "random", "front_retention": 0.5, "dt_filter": None,
+    }  # fmt: skip
+    read = ReductionConfig.of(flat).plain()
+    assert read["score"] == {"name": "random", "seed": 7}
+    assert read["schedule"] == {"name": "step", "layer": 2}
+    assert read["front"] == {"name": "random", "retention": 0.5, "seed": 7}
+    assert (read["select"]["min_tokens"], read["select"]["multiple_of"], read["select"]["smoothing_frames"]) == (2, 4, 1)
+    assert read["budget"] == 0.3
+    listed = ReductionConfig.of(flat | {"front": "none", "front_retention": 1.0, "retention": [1.0, 0.5]}).plain()
+    assert listed["schedule"] == {"name": "listed", "retention": (1.0, 0.5)}

@@ -55,9 +55,9 @@ ERRORS = {
         [
             "tuning=random_budget",
             "reduction.budget=0.265",
-            "reduction.retention=[1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05]",
+            "reduction.schedule={name: listed, retention: [1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05]}",
         ],
-        r"tuning.budget.distribution=uniform: reduction.retention is one fixed schedule.*",
+        r"tuning.budget.distribution=uniform: reduction.schedule.retention is one fixed schedule.*",
     ),
     "weight": (["tuning.distillation.weight=1.5"], r"tuning.distillation.weight=1.5: must be from 0 to 1; .*"),
     "temperature": (["tuning.distillation.temperature=0"], r"tuning.distillation.temperature=0.0: .*above 0; .*"),

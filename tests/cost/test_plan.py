@@ -143,7 +143,7 @@ def test_errors_are_one_line(arguments: list[str], line: str, capsys):
 
 def test_a_list_of_shares_has_no_budget_to_solve_for():
     shares = [1.0, 0.5, 0.5, 0.25, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
-    overrides = [f"reduction.retention={shares}", "reduction.budget=0.265"]
+    overrides = [f"reduction.schedule={{name: listed, retention: {shares}}}", "reduction.budget=0.265"]
     with pytest.raises(ConfigError, match=r"^reduction.retention is set: a list of shares has no budget"):
         _plan("demo", *overrides, speedup=2)
     _, plan = _plan("demo", *overrides)

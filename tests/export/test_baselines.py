@@ -15,8 +15,8 @@ SETTINGS = {
     "fastv": ["reduction=fastv", "reduction.budget=0.6"],
     "pyramiddrop": ["reduction=pyramiddrop", "reduction.budget=0.7"],
     "utrc": ["reduction=utrc", "reduction.budget=0.5"],
-    "utrc, pruning": ["reduction=utrc", "reduction.budget=0.5", "reduction.dropped=discard"],
-    "merging query": ["reduction=query", "reduction.budget=0.5", "reduction.dropped=merge"],
+    "utrc, pruning": ["reduction=utrc", "reduction.budget=0.5", "reduction.select.dropped=discard"],
+    "merging query": ["reduction=query", "reduction.budget=0.5", "reduction.select.dropped=merge"],
     "longmamba": ["reduction=longmamba"],
     "evs": ["reduction=evs", "reduction.budget=0.4"],
     "evs_pixels": ["reduction=evs_pixels", "reduction.budget=0.4"],
@@ -26,13 +26,13 @@ SETTINGS = {
         "reduction=query",
         "reduction.budget=0.3",
         "reduction.front=random",
-        "reduction.front_retention=0.6",
+        "reduction.front.retention=0.6",
     ],
     "uniform front, utrc": [
         "reduction=utrc",
         "reduction.budget=0.3",
         "reduction.front=uniform",
-        "reduction.front_retention=0.6",
+        "reduction.front.retention=0.6",
     ],
 }
 

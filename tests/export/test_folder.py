@@ -108,7 +108,7 @@ def test_reduction_as_an_argument(world, inputs) -> None:
         ({"budget": 2}, "must be above 0 and at most 1"),
         ({"budget": "0.4"}, "reduction.budget='0.4': must be float"),
         ({"budget": 0.4, "retention": ["all"]}, "must be list"),
-        ({"scorer": "best"}, "reduction.scorer='best'"),
+        ({"scorer": "best"}, "reduction.score='best'"),
         ({"layers": "*"}, "reduction.layers"),
         ("half", "must be a dictionary"),
     ],

@@ -89,7 +89,7 @@ def test_the_reference_drops_in_every_kind_of_layer(alone: Any):
 def test_a_local_choice_moves_no_row_and_equals_one_process_with_its_chunks(
     tmp_path: Path, weights: str, alone: Any, layout: str
 ):
-    local = ["reduction.local_choice=true"]
+    local = ["reduction.select.local_choice=true"]
     folders = [tmp_path / name for name in ("one", "shared")]
     for folder in folders:
         folder.mkdir()

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import divides, fail
+from hybridprune_megatron.layers.experts import Experts
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.schedule import cut_pattern, even_edges
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config, ModelConfig, ParallelConfig
 
-PATTERN_SYMBOLS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "experts", "|": "stage cut"}
 # Symbols that megatron-core knows and this project does not.
 UNSUPPORTED_SYMBOLS = {
     "G": "gated delta net",
@@ -27,12 +28,13 @@ def check_pattern(pattern: str, has_experts: bool = False) -> None:
         pattern: layers with stage cuts.
         has_experts: whether model.experts is given.
     """
-    known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in PATTERN_SYMBOLS.items())
+    meanings = {symbol: kind.label for symbol, kind in KINDS.items()} | {"|": "pipeline boundary"}
+    known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in meanings.items())
     for symbol in pattern:
-        if symbol in UNSUPPORTED_SYMBOLS:
+        if symbol in UNSUPPORTED_SYMBOLS and symbol not in KINDS:
             what = f"has {symbol!r} ({UNSUPPORTED_SYMBOLS[symbol]}), which is not supported yet"
             raise fail("model.hybrid_pattern", pattern, what, f"use only {known}")
-        if symbol not in PATTERN_SYMBOLS:
+        if symbol not in meanings:
             raise fail("model.hybrid_pattern", pattern, f"has the unknown symbol {symbol!r}", f"use only {known}")
     if not all(pattern.split("|")):
         raise fail(
@@ -41,10 +43,9 @@ def check_pattern(pattern: str, has_experts: bool = False) -> None:
             "every pipeline stage needs a layer",
             "put a | only between two layers, e.g. M-M*|-M-",
         )
-    if ("E" in pattern) != has_experts:
-        what = (
-            "has E layers, and model.experts is null" if "E" in pattern else "has no E layer, and model.experts is set"
-        )
+    if (Experts.symbol in pattern) != has_experts:
+        has = f"has {Experts.symbol} layers, and model.experts is null"
+        what = has if not has_experts else f"has no {Experts.symbol} layer, and model.experts is set"
         raise fail("model.hybrid_pattern", pattern, what, "give both or neither")
 
 
@@ -125,11 +126,10 @@ def check_split(cfg: Config) -> None:
     """Tensor and context parallelism divide what they split."""
     model, parallel = cfg.model, cfg.parallel
     tensor, context = parallel.tensor, parallel.context
-    # Groups first: they are the fewest and name the largest size that is possible.
-    for name in ("mamba_num_groups", "num_query_groups", "mamba_num_heads", "num_attention_heads"):
-        divides(f"model.{name}", getattr(model, name), "parallel.tensor", tensor)
-    for name in ("ffn_hidden_size", "vocab_size"):
-        divides(f"model.{name}", getattr(model, name), "parallel.tensor", tensor)
+    for kind in KINDS.values():
+        for key, value in kind.split_sizes(model):
+            divides(key, value, "parallel.tensor", tensor)
+    divides("model.vocab_size", model.vocab_size, "parallel.tensor", tensor)
     if context > 1:
         # A Mamba layer swaps its share of the sequence for a share of the heads; attention takes the sequence in
         # 2 * context chunks.

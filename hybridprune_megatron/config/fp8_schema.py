@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import at_least, fail, one_of
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.schedule import layer_symbols
 
 if TYPE_CHECKING:
@@ -135,22 +136,6 @@ def _widths(cfg: Config) -> list[tuple[str, int, bool]]:
     symbols = layer_symbols(model.hybrid_pattern)
     present = {symbol for index, symbol in enumerate(symbols) if cfg.fp8.quantizes(index, len(symbols))}
     found = [("model.hidden_size", model.hidden_size, False)]
-    if "M" in present:
-        inner, state = model.mamba_num_heads * model.mamba_head_dim, model.mamba_num_groups * model.mamba_state_dim
-        found.append(("model.mamba_num_heads*mamba_head_dim (columns of out_proj)", inner, True))
-        rows = 2 * inner + 2 * state + model.mamba_num_heads
-        found.append(("model.mamba_* (rows of in_proj)", rows, True))
-    if "*" in present:
-        heads = model.num_attention_heads * model.kv_channels
-        found.append(("model.num_attention_heads*kv_channels (columns of linear_proj)", heads, True))
-        rows = heads + 2 * model.num_query_groups * model.kv_channels
-        found.append(("model.num_attention_heads, num_query_groups, kv_channels (rows of linear_qkv)", rows, True))
-    if "-" in present:
-        found.append(("model.ffn_hidden_size", model.ffn_hidden_size, True))
-    if "E" in present and model.experts is not None:
-        experts = model.experts
-        # Routed experts are whole on their ranks.
-        found.append(("model.experts.ffn_hidden_size", experts.ffn_hidden_size, False))
-        found.append(("model.experts.shared_ffn_hidden_size", experts.shared_ffn_hidden_size, True))
-        found.append(("model.experts.latent_size", experts.latent_size or 0, False))
+    for symbol, kind in KINDS.items():
+        found += kind.fp8_widths(model) if symbol in present else []
     return found

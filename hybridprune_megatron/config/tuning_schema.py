@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hybridprune_megatron.checks import above_zero, at_least, fail, one_of, within
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.budgets import DISTRIBUTIONS
 
-#: Linears of the language model: attention, MLP, Mamba.
-LANGUAGE_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj", "out_proj")
+#: Linears of the language model, by kind of layer.
+LANGUAGE_TARGETS = tuple(name for kind in KINDS.values() for name in kind.targets)
 PROJECTOR_TARGET = "projector"
 
 

@@ -13,7 +13,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.layers import attention_widths, exchanged_channels, mamba_inner
+from hybridprune_megatron.layers.attention import widths as attention_widths
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.layers.mamba import exchanged_channels
+from hybridprune_megatron.layers.mamba import inner_width as mamba_inner
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -149,14 +152,14 @@ class Wires:
             transfers += all_reduce("tensor", "backward", self.tensor, stream, hidden=True)
         model, tensor = self.cfg.model, self.cfg.parallel.tensor
         for phase in ("forward", "backward"):
-            if symbol == "*":
+            if KINDS[symbol].name == "attention":
                 keys = 2 * attention_widths(model)[1] // tensor
                 transfers += all_gather("context", phase, self.context, tokens * keys * self.width)
-            elif symbol == "M":
+            elif KINDS[symbol].name == "mamba":
                 there = exchanged_channels(model, tensor, self.cfg.parallel.context)
                 for channels in (there, mamba_inner(model) // tensor):
                     transfers += all_to_all("context", phase, self.context, self._local(tokens) * channels * self.width)
-            elif symbol == "E" and model.experts is not None:
+            elif KINDS[symbol].name == "experts" and model.experts is not None:
                 inner = model.experts.latent_size or model.hidden_size
                 held = self._local(tokens) // tensor * model.experts.experts_per_token * inner * self.width
                 transfers += 2 * all_to_all("experts", phase, self.experts, held)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.communication import Transfer, Wires
 from hybridprune_megatron.cost.memory import Stage, StaticMemory
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.layers.operations import WIDTH, Cost
 from hybridprune_megatron.cost.vision import projector_cost, tower_operations
 
@@ -291,6 +292,7 @@ def _again(recompute: str, symbol: str, operations: Mapping[str, Cost]) -> tuple
         return operations, {"tensor", "context", "experts"}
     if recompute == "none":
         return {}, set()
-    core = {"M": {"conv", "scan"}, "*": {"attention"}}.get(symbol, set())
+    kind = KINDS[symbol]
     # Mamba's exchanges lie outside of its core, the gathered keys and values inside of attention's.
-    return {name: cost for name, cost in operations.items() if name in core}, {"context"} if symbol == "*" else set()
+    again = {"context"} if kind.name == "attention" else set()
+    return {name: cost for name, cost in operations.items() if name in kind.core}, again

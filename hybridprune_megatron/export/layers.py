@@ -15,6 +15,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from hybridprune_megatron.export.cache import AttentionCache, HybridCache, MambaCache
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
 from hybridprune_megatron.export.experts import Expert, ExpertsMixture
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.dt_filter import filtered_steps
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.scorer import Scorer
@@ -206,11 +207,12 @@ class ExpertsMixer(ExpertsMixture):
         return super().forward(hidden), None
 
 
-_MIXERS: dict[str, type[MambaMixer] | type[AttentionMixer] | type[MLPMixer] | type[ExpertsMixer]] = {
-    "M": MambaMixer,
-    "*": AttentionMixer,
-    "-": MLPMixer,
-    "E": ExpertsMixer,
+#: By kind of layer.
+MIXERS: dict[str, type[nn.Module]] = {
+    "mamba": MambaMixer,
+    "attention": AttentionMixer,
+    "mlp": MLPMixer,
+    "experts": ExpertsMixer,
 }
 
 
@@ -220,7 +222,7 @@ class HybridLayer(nn.Module):
     def __init__(self, config: HybridPruneConfig, symbol: str, index: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = _MIXERS[symbol](config, index)
+        self.mixer = MIXERS[KINDS[symbol].name](config, index)
 
     def forward(
         self, hidden: Tensor, packing: Packing | None, scorer: Scorer | None, cache: HybridCache | None

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
+from hybridprune_megatron.layers.experts import Experts
+from hybridprune_megatron.layers.kinds import KINDS
 
 Values = Mapping[str, Any]
 
@@ -20,7 +22,6 @@ _FAMILIES = {
     "radio": "radio",
     "hybridprune_vl": "hybridprune",
 }
-_SYMBOLS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
 _BLOCK = re.compile(r"(?:vision_model\.)?(?:radio_model\.model\.blocks|encoder\.layer)\.(\d+)\.")
 # Heads of the ViTs that RADIO towers are, by timm's name.
 _VIT_HEADS = {"vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16, "vit_giant": 16}
@@ -80,7 +81,7 @@ def weight_names(config: Values, names: Collection[str]) -> WeightNames:
         # transformers' nemotron_h ties nothing, whatever its configuration says.
         not any(name.endswith("lm_head.weight") for name in names),
         len(blocks),
-        ExpertParts.of(_expert_values(language)) if "E" in pattern else None,
+        ExpertParts.of(_expert_values(language)) if Experts.symbol in pattern else None,
         layer_scale,
     )
 
@@ -99,13 +100,14 @@ def pattern_of(language: Values) -> str:
     Raises:
         ValueError: none, or layers that are not supported.
     """
+    symbols = {word: symbol for symbol, kind in KINDS.items() for word in kind.huggingface}
     kinds = language.get("layers_block_type") or language.get("layer_types")
-    pattern = language.get("hybrid_override_pattern") or "".join(_SYMBOLS.get(kind, "?") for kind in kinds or ())
-    odd = "".join(sorted(set(pattern) - set("M*-E"))) or "none"
+    pattern = language.get("hybrid_override_pattern") or "".join(symbols.get(kind, "?") for kind in kinds or ())
+    odd = "".join(sorted(set(pattern) - set(KINDS))) or "none"
     if not pattern or odd != "none":
         raise ValueError(
-            f"config.json has the layers {pattern or kinds}: M (Mamba-2), * (attention), - (MLP) and E (experts) are "
-            f"supported, not {odd}"
+            f"config.json has the layers {pattern or kinds}: supported are "
+            f"{', '.join(f'{symbol} ({kind.label})' for symbol, kind in KINDS.items())}, not {odd}"
         )
     return pattern
 

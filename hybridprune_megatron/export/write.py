@@ -94,7 +94,7 @@ def export_model(
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="ascii")
         _end_with_the_answer(folder)
         _write_json(folder / "processor_config.json", processor_settings(cfg))
-        copy_code(folder)
+        copy_code(folder, cfg.reduction.score)
         low, high = config.time_step_limit
         clamp = "as it comes, not clamped" if (low, high) == (0.0, "inf") else f"clamped to [{low}, {high}]"
         card = model_card(cfg, facts or RunFacts(), f"{clamp} (`time_step_limit`)")

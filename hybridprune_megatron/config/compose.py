@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
 from hybridprune_megatron.config.checks import ConfigError, closest, fail
-from hybridprune_megatron.config.explain import explain_exception, explain_override
+from hybridprune_megatron.config.explain import as_typed, explain_exception, explain_override
 from hybridprune_megatron.config.features import check_features
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.resume import check_resume
@@ -56,8 +56,8 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
             raise ConfigError(problem)
     try:
         with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            return compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            return compose(config_name, overrides=[as_typed(override) for override in overrides])
+    except (HydraException, OmegaConfBaseException, YAMLError, OverflowError, RecursionError) as error:
         raise ConfigError(explain_exception(error)) from error
     except AttributeError as error:
         # OmegaConf cannot fill a null group from the command line.
@@ -94,7 +94,7 @@ def to_config(composed: DictConfig) -> Config:
     """
     try:
         cfg = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError, RecursionError) as error:
         raise ConfigError(explain_exception(error)) from error
     assert isinstance(cfg, Config), type(cfg)
     scorers = known_scorers()

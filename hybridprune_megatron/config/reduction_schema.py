@@ -7,9 +7,21 @@ checked by the same lines as a training run.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from hybridprune_megatron.config.checks import ConfigError, above_zero, at_least, closest, fail, one_of, within
+from hybridprune_megatron.config.bounds import (
+    Count,
+    OneOf,
+    Positive,
+    PositiveShare,
+    Range,
+    Seed,
+    Share,
+    Size,
+    Whole,
+    check_bounds,
+)
+from hybridprune_megatron.config.checks import ConfigError, closest, fail
 from hybridprune_megatron.method.schedule import (
     LAYER_WORDS,
     SCHEDULES,
@@ -21,16 +33,6 @@ from hybridprune_megatron.method.schedule import (
 
 # How far the mean of an explicit reduction.retention may lie from reduction.budget.
 BUDGET_TOLERANCE = 0.005
-# What a key can be set to today; a word joins its line together with the code behind it.
-WORDS = {
-    "schedule": SCHEDULES,
-    "query_rows": ("question", "last"),
-    "attention_pooling": ("mean", "max"),
-    "mamba_function": ("identity", "abs", "relu", "softmax"),
-    "mamba_pooling": ("mean", "max_groups", "max_heads"),
-    "dropped": ("discard", "merge"),
-    "front": ("none", "random", "uniform", "evs", "evs_pixels", "tome"),
-}
 
 
 @dataclass
@@ -69,52 +71,36 @@ class ReductionConfig:
     """
 
     scorer: str
-    budget: float
-    schedule: str = "sigmoid"
-    midpoint: float = 0.2
-    slope: float = 10.0
-    step_layer: int = 0
-    stages: int | None = None
-    floor: float | None = None
-    retention: list[float] | None = None
+    budget: Annotated[float, Range(0, 1, above=True, meaning="a share of the visual tokens", example=0.25)]
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "sigmoid"
+    midpoint: Share = 0.2
+    slope: Positive = 10.0
+    step_layer: Whole = 0
+    stages: Annotated[int, Range(2, 2**20)] | None = None
+    floor: Share | None = None
+    retention: list[Share] | None = None
     layers: Any = "all"
-    min_tokens: int = 1
-    min_tokens_per_frame: int = 0
-    multiple_of: int = 1
+    min_tokens: Count = 1
+    min_tokens_per_frame: Whole = 0
+    multiple_of: Size = 1
     local_choice: bool = False
-    query_rows: str = "question"
-    attention_pooling: str = "mean"
+    query_rows: Annotated[str, OneOf("question", "last")] = "question"
+    attention_pooling: Annotated[str, OneOf("mean", "max")] = "mean"
     attention_causal: bool = True
     mamba_decay: bool = False
     mamba_dt: bool = True
-    mamba_function: str = "identity"
-    mamba_pooling: str = "mean"
-    smoothing_frames: int = 0
-    frame_share: float = 0.0
-    seed: int = 0
-    dropped: str = "discard"
-    front: str = "none"
-    front_retention: float = 1.0
-    dt_filter: float | None = None
+    mamba_function: Annotated[str, OneOf("identity", "abs", "relu", "softmax")] = "identity"
+    mamba_pooling: Annotated[str, OneOf("mean", "max_groups", "max_heads")] = "mean"
+    smoothing_frames: Whole = 0
+    frame_share: Share = 0.0
+    seed: Seed = 0
+    dropped: Annotated[str, OneOf("discard", "merge")] = "discard"
+    front: Annotated[str, OneOf("none", "random", "uniform", "evs", "evs_pixels", "tome")] = "none"
+    front_retention: PositiveShare = 1.0
+    dt_filter: PositiveShare | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise fail(
-                "reduction.budget",
-                self.budget,
-                "must be above 0 and at most 1 (a share of the visual tokens)",
-                "set e.g. reduction.budget=0.25, or 1 for no reduction",
-            )
-        for name, words in WORDS.items():
-            one_of("reduction", self, name, words)
-        within("reduction", self, 0, 1, "midpoint", "front_retention", "frame_share")
-        if self.dt_filter is not None:
-            within("reduction", self, 0, 1, "dt_filter")
-            above_zero("reduction", self, "dt_filter")
-        above_zero("reduction", self, "slope", "front_retention")
-        at_least("reduction", self, 1, "min_tokens", "multiple_of")
-        at_least("reduction", self, 2, "stages")
-        at_least("reduction", self, 0, "step_layer", "min_tokens_per_frame", "smoothing_frames", "seed")
+        check_bounds("reduction", self)
         self._check_floor()
         self._check_front()
         self._check_pairs()
@@ -123,7 +109,6 @@ class ReductionConfig:
     def _check_floor(self) -> None:
         if self.floor is None:
             return
-        within("reduction", self, 0, 1, "floor")
         if self.schedule in ("step", "stages"):
             raise fail(
                 "reduction.floor",
@@ -246,8 +231,6 @@ def _check_explicit_retention(
                 f"rises from {before} of layer {layer - 1}, and dropped tokens do not come back",
                 f"use at most {before} from layer {layer} on",
             )
-        if not now >= 0:
-            raise fail(f"{key}[{layer}]", now, "must be from 0 to 1", "use 0 to keep reduction.min_tokens only")
         if now < before and layer - 1 not in reducing:
             raise fail(
                 f"{key}[{layer}]",

@@ -19,16 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SYSTEM_TOKEN = "<SPECIAL_10>"
-TURN_TOKEN = "<SPECIAL_11>"
-END_TOKEN = "<SPECIAL_12>"
-IMAGE_TOKEN = "<image>"
-IMAGE_START_TOKEN = "<img>"
-IMAGE_END_TOKEN = "</img>"
-VIDEO_TOKEN = "<video>"
+# Those that are not used here are the conversation's all the same: who writes prompts takes them from here.
+from hybridprune_megatron.config.prompt_tokens import (  # noqa: F401
+    END_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    RESERVED_TOKENS,
+    SYSTEM_TOKEN,
+    TURN_TOKEN,
+    VIDEO_TOKEN,
+)
 
-#: Special tokens that the prompt itself writes: content that holds one would change the roles or the frame counts.
-RESERVED_TOKENS = (SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
 #: Placeholders in a prompt, by the type of a part. Training samples have videos only.
 MEDIA_TOKENS = {"video": VIDEO_TOKEN, "image": IMAGE_TOKEN}
 MEDIA_PATTERN = re.compile("|".join(MEDIA_TOKENS.values()))

@@ -244,7 +244,7 @@ VALUE_CASES = {
     "micro batches of 2": (["trainer.micro_batch_size=2"], r".*must be 1 .*make data.sequence_length longer.*"),
     "precision": (["trainer.precision=fp16"], r"trainer.precision=fp16: allowed are fp32, bf16.*"),
     "no frames": (["data.num_frames=0"], r"data.num_frames=0: must be at least 1.*"),
-    "negative frame rate": (["data.sampling=fps", "data.fps=-1"], r"data.fps=-1.0: must be a finite number above 0.*"),
+    "negative frame rate": (["data.sampling=fps", "data.fps=-1"], r"data.fps=-1.0: must be above 0 and at most 1000.*"),
     "video longer than a pack": (
         ["data.num_frames=128"],
         r"data.num_frames=128: .*fills 2048 tokens.*lower data.num_frames.*",
@@ -267,7 +267,10 @@ VALUE_CASES = {
         r".*something must be trained.*",
     ),
     "learning rates": (["optim.min_lr=1"], r"optim.min_lr=1.0: must be from 0 to optim.lr=2e-05.*"),
-    "endless warmup": (["optim.warmup_steps=100"], r"optim.warmup_steps=100: must be below trainer.max_steps=100.*"),
+    "endless warmup": (
+        ["optim.warmup_steps=50", "optim.decay_steps=50"],
+        r"optim.warmup_steps=50: must be below optim.decay_steps=50.*",
+    ),
     "beta": (["optim.beta2=1"], r"optim.beta2=1.0: must be from 0 to below 1.*"),
 }
 

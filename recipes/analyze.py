@@ -21,6 +21,7 @@ from pathlib import Path
 
 from hybridprune_megatron.analysis.settings import AnalysisSettings, read_settings, settings_help
 from hybridprune_megatron.config import ConfigError, load_config
+from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.schema import Config
 
 
@@ -36,31 +37,28 @@ def data_folder(settings: AnalysisSettings, cfg: Config) -> Path:
     return Path(folder)
 
 
+@one_line_errors("analysis")
 def main(argv: list[str]) -> None:
     """Reads the command line; a wrong setting ends it with one line and code 2."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").format(keys=settings_help()), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys above, or of the configuration")
-    try:
-        settings, overrides = read_settings(parser.parse_args(argv).overrides)
-        if Path(settings.checkpoint).is_file():
-            # Bare weights: the overrides compose the configuration, so a wrong one shows before the slow imports.
-            data_folder(settings, load_config(overrides))
-        warnings.filterwarnings("ignore")
-        from hybridprune_megatron.analysis.run import analyze
-        from hybridprune_megatron.engine.parallel import shut_down
-        from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
+    settings, overrides = read_settings(parser.parse_args(argv).overrides)
+    if Path(settings.checkpoint).is_file():
+        # Bare weights: the overrides compose the configuration, so a wrong one shows before the slow imports.
+        data_folder(settings, load_config(overrides))
+    warnings.filterwarnings("ignore")
+    from hybridprune_megatron.analysis.run import analyze
+    from hybridprune_megatron.engine.parallel import shut_down
+    from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
 
-        checkpoint = find_checkpoint(settings.checkpoint)
-        cfg = checkpoint_config(checkpoint, overrides)
-        data = data_folder(settings, cfg)
-        out = Path(settings.out) if settings.out is not None else Path(cfg.output_dir) / "analysis"
-        report = analyze(load_model(checkpoint, cfg), cfg, settings, data, out)
-        shut_down()
-    except ValueError as error:
-        print(f"analysis: {error}", file=sys.stderr)
-        sys.exit(2)
+    checkpoint = find_checkpoint(settings.checkpoint)
+    cfg = checkpoint_config(checkpoint, overrides)
+    data = data_folder(settings, cfg)
+    out = Path(settings.out) if settings.out is not None else Path(cfg.output_dir) / "analysis"
+    report = analyze(load_model(checkpoint, cfg), cfg, settings, data, out)
+    shut_down()
     print(f"{out}: {report.name}, analysis.json and figures")
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
 from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.config.one_line import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, PAGE = ROOT / "docs" / "performance", ROOT / "docs" / "performance.md"
@@ -33,6 +34,7 @@ TEXT_TOKENS, QUESTION_TOKENS = 200, 30
 CHECKED_TOKENS = 700
 
 
+@one_line_errors("benchmark failed")
 def main(argv: list[str]) -> None:
     """Measures, prints the ratios, writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -51,12 +53,7 @@ def main(argv: list[str]) -> None:
         write_page(PAGE, KEPT)
         return
     cfg = exit_on_config_error(overrides if any("experiment=" in each for each in overrides) else DEFAULT + overrides)
-    try:
-        report = benchmark(cfg, options) | {"settings": settings_of(cfg, options, argv)}
-    except ValueError as error:
-        print(f"benchmark failed: {error}", file=sys.stderr)
-        sys.exit(2)
-    finish(report, options)
+    finish(benchmark(cfg, options) | {"settings": settings_of(cfg, options, argv)}, options)
 
 
 def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:

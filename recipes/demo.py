@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.engine.preemption import STOPPED
 from hybridprune_megatron.evaluation.report import summary_rows, text_table
 from hybridprune_megatron.evaluation.stages import Stages, differences
 
@@ -270,17 +272,31 @@ class Demo:
             SystemExit: with its exit code, if it failed; it has said why.
         """
         environment = {"PYTHONWARNINGS": "ignore", **os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
+        program = subprocess.Popen(
             [sys.executable, str(ROOT / script), *arguments],
             stdout=subprocess.PIPE if capture else None,
             text=True,
             env=environment,
-            check=False,
         )
-        if done.returncode:
-            print(f"{script} failed with exit code {done.returncode}; see above", file=sys.stderr)
-            sys.exit(done.returncode)
-        return done.stdout or ""
+        printed = _output_of(program)
+        if program.returncode:
+            stopped = program.returncode == STOPPED
+            why = "was asked to stop; the same command continues" if stopped else "failed; see above"
+            print(f"{script} {why} (exit status {program.returncode})", file=sys.stderr)
+            sys.exit(program.returncode)
+        return printed
+
+
+def _output_of(program: subprocess.Popen[str]) -> str:
+    """What a program prints, if that is captured; waits for its end.
+
+    Ctrl-C reaches it too: it decides what becomes of its work, and whoever does not wait for it would kill it.
+    """
+    while True:
+        try:
+            return program.communicate()[0] or ""
+        except KeyboardInterrupt:
+            continue
 
 
 def inputs_of(cfg: Config) -> dict[str, Any]:
@@ -340,6 +356,7 @@ def write_json(path: Path, values: Any) -> None:
     scratch.replace(path)
 
 
+@one_line_errors("demo")
 def main(argv: list[str]) -> None:
     """Reads the command line; a wrong setting ends it with one line and code 2, before anything slow is imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -353,12 +370,8 @@ def main(argv: list[str]) -> None:
     if options.fresh:
         for product in (out / name for name in PRODUCTS):
             shutil.rmtree(product) if product.is_dir() else product.unlink(missing_ok=True)
-    try:
-        inputs = inputs_of(cfg)
-        check_same_run(out, inputs)
-    except ValueError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        sys.exit(2)
+    inputs = inputs_of(cfg)
+    check_same_run(out, inputs)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "inputs.json", inputs)
     # Megatron reports what it does without Apex and Transformer Engine, which a demo without a GPU does not have.

@@ -23,8 +23,8 @@ from typing import Any
 
 from hybridprune_megatron.config import Config, ConfigError, load_config
 from hybridprune_megatron.config.checks import fail
-from hybridprune_megatron.config.compose import EXIT_CODE
 from hybridprune_megatron.config.fields import field_help
+from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.cost.calibration import Calibration, calibration_lengths, predict, sample_sizes
 from hybridprune_megatron.cost.plan import Plan, make_plan
 from hybridprune_megatron.cost.report import plan_lines
@@ -131,34 +131,31 @@ def show_measured(result: dict[str, Any]) -> None:
     )
 
 
+@one_line_errors("plan failed")
 def main(arguments: Sequence[str]) -> None:
     """Prints a plan, or one line on stderr with exit code 2."""
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return
-    try:
-        options, arguments = split_options(arguments)
-        mine, others = split_target(arguments)
-        target, cfg = read_target(mine), load_config(others)
-        if "--measure" in options and cfg.parallel.model_parallel_size > 1:
-            raise ConfigError("--measure: runs in one process; set parallel=single")
-        if "--measure" in options and cfg.reduction.front != "none":
-            reason = "--measure times the language model alone"
-            raise fail("reduction.front", cfg.reduction.front, reason, "set reduction.front=none")
-        plan = make_plan(cfg, target)
-        print("\n".join(plan_lines(cfg, target, plan)), flush=True)
-        if "--plot" in options:
-            from hybridprune_megatron.cost.plot import plot_plan
+    options, arguments = split_options(arguments)
+    mine, others = split_target(arguments)
+    target, cfg = read_target(mine), load_config(others)
+    if "--measure" in options and cfg.parallel.model_parallel_size > 1:
+        raise ConfigError("--measure: runs in one process; set parallel=single")
+    if "--measure" in options and cfg.reduction.front != "none":
+        reason = "--measure times the language model alone"
+        raise fail("reduction.front", cfg.reduction.front, reason, "set reduction.front=none")
+    plan = make_plan(cfg, target)
+    print("\n".join(plan_lines(cfg, target, plan)), flush=True)
+    if "--plot" in options:
+        from hybridprune_megatron.cost.plot import plot_plan
 
-            plot_plan(options["--plot"], plan.prefill, cfg.model.name)
-        if "--measure" in options:
-            result = measure(cfg, plan)
-            options["--measure"].parent.mkdir(parents=True, exist_ok=True)
-            options["--measure"].write_text(json.dumps(result, indent=1) + "\n")
-            show_measured(result)
-    except ConfigError as error:
-        print(f"configuration error: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        plot_plan(options["--plot"], plan.prefill, cfg.model.name)
+    if "--measure" in options:
+        result = measure(cfg, plan)
+        options["--measure"].parent.mkdir(parents=True, exist_ok=True)
+        options["--measure"].write_text(json.dumps(result, indent=1) + "\n")
+        show_measured(result)
 
 
 if __name__ == "__main__":

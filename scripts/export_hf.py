@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Command line to options."""
@@ -43,6 +45,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+@one_line_errors("export failed")
 def main(argv: list[str]) -> None:
     """Loads and writes; a wrong argument ends it with one line and code 2."""
     options = parse_arguments(argv)

@@ -17,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 #: The projection that writes a layer's result back to the residual stream.
 OUTPUT_PROJECTIONS = {
     "M": "mixer.out_proj.weight",
@@ -26,6 +28,7 @@ OUTPUT_PROJECTIONS = {
 _LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)\.(.*)")
 
 
+@one_line_errors("grow_depth failed")
 def main(argv: list[str]) -> None:
     """Reads, grows and writes; a wrong argument ends it with one line and code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,12 +42,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     from safetensors.torch import load_file, save_file
 
-    try:
-        sources = layer_sources(options.pattern, options.deeper, options.positions)
-        weights = load_file(options.weights)
-    except (ValueError, OSError) as error:
-        print(f"grow_depth failed: {error}", file=sys.stderr)
-        sys.exit(2)
+    sources = layer_sources(options.pattern, options.deeper, options.positions)
+    weights = load_file(options.weights)
     grown = grow(weights, options.deeper, sources, set(options.positions))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_name(options.out.name + ".partial")

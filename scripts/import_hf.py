@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 if TYPE_CHECKING:
     from hybridprune_megatron.huggingface.assemble import AssembledWeights
     from hybridprune_megatron.huggingface.source import TranslatedWeights
@@ -45,6 +47,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+@one_line_errors("import failed")
 def main(argv: list[str]) -> None:
     """Checks and converts; what is wrong ends it with one line and code 2."""
     options = parse_arguments(argv)

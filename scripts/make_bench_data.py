@@ -20,10 +20,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.data.needle_bench import BenchPlan, BenchTask
 from hybridprune_megatron.data.needle_shards import write_split
 
 
+@one_line_errors("make_bench_data")
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and writes both splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,6 +16,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.data.chat_template import CHAT_TEMPLATE
 from hybridprune_megatron.data.conversation import END_TOKEN, RESERVED_TOKENS, VIDEO_TOKEN
 from hybridprune_megatron.data.needles import CHOICES, KINDS, NeedlePlan, NeedleTask, plan_samples
@@ -27,6 +28,7 @@ VOCAB_SIZE = 768
 WORD_PATTERN = r"Frame \d+ sampled at \d+\.\d+ seconds: | ?\w+(?:-\w+)*| ?[^\s\w]+|\n|[^\S\n]+"
 
 
+@one_line_errors("make_demo_tokenizer failed")
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

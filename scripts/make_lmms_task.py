@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 if TYPE_CHECKING:
     from hybridprune_megatron.evaluation.held_out import Clip
 
@@ -36,6 +38,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+@one_line_errors("make_lmms_task")
 def main(argv: list[str]) -> None:
     """Writes the task; what is wrong ends it with one line and code 2."""
     options = parse_arguments(argv)

@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.data.conversation import read_conversation
 from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS, ShardWriter
 from hybridprune_megatron.data.video import FrameSampling, probe_video
@@ -47,6 +48,7 @@ class BadRowError(ValueError):
         self.reason = reason
 
 
+@one_line_errors("make_shards")
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, writes the data set, and says what was left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config.one_line import one_line_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ MAX_SHARD_BYTES = 2**20
 TOWER = "vision_model.radio_model."
 
 
+@one_line_errors("make_twin failed")
 def main(argv: list[str]) -> None:
     """Reads the command line and writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

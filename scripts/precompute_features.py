@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,6 +53,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+@one_line_errors("precompute_features failed")
 def main(argv: list[str]) -> None:
     """Computes and writes; a wrong argument ends it with one line and code 2."""
     options = parse_arguments(argv)

@@ -9,7 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from hybridprune_megatron.config.one_line import one_line_errors
 
+
+@one_line_errors("save_weights failed")
 def main(argv: list[str]) -> None:
     """Loads and writes; a wrong argument ends it with one line and code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -23,14 +26,10 @@ def main(argv: list[str]) -> None:
     from hybridprune_megatron.engine.weights import save_weights
     from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
 
-    try:
-        checkpoint = find_checkpoint(options.checkpoint)
-        model = load_model(checkpoint, checkpoint_config(checkpoint, ()))
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(model, options.out, {"fp32": None, "bf16": torch.bfloat16}[options.dtype])
-    except ValueError as error:
-        print(f"save_weights failed: {error}", file=sys.stderr)
-        sys.exit(2)
+    checkpoint = find_checkpoint(options.checkpoint)
+    model = load_model(checkpoint, checkpoint_config(checkpoint, ()))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(model, options.out, {"fp32": None, "bf16": torch.bfloat16}[options.dtype])
     print(f"{checkpoint} -> {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
 
 

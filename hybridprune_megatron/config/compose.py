@@ -10,19 +10,24 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
-from hybridprune_megatron.config.checks import ConfigError, closest, fail
-from hybridprune_megatron.config.explain import as_typed, explain_exception, explain_override
+from hybridprune_megatron.config.checks import ConfigError, closest, fail, shown
+from hybridprune_megatron.config.explain import GROUPS, as_typed, explain_exception, explain_override
 from hybridprune_megatron.config.features import check_features
+from hybridprune_megatron.config.files import check_files
+from hybridprune_megatron.config.flat import leaves
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
@@ -54,9 +59,15 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
         problem = explain_override(override, CONF_DIR)
         if problem is not None:
             raise ConfigError(problem)
+    with _explained(), initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        return compose(config_name, overrides=[as_typed(override) for override in overrides])
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What Hydra, OmegaConf and YAML refuse, as one line."""
     try:
-        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            return compose(config_name, overrides=[as_typed(override) for override in overrides])
+        yield
     except (HydraException, OmegaConfBaseException, YAMLError, OverflowError, RecursionError) as error:
         raise ConfigError(explain_exception(error)) from error
     except AttributeError as error:
@@ -64,10 +75,14 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
         key = re.search(r"full_key: (\S+)", str(error))
         if key is None:
             raise
-        raise ConfigError(
-            f"{key[1]} is null in this model and cannot be filled from the command line; take a model that has it, or "
-            "write its fields into a file of conf/model"
-        ) from error
+        raise _null_group(key[1]) from error
+
+
+def _null_group(key: str) -> ConfigError:
+    return ConfigError(
+        f"{key} is null in this model and cannot be filled from the command line; take a model that has it, or "
+        "write its fields into a file of conf/model"
+    )
 
 
 def load_config(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
@@ -92,10 +107,8 @@ def to_config(composed: DictConfig) -> Config:
     Raises:
         ConfigError: as ``load_config``.
     """
-    try:
+    with _explained():
         cfg = OmegaConf.to_object(composed)
-    except (OmegaConfBaseException, OverflowError, RecursionError) as error:
-        raise ConfigError(explain_exception(error)) from error
     assert isinstance(cfg, Config), type(cfg)
     scorers = known_scorers()
     if cfg.reduction.scorer not in scorers:
@@ -109,6 +122,46 @@ def to_config(composed: DictConfig) -> Config:
     return cfg
 
 
+def change_config(
+    saved: Mapping[str, Any], overrides: Sequence[str] = (), fixed: Mapping[str, Any] | None = None
+) -> Config:
+    """A stored configuration with some keys changed.
+
+    Args:
+        saved: values by group, as ``asdict`` gives them and a checkpoint keeps them.
+        overrides: ``key=value`` texts, as on the command line; a group's file cannot be named.
+        fixed: values by group that come last.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    for key, value in leaves(dict(saved)):
+        # What was saved is resolved: nothing of it is to be looked up here, in the environment for instance.
+        if "${" in str(value):
+            raise fail(str(key), value, "is not a plain value", "take the configuration that the run wrote")
+    with _explained():
+        changed: Any = OmegaConf.merge(OmegaConf.structured(Config), saved)
+        for text in overrides:
+            key, value = _single_key(text)
+            group = key.rpartition(".")[0]
+            if group and OmegaConf.select(changed, group) is None:
+                raise _null_group(group)
+            OmegaConf.update(changed, key, value, merge=True)
+        changed.merge_with(fixed or {})
+        return to_config(changed)
+
+
+def _single_key(text: str) -> tuple[str, Any]:
+    """Key and value of an override that sets a single key."""
+    problem = explain_override(text, CONF_DIR)
+    if problem is not None:
+        raise ConfigError(problem)
+    override = OverridesParser.create().parse_override(as_typed(text))
+    if override.key_or_group in GROUPS:
+        raise ConfigError(f"{shown(text)}: the configuration is there already; change single keys as group.key=value")
+    return override.key_or_group, override.value()
+
+
 def known_scorers() -> list[str]:
     """The scorers that the files of ``conf/reduction`` name.
 
@@ -119,33 +172,6 @@ def known_scorers() -> list[str]:
     for path in CONF_DIR.glob("reduction/*.yaml"):
         found.update(re.findall(r"^scorer: *([\w-]+)", path.read_text(encoding="ascii"), flags=re.MULTILINE))
     return sorted(found)
-
-
-def check_files(cfg: Config) -> None:
-    """The files and folders that a training run reads exist.
-
-    Raises:
-        ConfigError: the first that is not set or not there.
-    """
-    if cfg.data.train is None:
-        raise fail(
-            "data.train",
-            None,
-            "a run needs data",
-            "set data.train to an Energon dataset folder (scripts/make_shards.py writes one) or a metadataset .yaml",
-        )
-    shards = "scripts/make_shards.py writes a dataset, `make demo` the demo's"
-    makers = {
-        "data.train": shards,
-        "data.validation": f"{shards}; null = no evaluation",
-        "data.tokenizer": "set it to a folder with a Hugging Face tokenizer",
-        "model.init_checkpoint": "set it to a .safetensors file or a checkpoint folder; null = random weights",
-    }
-    for key, fix in makers.items():
-        group, name = key.split(".")
-        path = getattr(getattr(cfg, group), name)
-        if path is not None and not Path(path).exists():
-            raise fail(key, path, f"is not there (looked from {Path.cwd()})", fix)
 
 
 def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", need_files: bool = False) -> Config:

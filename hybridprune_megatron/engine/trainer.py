@@ -85,11 +85,6 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
     if log_dir.resolve() == Path(cfg.output_dir).resolve():
         log_dir = log_dir / "logs"
     settings["explicit_log_dir"] = str(log_dir)
-    if settings.get("create_checkpoint_callback"):
-        raise ValueError(
-            "exp_manager.create_checkpoint_callback=true: NeMo's callback cannot write checkpoints in one move; "
-            "leave it false, the run saves every trainer.save_every_n_steps steps by itself"
-        )
     settings["create_checkpoint_callback"] = False
     if settings.get("resume_if_exists"):
         newest = resume_checkpoint(cfg, trainer.is_global_zero)

@@ -7,11 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint, read_run_file
-from hybridprune_megatron.config.compose import load_config
+from hybridprune_megatron.config.compose import change_config, load_config
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel
@@ -71,22 +68,18 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
         ValueError: a key or value the schema refuses.
     """
     if checkpoint.is_dir() and (checkpoint / RUN_FILE).is_file():
-        saved: Any = read_run_file(checkpoint)["config"]
+        saved: Any = read_run_file(checkpoint).get("config")
     else:
         saved = asdict(load_config(overrides))
         overrides = ()
-    saved["model"]["hybrid_pattern"] = saved["model"]["hybrid_pattern"].replace("|", "")
     try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(Config), saved, OmegaConf.from_dotlist(list(overrides)), _ONE_PROCESS
-        )
-        cfg = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ValueError(
-            f"configuration of {checkpoint}: {' '.join(str(error).split())}; check the overrides"
-        ) from error
-    assert isinstance(cfg, Config), type(cfg)
-    return cfg
+        saved["model"]["hybrid_pattern"] = saved["model"]["hybrid_pattern"].replace("|", "")
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{checkpoint / RUN_FILE} holds no configuration of a run; give another checkpoint") from None
+    try:
+        return change_config(saved, overrides, _ONE_PROCESS)
+    except ValueError as error:
+        raise ValueError(f"configuration of {checkpoint}: {error}") from error
 
 
 def load_model(checkpoint: Path, cfg: Config) -> VideoLanguageModel:

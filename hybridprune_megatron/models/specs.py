@@ -7,7 +7,6 @@ other and into stock.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,6 +25,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from hybridprune_megatron.config.files import missing_gpu_packages
 from hybridprune_megatron.config.tuning_schema import LoraConfig
 from hybridprune_megatron.models.experts import backend_experts_spec, torch_experts_spec
 from hybridprune_megatron.models.lora import adapted
@@ -34,8 +34,6 @@ from hybridprune_megatron.models.mixers import ReductionMambaMixer, scoring_atte
 from hybridprune_megatron.models.stack import ReductionStack
 from hybridprune_megatron.models.torch_layers import NormColumnParallelLinear, PackedAttention, RMSNorm
 
-_GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
-
 
 def resolve_spec(name: str) -> str:
     """ "auto" becomes "te" where a GPU and its packages are there, else "torch".
@@ -43,7 +41,7 @@ def resolve_spec(name: str) -> str:
     Raises:
         ValueError: "te" is asked for and cannot be had.
     """
-    missing = [package for package in _GPU_PACKAGES if importlib.util.find_spec(package) is None]
+    missing = missing_gpu_packages()
     if name == "te" and (missing or not torch.cuda.is_available()):
         reason = f"{', '.join(missing)} not installed" if missing else "no CUDA device"
         raise ValueError(f"model.spec=te: {reason}; install the gpu extra on a GPU machine or set model.spec=torch")

@@ -1,0 +1,105 @@
+"""Ends a program with one line instead of a traceback, whatever ended it. Light: no torch."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, ParamSpec, TypeVar
+
+from hybridprune_megatron.config.checks import ConfigError
+
+#: Set in the environment, it shows tracebacks after all.
+TRACEBACK = "HYBRIDPRUNE_TRACEBACK"
+#: Exit status of a program that a user or a file has given something wrong; every other failure is 1.
+USER_ERROR = 2
+INTERRUPTED = 130
+_LONGEST = 1000
+_ROOT = Path(__file__).resolve().parents[2]
+_OWN = tuple(f"{_ROOT}/{folder}/" for folder in ("hybridprune_megatron", "recipes", "scripts"))
+#: Their messages say all: errors of our own, and what the system refuses.
+_SPEAKING = (ValueError, OSError, RuntimeError, ArithmeticError)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates the main function of a program.
+
+    What a user can cause is a ``ValueError`` with a line for the user, and ends with status 2. Anything else that is
+    raised ends with status 1 and a line too; ``HYBRIDPRUNE_TRACEBACK=1`` shows where it came from.
+
+    Args:
+        prefix: what the line starts with, e.g. "export failed".
+    """
+
+    def decorate(main: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(main)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return main(*args, **kwargs)
+            except SystemExit:
+                raise
+            except KeyboardInterrupt:
+                _end(f"{prefix}: stopped", INTERRUPTED)
+            # What torch raises for a checkpoint is no Exception.
+            except BaseException as error:
+                if os.environ.get(TRACEBACK):
+                    raise
+                begin = "configuration error" if isinstance(error, ConfigError) else prefix
+                _end(f"{begin}: {one_line(error)}", USER_ERROR if isinstance(error, ValueError) else 1)
+
+        return run
+
+    return decorate
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of a readable length."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename is not None else ""
+        return f"{error.strerror}{where}"
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if any("Traceback (most recent call last)" in line for line in lines):
+        # Of a worker process, which sends its traceback as the message.
+        lines = lines[-1:]
+    # Torch adds the frames of its own code.
+    cut = next((i for i, line in enumerate(lines) if line.startswith(("Exception raised from", "frame #"))), len(lines))
+    text = " ".join(" ".join(lines[: max(cut, 1)]).split())
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}..."
+    if isinstance(error, _SPEAKING) and text:
+        return text
+    return f"{type(error).__name__}{': ' * bool(text)}{text}{_place(error)}"
+
+
+def keep_traceback(folder: Path, rank: int) -> None:
+    """Writes the traceback of the exception under way into a folder, for what its line does not tell.
+
+    Args:
+        folder: of the run's logs; nothing is written if it is not there.
+        rank: of this process.
+    """
+    try:
+        if folder.is_dir():
+            (folder / f"traceback_rank{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+    except OSError:
+        # A full disk is what ended the run, maybe.
+        return
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of this project that an exception passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(_OWN) and frame.filename != __file__]
+    where = f"{Path(own[-1].filename).relative_to(_ROOT)}:{own[-1].lineno}; " if own else ""
+    return f" ({where}{TRACEBACK}=1 shows the way there)"
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -20,9 +20,11 @@ import warnings
 from pathlib import Path
 
 from hybridprune_megatron.analysis.settings import AnalysisSettings, read_settings, settings_help
-from hybridprune_megatron.config import ConfigError, load_config
+from hybridprune_megatron.config import ConfigError
+from hybridprune_megatron.config.files import check_dataset
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 
 
 def data_folder(settings: AnalysisSettings, cfg: Config) -> Path:
@@ -34,6 +36,7 @@ def data_folder(settings: AnalysisSettings, cfg: Config) -> Path:
     folder = settings.data or cfg.data.validation
     if folder is None or not Path(folder).is_dir():
         raise ConfigError(f"data={folder}: is no folder (looked from {Path.cwd()}); give data=<folder with shards>")
+    check_dataset("data", Path(folder))
     return Path(folder)
 
 
@@ -45,18 +48,16 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys above, or of the configuration")
     settings, overrides = read_settings(parser.parse_args(argv).overrides)
-    if Path(settings.checkpoint).is_file():
-        # Bare weights: the overrides compose the configuration, so a wrong one shows before the slow imports.
-        data_folder(settings, load_config(overrides))
-    warnings.filterwarnings("ignore")
-    from hybridprune_megatron.analysis.run import analyze
-    from hybridprune_megatron.engine.parallel import shut_down
-    from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
-
+    # Before the slow imports, which take half a minute.
     checkpoint = find_checkpoint(settings.checkpoint)
     cfg = checkpoint_config(checkpoint, overrides)
     data = data_folder(settings, cfg)
     out = Path(settings.out) if settings.out is not None else Path(cfg.output_dir) / "analysis"
+    warnings.filterwarnings("ignore")
+    from hybridprune_megatron.analysis.run import analyze
+    from hybridprune_megatron.engine.parallel import shut_down
+    from hybridprune_megatron.export.load import load_model
+
     report = analyze(load_model(checkpoint, cfg), cfg, settings, data, out)
     shut_down()
     print(f"{out}: {report.name}, analysis.json and figures")

@@ -25,7 +25,7 @@ from typing import Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
 from hybridprune_megatron.config.checks import fail
-from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.one_line import one_line_errors, whole
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, PAGE = ROOT / "docs" / "performance", ROOT / "docs" / "performance.md"
@@ -38,8 +38,10 @@ CHECKED_TOKENS = 700
 def main(argv: list[str]) -> None:
     """Measures, prints the ratios, writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[2048, 8192], help="default: 2048 8192")
-    parser.add_argument("--rounds", type=int, default=5, help="medians of so many (default 5)")
+    parser.add_argument(
+        "--visual-tokens", type=whole(1, 2**27), nargs="+", default=[2048, 8192], help="default: 2048 8192"
+    )
+    parser.add_argument("--rounds", type=whole(1, 10**6), default=5, help="medians of so many (default 5)")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--no-decode", action="store_true", help="leave decoding out")
     parser.add_argument("--no-train", action="store_true", help="leave the training step out")

@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
-from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.one_line import one_line_errors, whole
 from hybridprune_megatron.study.cells import Unit
 from hybridprune_megatron.study.run import EXPERIMENT, Runner
 
@@ -38,7 +38,9 @@ BATCH_TOKENS = 6000
 def main(argv: list[str]) -> None:
     """Measures what is missing and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument(
+        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes of one thread each"
+    )
     parser.add_argument("--only", nargs="+", metavar="WORD", help="units whose stage or method is one of these")
     parser.add_argument(
         "--skip", nargs="+", default=[], metavar="WORD", help="units whose stage or method is not these"

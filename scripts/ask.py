@@ -31,8 +31,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--video {options.video}: is no file")
     if not options.question.strip():
         parser.error("--question is empty: ask something, it decides which visual tokens stay")
-    if options.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {options.max_new_tokens}: at least 1")
+    if not 1 <= options.max_new_tokens <= 2**20:
+        parser.error(f"--max-new-tokens {options.max_new_tokens}: from 1 to {2**20}")
     if options.budget is not None and not 0 < options.budget <= 1:
         parser.error(f"--budget {options.budget}: must be above 0 and at most 1 (1: nothing is dropped)")
     return options
@@ -44,11 +44,12 @@ def answer(options: argparse.Namespace) -> str:
     from transformers import AutoModelForCausalLM, AutoProcessor
 
     changes = {} if options.budget is None else {"reduction": {"budget": options.budget}}
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, **changes).eval()
+    # First what reads the question and the video: it is quick to say what is wrong with them.
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": options.question}]}]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=text, videos=[options.video], return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, **changes).eval()
     tokens = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
     written = tokens[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(written, skip_special_tokens=True)[0].strip()

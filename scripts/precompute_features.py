@@ -91,10 +91,9 @@ def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageMod
     Raises:
         ValueError: there are no weights, or the configuration has no frames or trains the tower.
     """
-    # After the arguments are read: these take half a minute to import.
     from hybridprune_megatron.config import load_config
     from hybridprune_megatron.config.checkpoint_folder import RUN_FILE
-    from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
+    from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 
     named = checkpoint or load_config(overrides).model.init_checkpoint
     if named is None:
@@ -107,6 +106,9 @@ def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageMod
         raise ValueError(f"model {cfg.model.name} has no vision tower (model.vision=null)")
     if cfg.model.trainable.vision:
         raise ValueError("model.trainable.vision=true: features of a tower that learns are soon wrong; set it to false")
+    # After all that can be wrong: this takes half a minute to import.
+    from hybridprune_megatron.export.load import load_model
+
     return load_model(path, cfg), cfg
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 
 
 @one_line_errors("save_weights failed")
@@ -20,14 +21,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, type=Path, help="file to write; replaced if it exists")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of what has two dimensions or more")
     options = parser.parse_args(argv)
+    checkpoint = find_checkpoint(options.checkpoint)
+    cfg = checkpoint_config(checkpoint, ())
     # After the arguments are read: these take half a minute to import.
     import torch
 
     from hybridprune_megatron.engine.weights import save_weights
-    from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
+    from hybridprune_megatron.export.load import load_model
 
-    checkpoint = find_checkpoint(options.checkpoint)
-    model = load_model(checkpoint, checkpoint_config(checkpoint, ()))
+    model = load_model(checkpoint, cfg)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_weights(model, options.out, {"fp32": None, "bf16": torch.bfloat16}[options.dtype])
     print(f"{checkpoint} -> {options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")

@@ -61,7 +61,7 @@ class Range:
             return f"at least {self.low}" if value < self.low else f"at most {self.high}"
         start = f"above {self.low:g}" if self.above else f"from {self.low:g}"
         if self.below:
-            return f"{start} to below {self.high:g}"
+            return f"{start} {'and' if self.above else 'to'} below {self.high:g}"
         return f"{start} and at most {self.high:g}" if self.above else f"{start} to {self.high:g}"
 
 
@@ -144,6 +144,31 @@ def check_bounds(prefix: str, owner: Any) -> None:
         check_value(key, getattr(owner, field.name), allowed[field.name], default)
 
 
+def read_value(key: str, text: str, owner: type, name: str) -> Any:
+    """The value of a field from the text of a command line; text fields take it as it is, ``null`` is None.
+
+    Args:
+        key: what to call the field in an error.
+        text: right of the equals sign.
+        owner: a dataclass with plain fields.
+        name: of the field.
+
+    Raises:
+        ConfigError: the text is of another type.
+    """
+    rule, default = rules(owner)[name], getattr(owner, name, None)
+    if text == "null" and rule.optional:
+        return None
+    if rule.kind is str:
+        return text
+    try:
+        return rule.kind(text)
+    except ValueError:
+        example = getattr(rule.bound, "example", None) or default
+        fix = f"give {_KIND_WORDS[rule.kind]}" if example is None else f"set e.g. {key}={example}"
+        raise fail(key, text, f"must be {_KIND_WORDS[rule.kind]}", fix) from None
+
+
 def check_value(key: str, value: Any, rule: Rule, default: Any = None) -> None:
     """A value is what its rule allows.
 
@@ -172,7 +197,7 @@ def check_value(key: str, value: Any, rule: Rule, default: Any = None) -> None:
         _check_number(key, value, rule.bound or Range(-LARGEST, LARGEST), example)
     elif rule.kind is str:
         _check_kind(key, value, isinstance(value, str), _KIND_WORDS[str], example)
-        _check_text(key, value, rule.bound, "null = none" if rule.optional else "")
+        _check_text(key, value, rule.bound, f", or {key}=null" if rule.optional else "")
     elif rule.kind is list:
         _check_kind(key, value, isinstance(value, list | tuple), _KIND_WORDS[list], default)
         assert rule.item is not None, key
@@ -207,7 +232,7 @@ def _check_text(key: str, value: str, bound: Any, unset: str) -> None:
     if not isinstance(bound, Text):
         if not value.strip():
             reason = "is empty, as an unset shell variable is"
-            raise fail(key, value, reason, f"give it a value{f', or {key}=null ({unset})' if unset else ''}")
+            raise fail(key, value, reason, f"give it a value{unset}")
         if not value.isprintable() or value != value.strip():
             raise fail(key, repr(value), "begins or ends with a space, or holds a control character", "leave those out")
     if not value.isascii():

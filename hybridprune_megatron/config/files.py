@@ -56,7 +56,7 @@ def check_files(cfg: Config) -> None:
     for key, path in (("data.train", cfg.data.train), ("data.validation", cfg.data.validation)):
         if path is not None:
             with _readable(key, path):
-                _check_dataset(key, Path(path))
+                check_dataset(key, Path(path))
     with _readable("data.tokenizer", cfg.data.tokenizer):
         _check_tokenizer(Path(cfg.data.tokenizer))
     with _readable("model.init_checkpoint", cfg.model.init_checkpoint):
@@ -83,7 +83,12 @@ def _readable(key: str, path: str | None) -> Iterator[None]:
         raise fail(key, path, f"cannot be read ({error.strerror})", "give a path that can") from None
 
 
-def _check_dataset(key: str, path: Path) -> None:
+def check_dataset(key: str, path: Path) -> None:
+    """A path that is there is a data set's folder, or the file of a blend.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if path.is_file() and path.suffix not in (".yaml", ".yml"):
         raise fail(key, str(path), "is a file", "give an Energon data set's folder or a metadataset .yaml")
     if path.is_dir() and not (path / _META).is_dir():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -41,6 +43,7 @@ def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @functools.wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
+                _refuse_empty(args[0] if args and isinstance(args[0], list) else sys.argv[1:])
                 return main(*args, **kwargs)
             except SystemExit:
                 raise
@@ -56,6 +59,29 @@ def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return run
 
     return decorate
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """For argparse: a whole number from ``low`` to ``high``."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{text:.40}: must be a whole number from {low} to {high}")
+        return number
+
+    return read
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """No program of this project has a use for an empty argument, and an empty path is the current folder."""
+    for before, argument in pairwise(["", *arguments]):
+        if not argument.strip() or (argument.startswith("--") and argument.endswith("=")):
+            name = argument.strip() or before or "the first argument"
+            raise ValueError(f"{name} is empty, as an unset shell variable is; give it a value")
 
 
 def one_line(error: BaseException) -> str:

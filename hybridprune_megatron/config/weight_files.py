@@ -26,6 +26,11 @@ _SIZES = (
 )
 
 
+def holds_tensors(path: Path) -> bool:
+    """Bare weights: a ``.safetensors`` file, or a folder of such files (imported, or Hugging Face's)."""
+    return path.is_file() or any((path / name).is_file() for name in ("config.json", _INDEX, _WEIGHTS))
+
+
 def check_weights(model: ModelConfig) -> None:
     """``model.init_checkpoint`` is a file or folder with weights, and where headers tell, with those of this model.
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from hybridprune_megatron.config.bounds import FLOAT_MAX, Count, OneOf, Positive, Range, Whole, check_bounds
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.config.bounds import FLOAT_MAX, Count, OneOf, Range, Whole, check_bounds, read_value
+from hybridprune_megatron.config.checks import closest, fail
 from hybridprune_megatron.cost.device import DEVICES
 
 PREFIX = "target."
@@ -38,7 +34,7 @@ class TargetConfig:
     """
 
     speedup: Annotated[float, Range(1, FLOAT_MAX, above=True, example=4)] | None = None
-    memory_gib: Positive | None = None
+    memory_gib: Annotated[float, Range(0, FLOAT_MAX, above=True, example=80)] | None = None
     parts: Annotated[str, OneOf("language", "all")] = "language"
     memory_of: Annotated[str, OneOf("training", "prefill")] = "training"
     frames: Count | None = None
@@ -75,30 +71,13 @@ def read_target(overrides: Sequence[str]) -> TargetConfig:
         ConfigError: one line on the first that is wrong.
     """
     known = [each.name for each in fields(TargetConfig)]
-    node = OmegaConf.structured(TargetConfig)
+    values = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, _, text = override.partition("=")
         name = key.removeprefix(PREFIX)
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            fix = f"did you mean {PREFIX}{near[0]}?" if near else "python recipes/plan.py --help shows them"
-            raise fail(key, value, f"unknown key; target has {', '.join(known)}", fix)
-        try:
-            if not equals:
-                raise ValueError
-            OmegaConf.update(node, name, _number(value))
-        except (OmegaConfBaseException, ValueError, OverflowError) as error:
-            raise fail(key, value, "has the wrong type", f"give e.g. {key}={_example(name)}") from error
-    target: Any = OmegaConf.to_object(node)
-    assert isinstance(target, TargetConfig), type(target)
-    return target
-
-
-def _number(value: str) -> Any:
-    """A value as OmegaConf takes it from a command line: null, or the text, which it converts."""
-    return None if value == "null" else value
-
-
-def _example(name: str) -> object:
-    default = getattr(TargetConfig, name)
-    return {"speedup": 4, "memory_gib": 80, "frames": 128, "visual_tokens": 8192}.get(name, default)
+            near = closest(name, known)
+            fix = f"did you mean {PREFIX}{near}?" if near else "python recipes/plan.py --help shows them"
+            raise fail(key, text, f"unknown key; target has {', '.join(known)}", fix)
+        values[name] = read_value(key, text, TargetConfig, name)
+    return TargetConfig(**values)

@@ -21,9 +21,10 @@ from megatron.core.transformer.module import MegatronModule
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hybridprune_megatron.config.weight_files import holds_tensors
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 from hybridprune_megatron.huggingface.names import CONSTANTS
-from hybridprune_megatron.huggingface.source import INDEX_FILE, WEIGHTS_FILE, open_weights
+from hybridprune_megatron.huggingface.source import open_weights
 from hybridprune_megatron.models.lora import is_adapter
 
 # All that a genuine index of torch.distributed.checkpoint is made of. Names in full: a pickle may also ask for
@@ -81,11 +82,6 @@ def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
         _load_tensors(module, path)
     else:
         _load_distributed(module, path)
-
-
-def holds_tensors(path: Path) -> bool:
-    """Bare weights: a ``.safetensors`` file, or a folder of such files (imported, or Hugging Face's)."""
-    return path.is_file() or any((path / name).is_file() for name in ("config.json", INDEX_FILE, WEIGHTS_FILE))
 
 
 def save_weights(module: MegatronModule, path: str | Path, dtype: torch.dtype | None = None) -> None:

@@ -141,14 +141,24 @@ def change_config(
             raise fail(str(key), value, "is not a plain value", "take the configuration that the run wrote")
     with _explained():
         changed: Any = OmegaConf.merge(OmegaConf.structured(Config), saved)
+        set_keys(changed, overrides)
+        changed.merge_with(fixed or {})
+        return to_config(changed)
+
+
+def set_keys(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Sets single keys of a composed configuration in place.
+
+    Raises:
+        ConfigError: one line on the first override that cannot be.
+    """
+    with _explained():
         for text in overrides:
             key, value = _single_key(text)
             group = key.rpartition(".")[0]
-            if group and OmegaConf.select(changed, group) is None:
+            if group and OmegaConf.select(composed, group) is None:
                 raise _null_group(group)
-            OmegaConf.update(changed, key, value, merge=True)
-        changed.merge_with(fixed or {})
-        return to_config(changed)
+            OmegaConf.update(composed, key, value, merge=True)
 
 
 def _single_key(text: str) -> tuple[str, Any]:

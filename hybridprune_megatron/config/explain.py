@@ -31,6 +31,8 @@ from hybridprune_megatron.config.schema import Config
 
 #: The groups of ``conf/``, in the order in which ``--help`` names them.
 GROUPS = ("experiment", "model", "data", "reduction", "tuning", "optim", "trainer", "fp8", "parallel")
+#: Characters of an override: the parser is slow, and gives up on deep brackets.
+_LONGEST = 20_000
 _SWITCH_WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "1", "0"}
 
 
@@ -48,10 +50,13 @@ def explain_override(text: str, conf_dir: Path) -> str | None:
     """
     if "=" not in text and not text.startswith("~"):
         return f"{text}: is not an override; write key=value, e.g. experiment=demo (--help lists the keys)"
+    if len(text) > _LONGEST:
+        return f"{shown(text)}: is too long; write it into a file of conf"
     try:
         override = OverridesParser.create().parse_override(text)
     except (HydraException, ValueError, RecursionError) as error:
-        return f"{shown(text)}: cannot be read ({_one_line(error)}); quote it, e.g. 'key=[1,2]' or 'key=\"a, b\"'"
+        reason = shown(_one_line(error))
+        return f"{shown(text)}: cannot be read ({reason}); quote it, e.g. 'key=[1,2]' or 'key=\"a, b\"'"
     key, value = override.key_or_group, override.value()
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         return f"{shown(text)}: Hydra's own settings are fixed; leave it out, output_dir says where a run writes"

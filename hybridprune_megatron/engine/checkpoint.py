@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -132,8 +133,9 @@ def _reason(error: BaseException) -> str:
         dist.broadcast_object_list(said, src=0)
     else:
         said = [str(error)]
-    # Megatron's writer passes on the type of an error only.
-    return " ".join(said[0].replace("<class 'OSError'>", "OSError, disk full, over quota or not writable").split())
+    # Megatron's writer passes on the type of an error only. On a full disk torch raises a RuntimeError.
+    why = r"\1, disk full, over quota or not writable"
+    return re.sub(r"<class '(OSError|RuntimeError)'>", why, " ".join(said[0].split()))
 
 
 class CheckpointSaver:

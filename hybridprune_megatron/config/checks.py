@@ -24,7 +24,7 @@ def shown(value: object) -> str:
         # Python refuses to write out whole numbers of more than some thousand digits.
         return f"{'-' * (value < 0)}2^{value.bit_length()}"
     try:
-        text = value if isinstance(value, str) and value and value.isprintable() else ascii(value)
+        text = value if isinstance(value, str) and value.strip() and value.isprintable() else ascii(value)
     except (ValueError, RecursionError):
         text = type(value).__name__
     return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]}... ({len(text)} characters)"

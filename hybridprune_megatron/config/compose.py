@@ -18,6 +18,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -26,6 +27,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships 
 from hybridprune_megatron.config.checks import ConfigError, closest, fail, shown
 from hybridprune_megatron.config.explain import GROUPS, as_typed, explain_exception, explain_override
 from hybridprune_megatron.config.features import check_features
+from hybridprune_megatron.config.fields import is_group, type_of_key
 from hybridprune_megatron.config.files import check_files
 from hybridprune_megatron.config.flat import leaves
 from hybridprune_megatron.config.help import usage
@@ -154,22 +156,23 @@ def set_keys(composed: DictConfig, overrides: Sequence[str]) -> None:
     """
     with _explained():
         for text in overrides:
-            key, value = _single_key(text)
+            override = _single_key(text)
+            key = override.key_or_group
             group = key.rpartition(".")[0]
-            if group and OmegaConf.select(composed, group) is None:
+            if is_group(type_of_key(group)) and OmegaConf.select(composed, group) is None:
                 raise _null_group(group)
-            OmegaConf.update(composed, key, value, merge=True)
+            OmegaConf.update(composed, key, override.value(), merge=True, force_add=override.is_add())
 
 
-def _single_key(text: str) -> tuple[str, Any]:
-    """Key and value of an override that sets a single key."""
+def _single_key(text: str) -> Override:
+    """An override that sets a single key."""
     problem = explain_override(text, CONF_DIR)
     if problem is not None:
         raise ConfigError(problem)
     override = OverridesParser.create().parse_override(as_typed(text))
     if override.key_or_group in GROUPS:
         raise ConfigError(f"{shown(text)}: the configuration is there already; change single keys as group.key=value")
-    return override.key_or_group, override.value()
+    return override
 
 
 def known_scorers() -> list[str]:

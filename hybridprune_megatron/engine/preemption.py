@@ -13,11 +13,14 @@ Pending signals are not counted, and a second Ctrl-C must not wait for a step. S
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from multiprocessing import resource_tracker
+from typing import Any, TextIO
 
 from hybridprune_megatron.config.one_line import INTERRUPTED
 
@@ -45,12 +48,46 @@ def hold_stop_signals(say: bool = True) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, held)
     if terminal:
         screens = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        sys.stdout, sys.stderr = _Screen(sys.stdout), _Screen(sys.stderr)
         threading.Thread(target=_listen, args=(terminal, screens, say), daemon=True).start()
 
 
 def stop_requested() -> bool:
     """Whether a held signal has arrived; stays true from then on."""
     return _asked.is_set() or not signal.sigpending().isdisjoint({*STOP_SIGNALS, *TERMINAL_SIGNALS})
+
+
+class _Screen:
+    """A stream that swallows what is written to a terminal that is gone: a line about a step must not end the run.
+
+    The signal that says so comes a moment later than the first error.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As ``TextIO``."""
+        with _lost_terminal():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As ``TextIO``."""
+        with _lost_terminal():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _lost_terminal() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
 
 
 def _listen(signals: Iterable[signal.Signals], screens: Iterable[int], say: bool) -> None:
@@ -64,7 +101,7 @@ def _listen(signals: Iterable[signal.Signals], screens: Iterable[int], say: bool
     interrupts = 0
     while True:
         if signal.sigwaitinfo(signals).si_signo == signal.SIGHUP:
-            # Nothing can be written to a terminal that is gone, and a line about a step must not end the run.
+            # For what is not written through Python's streams.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             for screen in screens:
                 os.dup2(nowhere, screen)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
+from omegaconf.errors import OmegaConfBaseException
 
 from hybridprune_megatron.config.checkpoint_folder import resume_point
+from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
@@ -92,7 +94,12 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
         settings["resume_from_checkpoint"] = None if newest is None else str(newest)
         settings["resume_if_exists"] = False
     quiet_libraries()
-    exp_manager(trainer, settings)
+    try:
+        exp_manager(trainer, settings)
+    except OmegaConfBaseException as error:
+        # Its keys are known to NeMo alone.
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"exp_manager.{error.full_key}: {reason}; give a key of NeMo's ExpManagerConfig") from error
     # exp_manager lets megatron log at its own level.
     quiet_libraries()
     return log_dir

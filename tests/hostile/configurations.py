@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,32 +11,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from hybridprune_megatron.config.bounds import OneOf, Range, Rule, Text, rules
-from hybridprune_megatron.config.fields import is_group, leaf_keys, type_of_key, without_none
+from hybridprune_megatron.config.fields import is_group, leaf_keys
 from hybridprune_megatron.config.schema import Config
 
 #: What no key may be set to, and what few may, as texts of the command line.
 ODD_TEXTS = (
     *("", " ", "''", '""', "abc", "None", "null", "true", "false", "yes", "off", "~", "???", "-", "."),
-    *(
-        "0",
-        "1",
-        "2",
-        "3",
-        "7",
-        "-1",
-        "-0",
-        "+5",
-        "007",
-        "1_000",
-        "0x10",
-        "0.5",
-        "1.0",
-        "1.10",
-        "2.5",
-        "-2.5",
-        ".5",
-        "5.",
-    ),
+    *("0", "1", "2", "3", "7", "-1", "-0", "+5", "007", "1_000", "0x10", "0.5", "1.0", "1.10", "2.5", "-2.5", ".5"),
     *("nan", "inf", "-inf", "NaN", ".nan", ".inf", "1e3", "1e-3", "1e39", "1e-39", "1e400", "1e-400", "-1e400"),
     *("9" * 26, "9" * 400, "9" * 5000, "2147483647", "2147483648", "4294967296", "9223372036854775808", "1e30"),
     *("[]", "[1]", "[1,2]", "[nan]", "[0.5,x]", "[[1]]", "[true]", "[null]", "{}", "{a: 1}", "{a: {b: [1]}}", "[1,"),
@@ -53,11 +33,11 @@ ODD_TEXTS = (
 
 @dataclass(frozen=True)
 class Due:
-    """What a value of a key must become.
+    """What must become of a text as the value of a key.
 
     Attributes:
         refused: it must be refused, by a line with the key.
-        value: what the configuration holds if it is taken; other keys may still stand against it.
+        value: what the configuration holds if it is taken; another key may still stand against it.
         known: the value is known; else it only must be one that the key allows.
     """
 
@@ -67,6 +47,8 @@ class Due:
 
 
 REFUSED = Due(True)
+_SWITCH = {"true": True, "yes": True, "on": True, "y": True, "1": True}
+_SWITCH |= {"false": False, "no": False, "off": False, "n": False, "0": False}
 
 
 def key_rules() -> dict[str, Rule]:
@@ -74,28 +56,17 @@ def key_rules() -> dict[str, Rule]:
     found = {}
     for key in leaf_keys():
         owner: Any = Config
-        for group in key.split(".")[:-1]:
-            owner = without_none(rules_type(owner, group))
-        found[key] = rules(owner)[key.rpartition(".")[2]]
+        *groups, name = key.split(".")
+        for group in groups:
+            owner = rules(owner)[group].kind
+        found[key] = rules(owner)[name]
     return found
 
 
-def rules_type(owner: Any, name: str) -> Any:
-    """The type of a group's key."""
-    return rules(owner)[name].kind
-
-
 def random_overrides(draw: random.Random, keys: dict[str, Rule]) -> list[tuple[str, str]]:
-    """One or two keys, each with an odd text or with one at its bounds."""
+    """One or two keys, each with an odd text or with one near its bounds."""
     chosen = draw.sample(sorted(keys), draw.choice((1, 1, 2)))
     return [(key, draw.choice(_texts(keys[key], draw))) for key in chosen]
-
-
-def every_key_with_every_text(keys: dict[str, Rule]) -> Iterator[tuple[str, str]]:
-    """All pairs of a key and an odd text, or one at its bounds."""
-    for key, rule in keys.items():
-        for text in dict.fromkeys([*ODD_TEXTS, *_bounds(rule)]):
-            yield key, text
 
 
 def _texts(rule: Rule, draw: random.Random) -> list[str]:
@@ -125,12 +96,10 @@ def due(key: str, text: str, rule: Rule) -> Due:
     except (HydraException, ValueError, RecursionError):
         return REFUSED
     value = override.value()
-    if override.is_sweep_override():
+    if override.is_sweep_override() or value == "???":
         return REFUSED
     if isinstance(value, str) and "${" in value:
         return Due(False, known=False)
-    if value == "???":
-        return REFUSED
     if rule.kind is str and isinstance(value, int | float):
         value = text.strip()
     return _due(key, value, rule)
@@ -138,8 +107,9 @@ def due(key: str, text: str, rule: Rule) -> Due:
 
 def _due(key: str, value: Any, rule: Rule) -> Due:
     if value is None:
-        return Due(False, None) if rule.optional or rule.kind is Any else REFUSED
-    if rule.kind in (Any, dict) or is_group(type_of_key(key)):
+        return Due(False) if rule.optional or rule.kind is Any else REFUSED
+    if rule.kind in (Any, dict) or is_group(rule.kind):
+        # Looked into by checks of their own.
         return Due(False, known=False)
     if rule.kind is list:
         items = [_due(key, item, rule.item) for item in value] if isinstance(value, list) else [REFUSED]
@@ -148,44 +118,45 @@ def _due(key: str, value: Any, rule: Rule) -> Due:
         converted = _converted(value, rule.kind)
     except (ValueError, OverflowError):
         return REFUSED
-    return Due(False, converted) if allowed(key, converted, rule) else REFUSED
+    return Due(False, converted) if allowed(converted, rule) else REFUSED
 
 
 def _converted(value: Any, kind: type) -> Any:
-    """A value as a typed configuration takes it: numbers from texts, but neither from switches."""
-    if kind is bool:
-        words = {"true": True, "yes": True, "on": True, "y": True, "1": True}
-        words |= {"false": False, "no": False, "off": False, "n": False, "0": False}
-        if str(value).lower() not in words or isinstance(value, float | list | dict):
-            raise ValueError(value)
-        return words[str(value).lower()]
-    if kind is str:
-        if not isinstance(value, str):
-            raise ValueError(value)
+    """A value as a typed configuration takes it: numbers from texts, but neither from switches nor from fractions."""
+    if kind is bool and not isinstance(value, float | list | dict) and str(value).lower() in _SWITCH:
+        return _SWITCH[str(value).lower()]
+    if kind is str and isinstance(value, str):
         return value
-    if isinstance(value, bool | list | dict) or (kind is int and isinstance(value, float)):
-        raise ValueError(value)
-    return kind(value)
+    if (
+        kind in (int, float)
+        and not isinstance(value, bool | list | dict)
+        and not (kind is int and type(value) is float)
+    ):
+        return kind(value)
+    raise ValueError(value)
 
 
-def allowed(key: str, value: Any, rule: Rule) -> bool:
-    """Whether a key may hold a value of its type: finite, within bounds, and text that makes sense."""
+def allowed(value: Any, rule: Rule) -> bool:
+    """Whether a value has the right type, is finite, within its bounds, and a text that means something."""
     if value is None:
         return rule.optional or rule.kind is Any
     if rule.kind is list:
-        return all(allowed(key, item, rule.item) for item in value)
-    if rule.kind in (int, float):
-        bound = rule.bound or Range(
-            -(2**31) + 1 if rule.kind is int else -3.4e38, 2**31 - 1 if rule.kind is int else 3.4e38
-        )
-        inside = (bound.low < value if bound.above else bound.low <= value) and (
-            value < bound.high if bound.below else value <= bound.high
-        )
-        return inside and math.isfinite(value) and (rule.kind is int or value == 0 or abs(value) >= 1.2e-38)
+        return isinstance(value, list) and all(allowed(item, rule.item) for item in value)
+    if rule.kind is int:
+        bound = rule.bound or Range(1 - 2**31, 2**31 - 1)
+        return type(value) is int and bound.low <= value <= bound.high
+    if rule.kind is float:
+        bound = rule.bound or Range(-3.4e38, 3.4e38)
+        inside = type(value) in (int, float) and bound.low <= value <= bound.high
+        inside = inside and (value == 0 or abs(value) >= 1.2e-38)
+        return inside and not (bound.above and value == bound.low) and not (bound.below and value == bound.high)
     if rule.kind is str:
-        if isinstance(rule.bound, OneOf):
-            return value in rule.bound.words
-        if isinstance(rule.bound, Text):
-            return value.isascii() or "\udcff" not in value
-        return bool(value.strip()) and value == value.strip() and value.isprintable()
-    return True
+        return isinstance(value, str) and _allowed_text(value, rule.bound)
+    return rule.kind in (Any, dict) or type(value) is rule.kind
+
+
+def _allowed_text(value: str, bound: Any) -> bool:
+    if isinstance(bound, OneOf):
+        return value in bound.words
+    plain = bool(value.strip()) and value == value.strip() and value.isprintable()
+    return "\udcff" not in value and (plain or isinstance(bound, Text))

@@ -1,0 +1,371 @@
+"""Settings that cannot be meant: refused in one line with the key, before anything slow; none is taken silently."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig
+
+from hybridprune_megatron.config import Config, ConfigError, load_config
+from hybridprune_megatron.config.bounds import Range, check_value
+from hybridprune_megatron.config.compose import change_config, compose_config, set_keys, to_config
+from hybridprune_megatron.config.fields import all_keys
+from hybridprune_megatron.config.files import check_files
+from tests.hostile.configurations import allowed, due, key_rules, random_overrides
+
+KEYS = key_rules()
+NAMES = sorted(all_keys(), key=len, reverse=True)
+DEMO = "assets/demo"
+LONG_RUN = 3000
+Refusal = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, DictConfig]:
+    """Composing takes a third of a second, so all cases start from these."""
+    return {model: compose_config(["experiment=demo", f"model={model}"]) for model in ("demo", "demo_experts")}
+
+
+def with_keys(composed: dict[str, DictConfig], overrides: list[str]) -> Config:
+    """The demo's configuration with single keys changed; one with experts where they are."""
+    model = "demo_experts" if any(text.startswith("model.experts.") for text in overrides) else "demo"
+    changed = copy.deepcopy(composed[model])
+    set_keys(changed, overrides)
+    return to_config(changed)
+
+
+def value_of(cfg: Config, key: str) -> Any:
+    for name in key.split("."):
+        cfg = getattr(cfg, name)
+    return cfg
+
+
+def problem_of(composed: dict[str, DictConfig], pairs: list[tuple[str, str]]) -> str | None:
+    """What is wrong with how some keys and texts are answered; None if nothing is."""
+    wanted = {key: due(key, text, KEYS[key]) for key, text in pairs}
+    try:
+        cfg = with_keys(composed, [f"{key}={text}" for key, text in pairs])
+    except ConfigError as error:
+        line = str(error)
+        if not line.isprintable() or len(line) > 1500:
+            return f"not a line to read: {line!r:.300}"
+        # Of two keys the line names one; of none that is refused, any that stands against it.
+        named = list(wanted) if any(each.refused for each in wanted.values()) else NAMES
+        return None if any(name in line for name in named) else f"the key is not named: {line:.300}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    for key, each in wanted.items():
+        value = value_of(cfg, key)
+        if each.refused or not allowed(value, KEYS[key]) or (each.known and value != each.value):
+            return f"{key} is {value!r:.100}"
+    return None
+
+
+def search(composed: dict[str, DictConfig], seed: int, count: int) -> list[str]:
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        pairs = random_overrides(draw, KEYS)
+        problem = problem_of(composed, pairs)
+        if problem is not None:
+            found.append(f"{[f'{key}={text:.80}' for key, text in pairs]!a}: {problem!a}")
+    return found
+
+
+def test_random_configurations_are_taken_as_meant_or_refused(composed: dict[str, DictConfig]) -> None:
+    assert search(composed, seed=15, count=150) == []
+
+
+@pytest.mark.slow
+def test_many_random_configurations_are_taken_as_meant_or_refused(composed: dict[str, DictConfig]) -> None:
+    assert search(composed, seed=16, count=LONG_RUN) == []
+
+
+ODD_VALUES: list[Any] = [
+    *(None, True, float("nan"), float("inf"), -float("inf"), 10**26, -(10**26), 10**400, 1e300, 1e-300, 2**31, 0, 0.5),
+    *("", " ", "a", "\n", "a\x00b", "\udcff", b"1", object(), {}, [], [None], [float("nan")], [1.0], ["in_proj"], [[]]),
+]
+
+
+@pytest.mark.parametrize("key", [key for key, rule in KEYS.items() if rule.kind not in (Any, dict)])
+def test_no_key_holds_what_its_rule_forbids(key: str) -> None:
+    """The rule alone: what a file in conf/, a checkpoint or a program may put into the schema."""
+    rule = KEYS[key]
+    bounds = (rule.bound.low, rule.bound.high) if isinstance(rule.bound, Range) else ()
+    near = [each + step for each in bounds for step in (-1, 0, 1)]
+    for value in (*ODD_VALUES, *near, *map(float, near)):
+        if allowed(value, rule):
+            check_value(key, value, rule)
+            continue
+        with pytest.raises(ConfigError) as refused:
+            check_value(key, value, rule)
+        assert str(refused.value).startswith(key)
+        assert str(refused.value).isprintable()
+
+
+REFUSED = {
+    "an unset shell variable as weights": (["model.init_checkpoint="], "model.init_checkpoint='': is empty"),
+    "an unset shell variable as folder": (["output_dir="], "output_dir='': is empty"),
+    "an unset shell variable as data": (["data.train="], "data.train='': is empty"),
+    "an unset shell variable as name": (["name="], "name='': is empty"),
+    "blanks as tokenizer": (["data.tokenizer='  '"], "data.tokenizer='  ': is empty"),
+    "no log folder": (["exp_manager.explicit_log_dir="], "exp_manager.explicit_log_dir='': is empty"),
+    "more tokens than the budget": (
+        ["reduction.min_tokens=256"],
+        "reduction.min_tokens=256: keeps 1.000 of the 256 visual tokens of the longest video, and the budget is 0.25",
+    ),
+    "half of the tokens": (["reduction.min_tokens=128"], "reduction.min_tokens=128: keeps 0.588 of the 256"),
+    "more tokens than the least budget drawn": (
+        ["reduction.min_tokens=3", "tuning.budget.distribution=uniform"],
+        "tuning.budget.low draws 0.15: reduction.min_tokens=3: keeps 0.1",
+    ),
+    "whole frames": (
+        ["reduction.min_tokens_per_frame=16"],
+        "reduction.min_tokens_per_frame=16: must be at most 4, what a budget of 0.25 leaves of a frame on average",
+    ),
+    "nan as deviation": (
+        ["model.vision.image_std=[1,nan,1]"],
+        "model.vision.image_std[1]=nan: must be a finite number",
+    ),
+    "nan as mean": (["model.vision.image_mean=[nan,0,0]"], "model.vision.image_mean[0]=nan: must be a finite number"),
+    "infinite decay": (["optim.weight_decay=inf"], "optim.weight_decay=inf: must be a finite number from 0 on"),
+    "nan as step": (["model.time_step_min=nan"], "model.time_step_min=nan: must be a finite number from 0 on"),
+    "nan as norm": (["optim.clip_grad=nan"], "optim.clip_grad=nan: must be a finite number from 0 on"),
+    "nan for NeMo": (["exp_manager.seconds_to_sleep=nan"], "exp_manager.seconds_to_sleep=nan: must be a finite number"),
+    "0 in float32": (["optim.eps=1e-50"], "optim.eps=1e-50: is 0 in float32"),
+    "a frame's end": (["data.frame_text='</img>'"], "data.frame_text='</img>': writes </img>, which marks turns"),
+    "a video": (["data.frame_text='<video>'"], "data.frame_text='<video>': writes <video>"),
+    "a turn by its number": (
+        ["data.frame_text='<SPECIAL_{index}>'"],
+        "data.frame_text='<SPECIAL_{index}>': writes <SPECIAL_10>",
+    ),
+    "a turn by its time": (
+        ["data.frame_text='<SPECIAL_1{seconds:.0f}>'"],
+        "data.frame_text='<SPECIAL_1{seconds:.0f}>': writes <SPECIAL_10>",
+    ),
+    "what is in a number": (["data.frame_text='{index.__class__}'"], "data.frame_text='{index.__class__}': may use"),
+    "a gigabyte a frame": (["data.frame_text='{index:999999999}'"], "data.frame_text='{index:999999999}': may use"),
+    "seed": (["trainer.seed=2147483648"], "trainer.seed=2147483648: must be at most 2147483647"),
+    "seed of a scorer": (["reduction.seed=4294967296"], "reduction.seed=4294967296: must be at most 2147483647"),
+    "above all names": (["name=../../etc"], "name=../../etc: must be a folder below runs"),
+    "above in between": (["name=a/../../b"], "name=a/../../b: must be a folder below runs"),
+    "anywhere": (["name=/etc"], "name=/etc: must be a folder below runs"),
+    "here": (["name=."], "name=.: must be a folder below runs"),
+    "too long a name": ([f"name={'x' * 201}"], f"name={'x' * 100}... (201 characters): is longer than the 200 bytes"),
+    "steps": ([f"trainer.max_steps={10**25}"], f"trainer.max_steps={10**25}: must be at most 1000000000"),
+    "thousands of digits": ([f"trainer.max_steps={'9' * 5000}"], "trainer.max_steps=9999"),
+    "a million loaders": (
+        ["trainer.global_batch_size=1000000"],
+        "trainer.global_batch_size=1000000: gives a process 1000000 packed sequences a step, each with a loader",
+    ),
+    "loader processes": (
+        ["trainer.global_batch_size=256", "data.num_workers=8"],
+        "trainer.global_batch_size=256: gives a process 256 packed sequences a step",
+    ),
+    "no room": (["reduction.multiple_of=4096"], "reduction.multiple_of=4096: a packed sequence divides by 4096"),
+    "no room for a video": (
+        ["reduction.multiple_of=1100", "data.num_frames=120"],
+        "reduction.multiple_of=1100: a packed sequence divides by 1100 (reduction.multiple_of, fp8.recipe, ranks that "
+        "share it), which leaves 1100 of 2048 tokens, and one video fills 1920; lower it, or raise "
+        "data.sequence_length to at least 2200",
+    ),
+    "adapters wider than the model": (
+        ["tuning.lora.rank=100000000"],
+        "tuning.lora.rank=100000000: must be at most 1048576",
+    ),
+    "adapters as wide": (
+        ["tuning.lora.rank=129"],
+        "tuning.lora.rank=129: must be at most model.hidden_",
+    ),
+    "minutes": (
+        ["trainer.timeout_minutes=1e300"],
+        "trainer.timeout_minutes=1e+300: must be above 0 and at most 525600",
+    ),
+    "W&B": (
+        ["exp_manager.create_wandb_logger=true"],
+        "exp_manager.wandb_logger_kwargs.project=None: exp_manager.create_wandb_logger=true needs a project",
+    ),
+    "NeMo's checkpoints": (
+        ["exp_manager.create_checkpoint_callback=true"],
+        "exp_manager.create_checkpoint_callback=True: NeMo's callback cannot",
+    ),
+    "a word for a switch of NeMo's": (
+        ["exp_manager.resume_if_exists=perhaps"],
+        "exp_manager.resume_if_exists=perhaps: must be true or false",
+    ),
+    "a number for a switch": (["parallel.sequence_parallel=2"], "parallel.sequence_parallel=2: has the wrong type"),
+    "Hydra's own": (["hydra.job.chdir=true"], "hydra.job.chdir=true: Hydra's own settings are fixed"),
+    "brackets": (["reduction.layers=" + "[" * 3000], "reduction.layers=[[["),
+    "a loop": (["name=${name}"], "name: Recursive interpolation detected"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "line"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_one_line(overrides: list[str], line: str, composed: dict[str, DictConfig]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        with_keys(composed, overrides)
+    assert str(refused.value).startswith(line)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["1.10", "1.1", "1e3", "1_000", "007", "true", "0x10", "-1.50", "1.10 ", "a/b"])
+def test_a_name_is_the_text_that_was_typed(name: str) -> None:
+    cfg = load_config([f"name={name}"])
+    assert cfg.name == name.strip()
+    assert cfg.output_dir == f"runs/{name.strip()}"
+
+
+def test_what_is_reasonable_is_taken(composed: dict[str, DictConfig]) -> None:
+    kept = with_keys(composed, ["reduction.min_tokens=2", "reduction.min_tokens_per_frame=1", "data.frame_text=''"])
+    assert (kept.reduction.min_tokens, kept.data.frame_text) == (2, "")
+    assert with_keys(composed, ["data.frame_text='{index:03d}/{seconds:.1f} '"]).data.frame_text
+    assert with_keys(composed, ["trainer.seed=2147483647"]).trainer.seed == 2147483647
+    logged = with_keys(
+        composed,
+        ["exp_manager.create_wandb_logger=true", "+exp_manager.wandb_logger_kwargs={project: mine}"],
+    )
+    assert logged.exp_manager["wandb_logger_kwargs"] == {"project": "mine"}
+
+
+def test_a_short_trial_of_a_recipe_with_a_long_warmup_starts() -> None:
+    cfg = load_config(["experiment=nemotron_nano_12b_v2_vl", "trainer.max_steps=3"])
+    assert (cfg.optim.warmup_steps, cfg.trainer.max_steps) == (100, 3)
+
+
+# ---- what lies on disk, before anything slow is imported -------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Overrides with which the demo could run, as far as its files go."""
+    (tmp_path / "data" / ".nv-meta").mkdir(parents=True)
+    return [f"data.train={tmp_path}/data", "data.validation=null", f"output_dir={tmp_path}/run"]
+
+
+@pytest.fixture
+def refusal(composed: dict[str, DictConfig], files: list[str]) -> Refusal:
+    """The line that refuses the demo with some keys changed."""
+
+    def look(*overrides: str) -> str:
+        cfg = with_keys(composed, [*files, *overrides])
+        with pytest.raises(ConfigError) as refused:
+            check_files(cfg)
+        assert str(refused.value).isprintable()
+        return str(refused.value)
+
+    return look
+
+
+def test_the_demo_could_run(composed: dict[str, DictConfig], files: list[str], tmp_path: Path) -> None:
+    check_files(with_keys(composed, files))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_data_of_the_wrong_kind(refusal: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "videos").mkdir()
+    assert refusal(f"data.train={tmp_path}/rows.jsonl").startswith(
+        f"data.train={tmp_path}/rows.jsonl: is a file; give an Energon data set's folder or a metadataset .yaml"
+    )
+    assert refusal(f"data.validation={tmp_path}/videos").startswith(
+        f"data.validation={tmp_path}/videos: is not an Energon data set, for it has no folder .nv-meta"
+    )
+    assert "File name too long" in refusal(f"data.train={tmp_path}/{'x' * 300}")
+
+
+def test_a_tokenizer_of_the_wrong_kind(refusal: Refusal, tmp_path: Path) -> None:
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    other = f"data.tokenizer={folder}"
+    assert "holds no tokenizer (tokenizer.json, " in refusal(other)
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"content": "<img>"}]}')
+    assert "the tokenizer has no token <SPECIAL_10>, and prompts are written with" in refusal(other)
+    (folder / "tokenizer.json").write_text("[" * 100_000)
+    assert "nested too deeply" in refusal(other)
+    assert "is a file" in refusal(f"data.tokenizer={DEMO}/tokenizer/tokenizer.json")
+
+
+def test_weights_of_another_model(refusal: Refusal, tmp_path: Path) -> None:
+    assert "holds weights of another model: 10 layers, model.hybrid_pattern=M-M*: 4" in refusal(
+        "model.hybrid_pattern=M-M*"
+    )
+    assert "language_model.embedding.word_embeddings.weight (1024, 128), in the model (1024, 64)" in refusal(
+        "model.hidden_size=64"
+    )
+    assert "mlp.linear_fc1.weight (512, 128), in the model (256, 128)" in refusal("model.ffn_hidden_size=256")
+    weights = tmp_path / "weights.safetensors"
+    for content, reason in (
+        (b"", "a header of 0 bytes"),
+        (b"\xff" * 16, "a header of 18446744073709551615 bytes"),
+        (b"\x10" + b"\0" * 7 + b"not JSON at all!" * 2, "is no complete safetensors file"),
+    ):
+        weights.write_bytes(content)
+        assert reason in refusal(f"model.init_checkpoint={weights}")
+    assert "is a folder without weights of its own" in refusal(f"model.init_checkpoint={tmp_path}")
+
+
+def test_the_checkpoint_of_another_run(
+    composed: dict[str, DictConfig], files: list[str], refusal: Refusal, tmp_path: Path
+) -> None:
+    cfg = with_keys(composed, files)
+    step = tmp_path / "other" / "checkpoints" / "step_00000003"
+    step.mkdir(parents=True)
+    (step / "metadata.json").write_text("{}")
+    (step / "run.json").write_text(json.dumps({"config": asdict(cfg)}))
+    check_files(with_keys(composed, [*files, f"model.init_checkpoint={step}"]))
+    assert f"give {step}" in refusal(f"model.init_checkpoint={tmp_path}/other")
+    assert "kv_channels=32, model.kv_channels=16" in refusal(f"model.init_checkpoint={step}", "model.kv_channels=16")
+
+
+def test_a_folder_that_cannot_be_written(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file is a file" in refusal(f"output_dir={tmp_path}/file/run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    assert "checkpoints is a file" in refusal()
+    # Root may write anywhere, so the system is asked for somebody else.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert f"{tmp_path} cannot be written to" in refusal(f"output_dir={tmp_path}/new/run")
+
+
+def test_layers_without_their_packages(refusal: Refusal) -> None:
+    assert refusal("model.spec=te") == (
+        "model.spec=te: transformer_engine, mamba_ssm, causal_conv1d not installed; install the gpu extra on a GPU "
+        "machine or set model.spec=torch"
+    )
+
+
+# ---- a stored configuration ------------------------------------------------------------------------------------------
+
+
+def test_a_stored_configuration_is_checked_as_any_other() -> None:
+    saved = asdict(load_config(["experiment=demo"]))
+    assert change_config(saved, ["name=1.10", "reduction.budget=0.5"]).name == "1.10"
+    for group, name, value, line in (
+        ("optim", "lr", float("nan"), "optim.lr=nan: must be a finite number above 0"),
+        ("model", "hidden_size", 10**400, "model.hidden_size=2^1329: must be at most"),
+        ("model", "hidden_size", [1], "model.hidden_size: "),
+        ("data", "tokenizer", "${oc.env:HOME}", "data.tokenizer=${oc.env:HOME}: is not a plain value"),
+        ("reduction", "bugdet", 1, "reduction.bugdet: unknown key"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            change_config({**saved, group: {**saved[group], name: value}})
+        assert str(refused.value).startswith(line)
+    for override in (
+        "reduction=none",
+        "experiment=demo",
+        "reduction.budget=nan",
+        "a=[",
+        "model.experts={num_experts: 2}",
+    ):
+        with pytest.raises(ConfigError) as refused:
+            change_config(saved, [override])
+        assert str(refused.value).isprintable()

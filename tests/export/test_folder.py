@@ -106,8 +106,8 @@ def test_reduction_as_an_argument(world, inputs) -> None:
     [
         ({"budgt": 0.4}, "did you mean budget"),
         ({"budget": 2}, "must be above 0 and at most 1"),
-        ({"budget": "0.4"}, "reduction.budget='0.4': must be float"),
-        ({"budget": 0.4, "retention": ["all"]}, "must be list"),
+        ({"budget": "0.4"}, "reduction.budget=0.4: must be a number"),
+        ({"budget": 0.4, "retention": ["all"]}, r"reduction.retention\[0\]=all: must be a number"),
         ({"scorer": "best"}, "reduction.scorer='best'"),
         ({"layers": "*"}, "reduction.layers"),
         ("half", "must be a dictionary"),

@@ -33,6 +33,7 @@ from hybridprune_megatron.config.flat import leaves
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.config.written import check_written
 
 # The package is installed editable, so conf/ lies beside it in the checkout, whatever the current folder is.
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -44,12 +45,15 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -> DictConfig:
+def compose_config(
+    overrides: Sequence[str] = (), config_name: str = "config", look_at_files: bool = False
+) -> DictConfig:
     """Composes ``conf/`` with the overrides under the schema; nothing is resolved or checked across groups yet.
 
     Args:
         overrides: Hydra overrides, e.g. ["experiment=demo", "reduction.budget=0.35"].
         config_name: file of ``conf/`` to start from, without its ending.
+        look_at_files: check that files say what is read of them, which takes half as long again.
 
     Raises:
         ConfigError: one line on the first unknown key, wrong type, unknown option or broken file.
@@ -61,8 +65,12 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
         problem = explain_override(override, CONF_DIR)
         if problem is not None:
             raise ConfigError(problem)
+    typed = [as_typed(override) for override in overrides]
     with _explained(), initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-        return compose(config_name, overrides=[as_typed(override) for override in overrides])
+        composed = compose(config_name, overrides=typed)
+        if look_at_files:
+            check_written(CONF_DIR, config_name, typed)
+        return composed
 
 
 @contextmanager
@@ -197,7 +205,7 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
             its folder holds no other run.
     """
     try:
-        cfg = load_config(overrides, config_name)
+        cfg = to_config(compose_config(overrides, config_name, look_at_files=True))
         if need_files:
             check_files(cfg)
             check_features(cfg)

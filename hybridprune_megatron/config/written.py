@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from hybridprune_megatron.config.checks import fail
 from hybridprune_megatron.config.fields import type_of_key, without_none
+from hybridprune_megatron.config.flat import leaves
 
 
 def check_written(conf_dir: Path, config_name: str, overrides: Sequence[str]) -> None:
@@ -29,22 +30,20 @@ def check_written(conf_dir: Path, config_name: str, overrides: Sequence[str]) ->
     files = GlobalHydra.instance().config_loader().compute_defaults_list(config_name, list(overrides), RunMode.RUN)
     for entry in files.defaults:
         file = conf_dir / f"{entry.config_path}.yaml"
-        if not file.is_file():
-            # Hydra's own, or the schema.
-            continue
-        read = OmegaConf.load(file)
-        for name, text in _plain_scalars(yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)):
-            key = f"{entry.package}.{name}" if entry.package else name
-            kind, value = without_none(type_of_key(key)), OmegaConf.select(read, name)
-            if isinstance(value, int | float) and not _as_written(value, text, kind):
-                fix = (
-                    "write true or false"
-                    if kind is bool
-                    else f"write {name}: '{text}'"
-                    if kind is str
-                    else "use digits"
-                )
-                raise fail(key, text, f"is read as {value} in {file.relative_to(conf_dir.parent)}", fix)
+        # Others are Hydra's own, or the schema.
+        if file.is_file():
+            _check_file(file, f"{entry.package}." if entry.package else "", str(file.relative_to(conf_dir.parent)))
+
+
+def _check_file(file: Path, prefix: str, shown: str) -> None:
+    # As it stands: what it refers to may be in another file.
+    content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    read = dict(leaves(content))
+    for name, text in _plain_scalars(yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)):
+        kind, value = without_none(type_of_key(prefix + name)), read.get(name)
+        if isinstance(value, int | float) and not _as_written(value, text, kind):
+            fix = {bool: "write true or false", str: f"write {name}: '{text}'"}.get(kind, "use digits")
+            raise fail(prefix + name, text, f"is read as {value} in {shown}", fix)
 
 
 def _plain_scalars(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

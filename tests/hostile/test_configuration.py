@@ -251,6 +251,10 @@ def test_a_file_says_what_is_read(
     assert said.count("\n") == 1
 
 
+def test_a_file_may_refer_to_another() -> None:
+    assert compose.exit_on_config_error(["experiment=demo", "reduction=evs"]).reduction.front_retention == 0.25
+
+
 def test_what_is_reasonable_is_taken(composed: dict[str, DictConfig]) -> None:
     kept = with_keys(composed, ["reduction.min_tokens=2", "reduction.min_tokens_per_frame=1", "data.frame_text=''"])
     assert (kept.reduction.min_tokens, kept.data.frame_text) == (2, "")

@@ -200,3 +200,16 @@ def _question(folder: Path, option: str, value: str) -> list[str]:
     (folder / "config.json").touch()
     given = {"--model": str(folder), "--video": str(folder / "config.json"), "--question": "What?", option: value}
     return [word for pair in given.items() for word in pair]
+
+
+def test_the_demo_waits_for_a_program_that_ctrl_c_reaches_too() -> None:
+    class Program:
+        interrupted = False
+
+        def communicate(self) -> tuple[str, None]:
+            if not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            return "saved", None
+
+    assert importlib.import_module("recipes.demo")._output_of(Program()) == "saved"

@@ -19,7 +19,8 @@ TRACEBACK = "HYBRIDPRUNE_TRACEBACK"
 #: Exit status of a program that a user or a file has given something wrong; every other failure is 1.
 USER_ERROR = 2
 INTERRUPTED = 130
-_LONGEST = 1000
+#: Characters of a line that are shown of its begin and its end.
+_LONGEST = (1200, 400)
 _ROOT = Path(__file__).resolve().parents[2]
 _OWN = tuple(f"{_ROOT}/{folder}/" for folder in ("hybridprune_megatron", "recipes", "scripts"))
 #: Their messages say all: errors of our own, and what the system refuses.
@@ -96,8 +97,9 @@ def one_line(error: BaseException) -> str:
     # Torch adds the frames of its own code.
     cut = next((i for i, line in enumerate(lines) if line.startswith(("Exception raised from", "frame #"))), len(lines))
     text = " ".join(" ".join(lines[: max(cut, 1)]).split())
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}..."
+    if len(text) > sum(_LONGEST):
+        # The end of a line says what to do.
+        text = f"{text[: _LONGEST[0]]} ... {text[-_LONGEST[1] :]}"
     if isinstance(error, _SPEAKING) and text:
         return text
     return f"{type(error).__name__}{': ' * bool(text)}{text}{_place(error)}"

@@ -54,7 +54,7 @@ def _ended_by(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple
         (AssertionError(), 1, f"program failed: AssertionError ({TRACEBACK}=1 shows the way there)"),
         (_OfTorch("rank 0"), 1, f"program failed: _OfTorch: rank 0 ({TRACEBACK}=1 shows the way there)"),
         (KeyboardInterrupt(), 130, "program failed: stopped"),
-        (ValueError("x" * 10_000), 2, f"program failed: {'x' * 1000}..."),
+        (ValueError(f"{'x' * 10_000}; set y"), 2, f"program failed: {'x' * 1200} ... {'x' * 393}; set y"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )  # fmt: skip

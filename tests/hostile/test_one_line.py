@@ -12,6 +12,7 @@ import pytest
 from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.one_line import TRACEBACK, keep_traceback, one_line_errors, whole
+from hybridprune_megatron.cost.assumptions import Assumptions, changed
 from scripts import ask
 from tests.own_time import run_timed
 
@@ -108,6 +109,12 @@ def test_counts_of_the_command_line_have_bounds(text: str) -> None:
     assert (read("1"), read("10")) == (1, 10)
     with pytest.raises(Exception, match=r"must be a whole number from 1 to 10$"):
         read(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e400"])
+def test_an_assumption_is_a_finite_number(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^linear=.*: must be a finite number from 0 on; set e.g. linear="):
+        changed(Assumptions(), [f"linear={text}"])
 
 
 @pytest.mark.parametrize("folder", ["recipes", "scripts"])

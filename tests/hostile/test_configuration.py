@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 import random
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import DictConfig
 
 from hybridprune_megatron.config import Config, ConfigError, compose, load_config
 from hybridprune_megatron.config.bounds import Range, check_value
-from hybridprune_megatron.config.compose import change_config, compose_config, set_keys, to_config
+from hybridprune_megatron.config.compose import change_config
 from hybridprune_megatron.config.fields import all_keys
-from hybridprune_megatron.config.files import check_files
-from tests.hostile.configurations import allowed, due, key_rules, random_overrides
+from tests.hostile.configurations import allowed, due, key_rules, random_overrides, with_keys
 
 KEYS = key_rules()
 NAMES = sorted(all_keys(), key=len, reverse=True)
-DEMO = "assets/demo"
 LONG_RUN = 3000
-Refusal = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def composed() -> dict[str, DictConfig]:
-    """Composing takes a third of a second, so all cases start from these."""
-    return {model: compose_config(["experiment=demo", f"model={model}"]) for model in ("demo", "demo_experts")}
-
-
-def with_keys(composed: dict[str, DictConfig], overrides: list[str]) -> Config:
-    """The demo's configuration with single keys changed; one with experts where they are."""
-    model = "demo_experts" if any(text.startswith("model.experts.") for text in overrides) else "demo"
-    changed = copy.deepcopy(composed[model])
-    set_keys(changed, overrides)
-    return to_config(changed)
 
 
 def value_of(cfg: Config, key: str) -> Any:
@@ -49,11 +27,11 @@ def value_of(cfg: Config, key: str) -> Any:
     return cfg
 
 
-def problem_of(composed: dict[str, DictConfig], pairs: list[tuple[str, str]]) -> str | None:
+def problem_of(pairs: list[tuple[str, str]]) -> str | None:
     """What is wrong with how some keys and texts are answered; None if nothing is."""
     wanted = {key: due(key, text, KEYS[key]) for key, text in pairs}
     try:
-        cfg = with_keys(composed, [f"{key}={text}" for key, text in pairs])
+        cfg = with_keys([f"{key}={text}" for key, text in pairs])
     except ConfigError as error:
         line = str(error)
         if not line.isprintable() or len(line) > 1500:
@@ -70,24 +48,24 @@ def problem_of(composed: dict[str, DictConfig], pairs: list[tuple[str, str]]) ->
     return None
 
 
-def search(composed: dict[str, DictConfig], seed: int, count: int) -> list[str]:
+def search(seed: int, count: int) -> list[str]:
     draw = random.Random(seed)
     found = []
     for _ in range(count):
         pairs = random_overrides(draw, KEYS)
-        problem = problem_of(composed, pairs)
+        problem = problem_of(pairs)
         if problem is not None:
             found.append(f"{[f'{key}={text:.80}' for key, text in pairs]!a}: {problem!a}")
     return found
 
 
-def test_random_configurations_are_taken_as_meant_or_refused(composed: dict[str, DictConfig]) -> None:
-    assert search(composed, seed=15, count=120) == []
+def test_random_configurations_are_taken_as_meant_or_refused() -> None:
+    assert search(seed=15, count=120) == []
 
 
 @pytest.mark.slow
-def test_many_random_configurations_are_taken_as_meant_or_refused(composed: dict[str, DictConfig]) -> None:
-    assert search(composed, seed=16, count=LONG_RUN) == []
+def test_many_random_configurations_are_taken_as_meant_or_refused() -> None:
+    assert search(seed=16, count=LONG_RUN) == []
 
 
 ODD_VALUES: list[Any] = [
@@ -210,9 +188,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("overrides", "line"), REFUSED.values(), ids=REFUSED)
-def test_refused_in_one_line(overrides: list[str], line: str, composed: dict[str, DictConfig]) -> None:
+def test_refused_in_one_line(overrides: list[str], line: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        with_keys(composed, overrides)
+        with_keys(overrides)
     assert str(refused.value).startswith(line)
     assert str(refused.value).isprintable()
 
@@ -255,13 +233,12 @@ def test_a_file_may_refer_to_another() -> None:
     assert compose.exit_on_config_error(["experiment=demo", "reduction=evs"]).reduction.front_retention == 0.25
 
 
-def test_what_is_reasonable_is_taken(composed: dict[str, DictConfig]) -> None:
-    kept = with_keys(composed, ["reduction.min_tokens=2", "reduction.min_tokens_per_frame=1", "data.frame_text=''"])
+def test_what_is_reasonable_is_taken() -> None:
+    kept = with_keys(["reduction.min_tokens=2", "reduction.min_tokens_per_frame=1", "data.frame_text=''"])
     assert (kept.reduction.min_tokens, kept.data.frame_text) == (2, "")
-    assert with_keys(composed, ["data.frame_text='{index:03d}/{seconds:.1f} '"]).data.frame_text
-    assert with_keys(composed, ["trainer.seed=2147483647"]).trainer.seed == 2147483647
+    assert with_keys(["data.frame_text='{index:03d}/{seconds:.1f} '"]).data.frame_text
+    assert with_keys(["trainer.seed=2147483647"]).trainer.seed == 2147483647
     logged = with_keys(
-        composed,
         ["exp_manager.create_wandb_logger=true", "+exp_manager.wandb_logger_kwargs={project: mine}"],
     )
     assert logged.exp_manager["wandb_logger_kwargs"] == {"project": "mine"}
@@ -270,109 +247,6 @@ def test_what_is_reasonable_is_taken(composed: dict[str, DictConfig]) -> None:
 def test_a_short_trial_of_a_recipe_with_a_long_warmup_starts() -> None:
     cfg = load_config(["experiment=nemotron_nano_12b_v2_vl", "trainer.max_steps=3"])
     assert (cfg.optim.warmup_steps, cfg.trainer.max_steps) == (100, 3)
-
-
-# ---- what lies on disk, before anything slow is imported -------------------------------------------------------------
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """Overrides with which the demo could run, as far as its files go."""
-    (tmp_path / "data" / ".nv-meta").mkdir(parents=True)
-    return [f"data.train={tmp_path}/data", "data.validation=null", f"output_dir={tmp_path}/run"]
-
-
-@pytest.fixture
-def refusal(composed: dict[str, DictConfig], files: list[str]) -> Refusal:
-    """The line that refuses the demo with some keys changed."""
-
-    def look(*overrides: str) -> str:
-        cfg = with_keys(composed, [*files, *overrides])
-        with pytest.raises(ConfigError) as refused:
-            check_files(cfg)
-        assert str(refused.value).isprintable()
-        return str(refused.value)
-
-    return look
-
-
-def test_the_demo_could_run(composed: dict[str, DictConfig], files: list[str], tmp_path: Path) -> None:
-    check_files(with_keys(composed, files))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
-
-
-def test_data_of_the_wrong_kind(refusal: Refusal, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("{}")
-    (tmp_path / "videos").mkdir()
-    assert refusal(f"data.train={tmp_path}/rows.jsonl").startswith(
-        f"data.train={tmp_path}/rows.jsonl: is a file; give an Energon data set's folder or a metadataset .yaml"
-    )
-    assert refusal(f"data.validation={tmp_path}/videos").startswith(
-        f"data.validation={tmp_path}/videos: is not an Energon data set, for it has no folder .nv-meta"
-    )
-    assert "File name too long" in refusal(f"data.train={tmp_path}/{'x' * 300}")
-
-
-def test_a_tokenizer_of_the_wrong_kind(refusal: Refusal, tmp_path: Path) -> None:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    other = f"data.tokenizer={folder}"
-    assert "holds no tokenizer (tokenizer.json, " in refusal(other)
-    (folder / "tokenizer.json").write_text('{"added_tokens": [{"content": "<img>"}]}')
-    assert "the tokenizer has no token <SPECIAL_10>, and prompts are written with" in refusal(other)
-    (folder / "tokenizer.json").write_text("[" * 100_000)
-    assert "nested too deeply" in refusal(other)
-    assert "is a file" in refusal(f"data.tokenizer={DEMO}/tokenizer/tokenizer.json")
-
-
-def test_weights_of_another_model(refusal: Refusal, tmp_path: Path) -> None:
-    assert "holds weights of another model: 10 layers, model.hybrid_pattern=M-M*: 4" in refusal(
-        "model.hybrid_pattern=M-M*"
-    )
-    assert "language_model.embedding.word_embeddings.weight (1024, 128), in the model (1024, 64)" in refusal(
-        "model.hidden_size=64"
-    )
-    assert "mlp.linear_fc1.weight (512, 128), in the model (256, 128)" in refusal("model.ffn_hidden_size=256")
-    weights = tmp_path / "weights.safetensors"
-    for content, reason in (
-        (b"", "a header of 0 bytes"),
-        (b"\xff" * 16, "a header of 18446744073709551615 bytes"),
-        (b"\x10" + b"\0" * 7 + b"not JSON at all!" * 2, "is no complete safetensors file"),
-    ):
-        weights.write_bytes(content)
-        assert reason in refusal(f"model.init_checkpoint={weights}")
-    assert "is a folder without weights of its own" in refusal(f"model.init_checkpoint={tmp_path}")
-
-
-def test_the_checkpoint_of_another_run(
-    composed: dict[str, DictConfig], files: list[str], refusal: Refusal, tmp_path: Path
-) -> None:
-    cfg = with_keys(composed, files)
-    step = tmp_path / "other" / "checkpoints" / "step_00000003"
-    step.mkdir(parents=True)
-    (step / "metadata.json").write_text("{}")
-    (step / "run.json").write_text(json.dumps({"config": asdict(cfg)}))
-    check_files(with_keys(composed, [*files, f"model.init_checkpoint={step}"]))
-    assert f"give {step}" in refusal(f"model.init_checkpoint={tmp_path}/other")
-    assert "kv_channels=32, model.kv_channels=16" in refusal(f"model.init_checkpoint={step}", "model.kv_channels=16")
-
-
-def test_a_folder_that_cannot_be_written(refusal: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    assert f"{tmp_path}/file is a file" in refusal(f"output_dir={tmp_path}/file/run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").touch()
-    assert "checkpoints is a file" in refusal()
-    # Root may write anywhere, so the system is asked for somebody else.
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert f"{tmp_path} cannot be written to" in refusal(f"output_dir={tmp_path}/new/run")
-
-
-def test_layers_without_their_packages(refusal: Refusal) -> None:
-    assert refusal("model.spec=te") == (
-        "model.spec=te: transformer_engine, mamba_ssm, causal_conv1d not installed; install the gpu extra on a GPU "
-        "machine or set model.spec=torch"
-    )
 
 
 # ---- a stored configuration ------------------------------------------------------------------------------------------

@@ -106,11 +106,11 @@ def seconds(ticks: Sequence[int | None], stream: av.VideoStream) -> list[float]:
     base = _fraction(stream.time_base)
     rising: Sequence[int | Fraction] = known
     if any(a >= b for a, b in pairwise(known)):
-        rising = _mended(known, _period(stream) / base)
+        rising = _repaired(known, _period(stream) / base)
     return [float((tick - rising[0]) * base) for tick in rising]
 
 
-def _mended(ticks: Sequence[int], period: Fraction) -> list[Fraction]:
+def _repaired(ticks: Sequence[int], period: Fraction) -> list[Fraction]:
     """In order; frames of the same time share the interval up to the next time."""
     counts = Counter(ticks)
     times = sorted(counts)
@@ -143,9 +143,9 @@ def _check_whole(
     elif container.format.name == "avi":
         promised = stream.frames * _period(stream)
     known = sorted(tick for tick in ticks if tick is not None)
-    # How long the last frame is shown is often not said: as long as any before it, or twice that.
+    # Headers round, and how long the last frame is shown is often not said: as long as any before it, or twice that.
     longest = max((b - a for a, b in pairwise(known)), default=0) * _fraction(stream.time_base)
-    if longest and promised - end > 2 * longest:
+    if longest and promised - end > max(2 * longest, promised / 100):
         raise MediaError(f"cut: its header says {float(promised):.3f} s, its frames end at {float(end):.3f} s")
 
 

@@ -119,11 +119,12 @@ class HybridPruneProcessor(ProcessorMixin):
         """Tokenizes rendered conversations and decodes their videos.
 
         Args:
-            images: paths, bytes, PIL images or uint8 [H, W, 3], in the order of the ``<image>`` placeholders; each
-                becomes one frame.
+            images: paths, bytes, PIL images or uint8 [H, W, 3] (RGB, upright), in the order of the ``<image>``
+                placeholders; each becomes one frame.
             text: one or several texts from ``apply_chat_template``.
-            videos: paths, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], or a list of PIL
-                images), in the order of the ``<video>`` placeholders of all texts; lists of lists are joined.
+            videos: paths, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], RGB, upright, or a
+                list of PIL images), in the order of the ``<video>`` placeholders of all texts; lists of lists are
+                joined.
             audio, audios: must be empty.
             padding: False refuses texts of different lengths; else they are padded on the left.
             return_tensors: only "pt".
@@ -255,7 +256,10 @@ def _frames(source: Any, kind: str, allowed: str) -> Sequence[np.ndarray]:
         ValueError: they are none.
     """
     if isinstance(source, list):
-        return [read_image(frame, f"frame {index}") for index, frame in enumerate(source)]
+        return [
+            read_image(frame, f"frame {index}") if hasattr(frame, "getexif") else _frames(frame, "image", allowed)[0]
+            for index, frame in enumerate(source)
+        ]
     if not isinstance(source, np.ndarray | Tensor):
         raise ValueError(f"{kind} of type {type(source).__name__}: give {allowed}")
     frames = source.cpu().numpy() if isinstance(source, Tensor) else source

@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 from av.stream import Disposition
+from PIL import Image
 
 from hybridprune_megatron.data.frame_times import seconds
 from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video, probe_video
@@ -65,23 +66,23 @@ def test_joined_files_with_reordered_frames(file_format: str, codec: str, first:
     assert decoded.seconds[-1] == pytest.approx(47 / 25, abs=0.1)
 
 
-def test_times_that_do_not_rise_are_mended_and_no_frame_is_left_out() -> None:
+def test_times_that_do_not_rise_are_repaired_and_no_frame_is_left_out() -> None:
     class Stream:
         time_base, average_rate, guessed_rate = Fraction(1, 100), Fraction(25), None
 
-    def mended(ticks: list[int | None]) -> list[float]:
+    def repaired(ticks: list[int | None]) -> list[float]:
         return seconds(ticks, Stream())
 
-    assert mended([7, 9, 14]) == [0.0, 0.02, 0.07]
+    assert repaired([7, 9, 14]) == [0.0, 0.02, 0.07]
     # Two frames at one time share what is left until the next; at the end they take the nominal 0.04 s.
-    assert mended([0, 4, 4, 8]) == [0.0, 0.04, 0.06, 0.08]
-    assert mended([0, 0, 4, 4, 4]) == [0.0, 0.02, 0.04, 0.08, 0.12]
-    assert mended([0, 12, 4, 8, 16]) == [0.0, 0.04, 0.08, 0.12, 0.16]
+    assert repaired([0, 4, 4, 8]) == [0.0, 0.04, 0.06, 0.08]
+    assert repaired([0, 0, 4, 4, 4]) == [0.0, 0.02, 0.04, 0.08, 0.12]
+    assert repaired([0, 12, 4, 8, 16]) == [0.0, 0.04, 0.08, 0.12, 0.16]
     # Without times the nominal rate is all there is, also where it is not known.
-    assert mended([None, None, 5]) == [0.0, 0.04, 0.08]
+    assert repaired([None, None, 5]) == [0.0, 0.04, 0.08]
     Stream.average_rate = None
-    assert mended([None, None]) == [0.0, 0.04]
-    assert mended([]) == []
+    assert repaired([None, None]) == [0.0, 0.04]
+    assert repaired([]) == []
 
 
 def test_raw_streams_have_the_nominal_rate() -> None:
@@ -125,6 +126,30 @@ def test_the_default_stream_is_the_video(file_format: str) -> None:
     # Without a default or with several it is the first one.
     for clip in (streams_of(file_format, default, default), streams_of("matroska", none, none)):
         assert len(every_frame(clip).seconds) == 3
+
+
+@pytest.mark.parametrize("file_format", ["mp4", "matroska"])
+def test_a_cover_picture_alone_is_not_a_video(file_format: str) -> None:
+    buffer, picture = io.BytesIO(), io.BytesIO()
+    Image.fromarray(quadrants(1)[0]).save(picture, "PNG")
+    with av.open(buffer, "w", format=file_format) as container:
+        sound = container.add_stream("aac", rate=16000)
+        if file_format == "mp4":
+            cover = container.add_stream("png", rate=1)
+            cover.height, cover.width, cover.pix_fmt, cover.disposition = 48, 64, "rgb24", Disposition.attached_pic
+            frame = av.VideoFrame.from_ndarray(quadrants(1)[0], format="rgb24")
+            container.mux(cover.encode(frame))
+            container.mux(cover.encode(None))
+        else:
+            container.add_attachment("cover.png", "image/png", picture.getvalue())
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 16000
+        container.mux(sound.encode(samples))
+        container.mux(sound.encode(None))
+    with av.open(io.BytesIO(buffer.getvalue())) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(ValueError, match="no video in it but a cover picture"):
+        decode_video(buffer.getvalue(), EVERY, 32)
 
 
 def test_a_cover_picture_is_not_the_video() -> None:

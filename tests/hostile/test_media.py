@@ -28,7 +28,7 @@ from tests.clips import box, encode, fast_start, find_box, patch, quadrants, rep
 from tests.tracked import ROOT
 
 UNIFORM = FrameSampling("uniform", num_frames=4)
-#: Seconds that a refusal may take: of the processor, and of waiting beside other work (an SDP file waits 20 s).
+#: Seconds that a refusal may take: of the processor, and by the clock of a busy machine (an SDP file waits 20 s).
 COMPUTING, WAITING = 1.0, 8.0
 
 

@@ -78,7 +78,8 @@ def model_card(cfg: Config, facts: RunFacts, dt_limit: str, reduced: bool = True
     card += f"\n{_table('reduction', reduction)}\n{_table('training', _training(cfg, facts))}"
     if reduced:
         card += _REDUCED_USE
-        card += f"The code in this folder needs torch, transformers {version('transformers')} and PyAV (`av`).\n"
+        card += f"The code in this folder needs torch, transformers {version('transformers')} and PyAV (`av`), "
+        card += "and Pillow for images.\n"
     card += (
         f"\nStep size dt of the Mamba layers: {dt_limit}. transformers' own `nemotron_h` clamps it to 0.001 and more.\n"
     )

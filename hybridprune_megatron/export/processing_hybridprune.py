@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from hybridprune_megatron.data.conversation import (
     read_conversation,
     render_chat,
 )
+from hybridprune_megatron.data.images import read_image
 from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT, EncodedPrompt, PromptEncoder, special_token_id
 from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video, sample_frames
 from hybridprune_megatron.method.layout import TokenKind
@@ -119,11 +119,12 @@ class HybridPruneProcessor(ProcessorMixin):
         """Tokenizes rendered conversations and decodes their videos.
 
         Args:
-            images: paths, bytes, PIL images or uint8 [H, W, 3], in the order of the ``<image>`` placeholders; each
-                becomes one frame.
+            images: paths, bytes, PIL images or uint8 [H, W, 3] (RGB, upright), in the order of the ``<image>``
+                placeholders; each becomes one frame.
             text: one or several texts from ``apply_chat_template``.
-            videos: paths, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], or a list of PIL
-                images), in the order of the ``<video>`` placeholders of all texts; lists of lists are joined.
+            videos: paths, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], RGB, upright, or a
+                list of PIL images), in the order of the ``<video>`` placeholders of all texts; lists of lists are
+                joined.
             audio, audios: must be empty.
             padding: False refuses texts of different lengths; else they are padded on the left.
             return_tensors: only "pt".
@@ -223,14 +224,11 @@ class HybridPruneProcessor(ProcessorMixin):
     def _image(self, source: Any) -> DecodedVideo:
         """Reads an image as a video of one frame, so that both are scaled alike."""
         self._need_tower("image")
-        if hasattr(source, "save"):
-            buffer = io.BytesIO()
-            source.convert("RGB").save(buffer, "PNG")
-            source = buffer.getvalue()
-        if isinstance(source, str | bytes | Path):
-            return decode_video(source, FrameSampling("uniform", 1), self.frame_size, "image")
-        frames = _frames(source, "image", "a path, the bytes of a file, a PIL image or one of uint8 [H, W, 3]")
-        return sample_frames(frames, [0.0] * len(frames), FrameSampling("uniform", 1), self.frame_size)
+        if isinstance(source, str | bytes | Path) or hasattr(source, "getexif"):
+            frames: Sequence[np.ndarray] = [read_image(source)]
+        else:
+            frames = _frames(source, "image", "a path, the bytes of a file, a PIL image or one of uint8 [H, W, 3]")
+        return sample_frames(frames, [0.0], FrameSampling("uniform", 1), self.frame_size)
 
     def _need_tower(self, kind: str) -> None:
         if self.sampling == "none":
@@ -251,14 +249,17 @@ class HybridPruneProcessor(ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask, "token_kinds": token_kinds}
 
 
-def _frames(source: Any, kind: str, allowed: str) -> np.ndarray:
-    """Decoded frames as uint8 [F, H, W, 3].
+def _frames(source: Any, kind: str, allowed: str) -> Sequence[np.ndarray]:
+    """Decoded frames, each uint8 [H, W, 3].
 
     Raises:
         ValueError: they are none.
     """
     if isinstance(source, list):
-        source = np.stack([np.asarray(frame.convert("RGB")) for frame in source])
+        return [
+            read_image(frame, f"frame {index}") if hasattr(frame, "getexif") else _frames(frame, "image", allowed)[0]
+            for index, frame in enumerate(source)
+        ]
     if not isinstance(source, np.ndarray | Tensor):
         raise ValueError(f"{kind} of type {type(source).__name__}: give {allowed}")
     frames = source.cpu().numpy() if isinstance(source, Tensor) else source
@@ -271,7 +272,7 @@ def _frames(source: Any, kind: str, allowed: str) -> np.ndarray:
             f"{kind} of {frames.dtype} {list(source.shape)}: give uint8 RGB, [F, H, W, 3] or [F, 3, H, W], without F "
             "for an image, none of them 0"
         )
-    return frames
+    return list(frames)
 
 
 def _frame_times(count: int, metadata: Any) -> list[float]:

@@ -18,12 +18,14 @@ from typing import Any, BinaryIO
 import av
 from av.stream import Disposition
 
-#: Most frames of a video: half an hour at 30 frames a second.
-MAX_FRAMES = 54_000
+#: Most frames of a video: nine hours at 30 frames a second.
+MAX_FRAMES = 2**20
+#: Fewest pixels on a side of a frame.
+MIN_SIDE = 8
 #: Most pixels of a frame: 8192 x 4096.
 MAX_FRAME_PIXELS = 2**25
-#: Most pixels of all frames of a video together: half an hour of 1920 x 1080 at 30 frames a second, and some.
-MAX_VIDEO_PIXELS = 2**37
+#: Most pixels of all frames of a video together: four hours of 1920 x 1080 at 30 frames a second, and some.
+MAX_VIDEO_PIXELS = 2**40
 #: Most pixels of an image: 8192 x 8192.
 MAX_IMAGE_PIXELS = 2**26
 
@@ -98,6 +100,9 @@ def check_size(frames: int, width: int, height: int) -> None:
         raise MediaError(
             f"frames of {width} x {height} pixels; at most {MAX_FRAME_PIXELS} pixels are read: scale it down"
         )
+    # A size of 0 is one that only the decoder knows.
+    if 0 < min(width, height) < MIN_SIDE:
+        raise MediaError(f"frames of {width} x {height} pixels; at least {MIN_SIDE} on a side are read: scale it up")
     if frames > MAX_FRAMES:
         raise MediaError(
             f"at least {frames} frames; at most {MAX_FRAMES} are read: cut it into parts, or lower its frame rate"

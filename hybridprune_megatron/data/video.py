@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hybridprune_megatron.data.frame_times import listed_seconds, seconds, timed_packets
 from hybridprune_megatron.data.images import to_square, turned
-from hybridprune_megatron.data.media import MAX_FRAME_PIXELS, MAX_FRAMES, MediaError, check_size, open_video
+from hybridprune_megatron.data.media import MAX_FRAME_PIXELS, MAX_FRAMES, MIN_SIDE, MediaError, check_size, open_video
 
 SAMPLING_MODES = ("uniform", "fps")
 
@@ -130,8 +130,11 @@ def sample_frames(
         frame_size: side of the output frames, in pixels.
 
     Raises:
-        ValueError: more frames than are read, or infinite times.
+        ValueError: more frames than are read, smaller ones, or infinite times.
     """
+    height, width = frames[0].shape[:2]
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"frames of {width} x {height} pixels; at least {MIN_SIDE} on a side are read: scale them up")
     if len(frames) > MAX_FRAMES:
         raise ValueError(f"{len(frames)} frames; at most {MAX_FRAMES} are read: leave some out")
     times = [float(time - seconds[0]) for time in seconds]

@@ -263,7 +263,7 @@ def test_a_last_frame_that_stays_is_not_a_cut() -> None:
 def test_promised_frames_are_limited(plain: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     start, _ = find_box(plain, *video_table(b"stts"))
     line = refused_video(patch(plain, start + 16, struct.pack(">I", 10**9)))
-    assert "at least 1000000000 frames; at most 54000 are read" in line
+    assert "at least 1000000000 frames; at most 1048576 are read" in line
     # A table of equal sizes takes no room in the file, a fragment's run neither.
     start, _ = find_box(plain, *video_table(b"stsz"))
     refused_video(patch(plain, start + 12, struct.pack(">II", 1, 10**9)))
@@ -271,10 +271,11 @@ def test_promised_frames_are_limited(plain: bytes, monkeypatch: pytest.MonkeyPat
     assert "at least 1000000000 frames" in refused_video(patch(avi, avi.index(b"strh") + 40, struct.pack("<I", 10**9)))
     fragments = encode("mp4", "libx264", container_options=FRAGMENTS)
     run, stop = find_box(fragments, b"moof", b"traf", b"trun")
-    for count in (10**6, 10**9):
+    for count in (2**20 + 1, 10**9):
         new = box(b"trun", struct.pack(">II", 0, count))
         refused_video(patch(fragments, run, new + box(b"free", bytes(stop - run - len(new) - 8))))
     # Edit lists may show the same frames again and again.
+    monkeypatch.setattr(media, "MAX_FRAMES", 100_000)
     edits = box(b"elst", struct.pack(">II", 0, 5000) + struct.pack(">IiI", 3000, 0, 0x10000) * 5000)
     repeated = replace_box(plain, (b"moov", b"trak", b"edts", b"elst"), edits)
     assert "at least 120000 frames" in refused_video(repeated)
@@ -291,6 +292,9 @@ def test_pixels_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     gif = encode("gif", "gif", pix_fmt="rgb8")
     gif = patch(gif, 6, struct.pack("<HH", 65535, 65535))
     assert "more than 33554432 pixels" in refusal(lambda: check_video(gif))
+    assert "frames of 4 x 32 pixels; at least 8 on a side are read" in refused_video(
+        encode("mov", "qtrle", quadrants(2, 32, 4), pix_fmt="rgb24")
+    )
     wide = quadrants(2, 32, 2048)
     with monkeypatch.context() as patched:
         patched.setattr(media, "MAX_VIDEO_PIXELS", 100_000)
@@ -306,9 +310,12 @@ def test_pixels_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_frames_given_as_arrays_are_limited() -> None:
-    frames = np.zeros((60_000, 1, 1, 3), np.uint8)
-    line = refusal(lambda: sample_frames(frames, range(60_000), UNIFORM, 8))
-    assert line == "60000 frames; at most 54000 are read: leave some out"
+    frames = np.zeros((60_000, 8, 8, 3), np.uint8)
+    line = refusal(lambda: sample_frames(frames[:, :1, :1], range(60_000), UNIFORM, 8))
+    assert "frames of 1 x 1 pixels; at least 8 on a side" in line
+    many = np.broadcast_to(frames[:1], (2**20 + 1, 8, 8, 3))
+    line = refusal(lambda: sample_frames(many, range(len(many)), UNIFORM, 8))
+    assert line == "1048577 frames; at most 1048576 are read: leave some out"
     assert "times must be finite" in refusal(lambda: sample_frames(frames[:2], [0.0, np.inf], UNIFORM, 8))
 
 

@@ -61,10 +61,10 @@ class HybridGenerationMixin(GenerationMixin):
             ValueError: the columns are not those that the caches have seen and more.
         """
         cache = given_cache(past_key_values, cache)
-        dropped = _OF_GENERATE
+        dropped: tuple[str, ...] = _OF_GENERATE
         if is_first_iteration and cache is not None and cache.get_seq_length():
             if kwargs.get("use_cache") is False:
-                raise ValueError("use_cache=False with past_key_values: they are what it continues from; leave one out")
+                raise ValueError("use_cache=False with past_key_values: generate continues over them; leave one out")
             _check_continuation(input_ids, next_sequence_length, cache.seen(), attention_mask)
             dropped += _PREFILL_INPUTS
         return super().prepare_inputs_for_generation(

@@ -107,8 +107,8 @@ class HybridPruneProcessor(ProcessorMixin):
         if not tokenize:
             _refuse_other_arguments({name: value for name, value in kwargs.items() if name not in _OF_TOKENS})
             return texts if batched else texts[0]
-        named = {"text": texts, "videos": named_media(conversations, "video")}
-        named["images"] = named_media(conversations, "image")
+        named: dict[str, Any] = {f"{kind}s": named_media(conversations, kind) for kind in MEDIA_TOKENS}
+        named["text"] = texts
         settings = {**kwargs, **(processor_kwargs or {})}
         if twice := sorted(set(named) & set(settings)):
             raise ValueError(f"{twice[0]} given besides the chat, whose parts name what it shows: leave {twice[0]} out")

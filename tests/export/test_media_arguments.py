@@ -63,7 +63,7 @@ def test_images_by_url(world, tmp_path: Path) -> None:
         ("Data:,x", "the file itself as text"),
         ("file://server/clip.mp4", "a file of the machine 'server': write file:///path/of/it"),
         ("file://clip.mp4", "a file of the machine 'clip.mp4'"),
-        ("file:///not/there.mp4", "/not/there.mp4 cannot be decoded"),
+        ("file:///not/there.mp4", "/not/there.mp4 cannot be (decoded|read)"),
         ("file:///not%00there.mp4", "cannot be"),
         ("file://", "cannot be"),
     ],

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
-from transformers import PreTrainedConfig
+import transformers
 
 from hybridprune_megatron.config.checks import closest, fail
 from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
+from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE, check_transformers
 from hybridprune_megatron.method.schedule import Shape, layer_symbols
+
+# Before anything is asked of transformers that older ones lack: this is the first file of an export that is read.
+check_transformers(TRANSFORMERS_RANGE)
 
 # Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
 TRAINING_ONLY = {"multiple_of", "local_choice"}
@@ -57,7 +61,7 @@ def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | 
     return merged
 
 
-class HybridPruneConfig(PreTrainedConfig):
+class HybridPruneConfig(transformers.PreTrainedConfig):
     """Configuration of ``HybridPruneForCausalLM``.
 
     ``from_pretrained(folder, reduction=None)`` turns the reduction off; ``reduction={"budget": 0.5}`` keeps the other
@@ -92,10 +96,11 @@ class HybridPruneConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output layer is the embedding.
         eos_token_id, pad_token_id: end of an answer, and padding.
         num_hidden_layers: length of the pattern; what is given is not read.
+        transformers_range: versions of transformers that the code runs under, as pip writes them.
     """
 
     model_type = "hybridprune_vl"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     hybrid_override_pattern: str = "M-M*-"
     vocab_size: int = 1024
@@ -127,13 +132,15 @@ class HybridPruneConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     num_hidden_layers: int = 0
+    transformers_range: str = TRANSFORMERS_RANGE
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Checks and completes what depends on other fields.
 
         Raises:
-            ValueError: a pattern, a reduction or a limit of dt that is not allowed.
+            ValueError: an older transformers, or a pattern, a reduction or a limit of dt that is not allowed.
         """
+        check_transformers(self.transformers_range)
         self.num_hidden_layers = len(layer_symbols(self.hybrid_override_pattern))
         self.time_step_limit = _checked_limit(self.time_step_limit)
         self.special_token_ids = list(self.special_token_ids)

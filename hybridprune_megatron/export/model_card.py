@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.export.run_facts import RunFacts
+from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE
 
 _HEAD = """---
 library_name: transformers
@@ -78,7 +78,7 @@ def model_card(cfg: Config, facts: RunFacts, dt_limit: str, reduced: bool = True
     card += f"\n{_table('reduction', reduction)}\n{_table('training', _training(cfg, facts))}"
     if reduced:
         card += _REDUCED_USE
-        card += f"The code in this folder needs torch, transformers {version('transformers')} and PyAV (`av`), "
+        card += f"The code in this folder needs torch, `transformers{TRANSFORMERS_RANGE}` and PyAV (`av`), "
         card += "and Pillow for images.\n"
     card += (
         f"\nStep size dt of the Mamba layers: {dt_limit}. transformers' own `nemotron_h` clamps it to 0.001 and more.\n"

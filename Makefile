@@ -13,6 +13,7 @@ INSTALLED := $(VENV)/.installed
 LOCKS := requirements/build.lock requirements/dev.lock requirements/newest.lock
 # Next to the installed transformers, for the tests that run under both: first on PYTHONPATH.
 NEWEST := $(VENV)/newest
+UNDER_NEWEST = PYTHONPATH=$(NEWEST) HYBRIDPRUNE_TRANSFORMERS=$$(sed -n 's/^transformers==\([^ ]*\).*/\1/p' requirements/newest.lock)
 # A locked version is taken as it is: no resolver, and no build environment that would fetch what is not locked.
 PIP_LOCKED := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation
 # Native operators: built again if a source changes. HYBRIDPRUNE_CUDA=0 leaves the CUDA ones out.
@@ -68,7 +69,7 @@ demo: $(INSTALLED)
 # make test      lint and the tests that run here, on a Slurm of two nodes too where that can be had
 test: lint
 	@$(WITH_SLURM); $(PYTEST) -m "$(QUICK) $$skipped" $(ARGS)
-	@test -n "$(ARGS)" || PYTHONPATH=$(NEWEST) $(PYTEST) -m "$(QUICK)" tests/export
+	@test -n "$(ARGS)" || $(UNDER_NEWEST) $(PYTEST) -m "$(QUICK)" tests/export
 
 # make test-all  the slow tests too
 test-all: lint

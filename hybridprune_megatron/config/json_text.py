@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
 _MAX_DIGITS = 100
+_SHORT = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=3, maxstring=60, maxother=60)
 
 
 def read_json(path: Path) -> Any:
@@ -44,6 +46,11 @@ def parse_json(text: bytes | str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
+
+
+def short(value: Any) -> str:
+    """A value of foreign JSON for a message: one line, cut, whatever its size and depth."""
+    return _SHORT.repr(value)
 
 
 def _finite(text: str) -> float:

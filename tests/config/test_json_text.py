@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybridprune_megatron.config.json_text import parse_json, read_json
+from hybridprune_megatron.config.json_text import parse_json, read_json, short
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,14 @@ def test_a_file_is_named(tmp_path) -> None:
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json cannot be read \(Expecting"):
         read_json(tmp_path / "bad.json")
+
+
+def test_a_value_is_shown_on_one_short_line() -> None:
+    deep: object = "x"
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (deep, "a\nb" * 10**6, ["y" * 10**6] * 10**3, {"k" * 10**6: [1] * 10**6}, "\ud800"):
+        shown = short(value)
+        assert len(shown) < 400
+        assert shown.isprintable()
+    assert short({"role": "user"}) == "{'role': 'user'}"

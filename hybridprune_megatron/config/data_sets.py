@@ -33,7 +33,7 @@ _SAMPLES = {"__module__": "megatron.energon", "__class__": "CrudeWebdataset"}
 _BLEND = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 _PARTS = ("train", "val", "test")
 _MOST_BYTES = 2**26
-_MOST_YAML_BYTES = 2**20
+_MOST_YAML_BYTES = 2**22
 #: Samples of a folder, for Energon makes a list with every hundredth; and of them those that lost or cut shards had.
 _MOST_SAMPLES = 10**8
 _MOST_LOST = 10**5
@@ -148,8 +148,8 @@ def _one_error(where: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{where} is no Energon data set that can be read ({reason}): give a folder as scripts/make_shards.py "
-            "writes it, or a .yaml that blends such folders"
+            f"{where} is no Energon data set that can be read ({reason!s:.800}): give a folder as "
+            "scripts/make_shards.py writes it, or a .yaml that blends such folders"
         ) from None
 
 
@@ -253,7 +253,8 @@ def _most_samples(folder: Path, name: str) -> int:
         ValueError: it is no tar file in the folder.
     """
     steps = name.split("/")
-    if not name.isprintable() or not name.endswith(".tar") or re.search(r"[\\:{}]", name) or {"", ".", ".."} & {*steps}:
+    plain = name.isprintable() and name.endswith(".tar") and len(name) <= 250 and not re.search(r"[\\:{}]", name)
+    if not plain or {"", ".", ".."} & {*steps}:
         raise ValueError(f"the shard {short(name)}: expected the name of a .tar in {folder}")
     tar, index = (_inside(folder, each) for each in (name, f"{name}.idx"))
     for path in (tar, index):

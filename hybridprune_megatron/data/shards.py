@@ -14,15 +14,20 @@ import logging
 import re
 import shutil
 import tarfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+import yaml  # type: ignore[import-untyped]  # the package ships no types
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.indexing import DuplicateSampleKeyError, SqliteIndexWriter
+from megatron.energon.flavors.webdataset.prepare import IndexSample, IndexSamplePart
 
 from hybridprune_megatron.data.features import FEATURES_EXTENSION, StoredFeatures
-from hybridprune_megatron.data.tar_samples import Shard, index_path, read_samples
+from hybridprune_megatron.data.tar_samples import Place, Shard, index_path, read_samples, write_index
 
 logger = logging.getLogger(__name__)
 
@@ -201,24 +206,44 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def prepare_dataset(folder: Path, shard_names: Iterable[str], split: str) -> None:
-    """Writes Energon's index and description of a folder of shards, as its interactive ``energon prepare`` would.
+    """Writes Energon's description of a folder of shards and their indices, as ``energon prepare`` would.
+
+    Energon's own way forks, which a process that has decoded videos must not do: the child may wait for ever.
 
     Raises:
-        ValueError: Energon refuses the shards, two of which share a key.
+        ValueError: two samples share a key, or a shard has none.
     """
-    # The preparator reports on standard output, where the caller has a progress bar.
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            WebdatasetPreparator.prepare_dataset(
-                folder,
-                list(shard_names),
-                split_parts_patterns=[(part, ".*" if part == split else "(?!)") for part in ("train", "val", "test")],
-                workers=1,
-            )
-    except SystemExit:
-        raise ValueError(
-            f"{folder}: Energon cannot index the shards ({' '.join(said.getvalue().split()):.300})"
-        ) from None
+    meta = folder / ".nv-meta"
+    meta.mkdir(exist_ok=True)
+    counts = {}
+    with SqliteIndexWriter(EPath(meta / "index.sqlite")) as index:
+        for shard, name in enumerate(shard_names):
+            places = write_index(folder / name)
+            if not places:
+                raise ValueError(f"{folder / name} has no samples")
+            counts[name] = len(places)
+            try:
+                _index_samples(index, shard, places)
+            except DuplicateSampleKeyError as error:
+                raise ValueError(f"{folder / name}: two samples have the key {error.sample_key}") from None
+    info = {"energon_version": version("megatron-energon"), "shard_counts": counts}
+    (meta / ".info.json").write_text(json.dumps(info, indent=2))
+    parts = {part: list(counts) if part == split else [] for part in ("train", "val", "test")}
+    (meta / "split.yaml").write_text(yaml.safe_dump({"split_parts": parts, "exclude": []}, sort_keys=False))
+    (meta / "index.uuid").write_text(str(uuid.uuid4()))
     # Crude: samples are passed on as bytes, and our task encoder makes sense of them.
-    (folder / ".nv-meta" / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+    (meta / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+
+
+def _index_samples(index: SqliteIndexWriter, shard: int, places: Sequence[Place]) -> None:
+    """Writes where the samples of a shard and their parts lie."""
+    samples, parts = [], []
+    for number, place in enumerate(places):
+        where = {"tar_file_id": shard, "sample_index": number}
+        span = {"byte_offset": place.start, "byte_size": place.end - place.start}
+        samples.append(IndexSample(**where, **span, sample_key=place.key))
+        for part, (offset, size) in place.parts.items():
+            content = {"content_byte_offset": offset, "content_byte_size": size}
+            parts.append(IndexSamplePart(**where, **content, part_name=part))
+    index.append_samples(samples)
+    index.append_parts(parts)

@@ -31,12 +31,22 @@ _EMPTY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, ta
 
 
 class _Member(NamedTuple):
-    """A member of a tar file, and where in the file its content lies."""
+    """A member of a tar file, and where in the file its headers and its content lie."""
 
     name: str
     kind: bytes
+    start: int
     offset: int
     size: int
+
+
+class Place(NamedTuple):
+    """Where in a tar file a sample lies, and offset and size of its parts by their names."""
+
+    key: str
+    start: int
+    end: int
+    parts: dict[str, tuple[int, int]]
 
 
 class Shard:
@@ -90,6 +100,28 @@ class Shard:
 def index_path(shard: Path) -> Path:
     """The index of a shard."""
     return shard.with_suffix(".tar.idx")
+
+
+def write_index(shard: Path) -> list[Place]:
+    """Writes the index of a shard, and returns what is in it.
+
+    Raises:
+        ValueError: the shard is not a row of samples.
+    """
+    places: list[Place] = []
+    with shard.open("rb") as file:
+        for member in _members(file, 0, shard.stat().st_size):
+            key, part = _key_and_part(member.name)
+            if not key or member.kind not in _REGULAR:
+                continue
+            if not places or key != places[-1].key:
+                places.append(Place(key, member.start, 0, {}))
+            end = member.offset + -(-member.size // _BLOCK) * _BLOCK
+            places[-1] = places[-1]._replace(end=end)
+            places[-1].parts[part] = (member.offset, member.size)
+    offsets = [place.start for place in places] + [place.end for place in places[-1:]]
+    index_path(shard).write_bytes(b"".join(map(_OFFSET.pack, offsets)))
+    return places
 
 
 def read_samples(
@@ -156,6 +188,7 @@ def _members(file: BinaryIO, start: int, end: int) -> Iterator[_Member]:
     """
     name, headers, position = "", 0, start
     while position < end:
+        start = start if headers else position
         file.seek(position)
         block = file.read(min(_BLOCK, end - position))
         if not block.strip(b"\0"):
@@ -169,7 +202,7 @@ def _members(file: BinaryIO, start: int, end: int) -> Iterator[_Member]:
         if not 0 <= size <= end - position:
             raise ValueError(f"a member of {size} bytes where {end - position} are left")
         if info.type not in _HEADERS:
-            yield _Member(name or info.name, info.type, position, size)
+            yield _Member(name or info.name, info.type, start, position, size)
             name, headers = "", 0
         else:
             headers += 1

@@ -217,12 +217,15 @@ def _long_name(content: bytes, kind: bytes) -> str:
     """What a header says about the name of the member after it, "" if nothing."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    name = ""
     while kind in _PAX and content:
         length, space, _ = content[:20].partition(b" ")
         if not length.isdigit() or not space or not len(length) + 1 < int(length) <= len(content):
             break
         field, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        if field == b"size" or field.startswith(b"GNU.sparse"):
+            raise ValueError(f"a member with {field.decode('ascii')} in its header: it is sparse, or above 8 GiB")
         if field == b"path":
-            return value.decode("utf-8", "surrogateescape")
+            name = value.decode("utf-8", "surrogateescape")
         content = content[int(length) :]
-    return ""
+    return name

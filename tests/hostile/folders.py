@@ -47,13 +47,13 @@ def _config(overrides: tuple[str, ...]) -> Config:
     return load_config(["experiment=demo_base", "name=hostile", *tiny, *paths, *overrides])
 
 
-def member(name: str, content: bytes = b"", **fields: Any) -> bytes:
-    """A member of a tar file, with any fields of its header."""
+def member(name: str, content: bytes = b"", form: int = tarfile.GNU_FORMAT, **fields: Any) -> bytes:
+    """A member of a tar file of one of the forms that ``tarfile`` knows, with any fields of its header."""
     entry = tarfile.TarInfo(name)
     entry.size = len(content)
     for field, value in fields.items():
         setattr(entry, field, value)
-    return entry.tobuf() + content + bytes(-len(content) % 512)
+    return entry.tobuf(form) + content + bytes(-len(content) % 512)
 
 
 def write_shard(path: Path, samples: list[bytes], offsets: list[int] | None = None) -> None:

@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.energon import SourceInfo
 from megatron.energon.errors import FatalSampleError, SkipSample
@@ -39,10 +39,31 @@ def fatal(line: str) -> FatalSampleError:
     return FatalSampleError(line.join(_MARKS))
 
 
-def fatal_line(error: FatalSampleError) -> str:
-    """The line of ``fatal`` out of what was written around it; of another error, all of it on one line."""
-    match = re.search("(.*?)".join(_MARKS), str(error), flags=re.DOTALL)
-    return " ".join((match[1] if match else str(error)).split())
+def fatal_line(error: BaseException) -> str:
+    """The line of ``fatal`` out of what was written or raised around it; of another error, all of it on one line."""
+    inner: BaseException | None = error
+    while inner is not None:
+        match = re.search("(.*?)".join(_MARKS), str(inner), flags=re.DOTALL)
+        if match:
+            return " ".join(match[1].split())
+        inner = inner.__cause__ or inner.__context__
+    return " ".join(str(error).split())
+
+
+def changed_data(error: Exception, *_: Any) -> NoReturn:
+    """For Energon, where a sample that a saved state names is not what it was.
+
+    Raises:
+        FatalSampleError: with what to do. Another error than unreadable samples cause is a bug, and raised as it is.
+    """
+    # Energon asserts that a sample was read, and takes one that is skipped for a ValueError where it looks.
+    if not isinstance(error, AssertionError | ValueError | SkipSample):
+        raise error
+    reason = fatal_line(error)[:200] or "it is left out now"
+    raise fatal(
+        f"a sample that the checkpoint names cannot be read again ({reason}): the data have changed; bring them back "
+        "as they were, or start a new run"
+    ) from error
 
 
 class BadSampleTally:

@@ -31,7 +31,7 @@ from hybridprune_megatron.config.data_sets import DataSet, features_of, read_dat
 from hybridprune_megatron.config.features import FeaturesInfo
 from hybridprune_megatron.config.json_text import parse_json
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.bad_samples import BadSampleTally, count_broken_shards, fatal, fatal_line
+from hybridprune_megatron.data.bad_samples import BadSampleTally, changed_data, count_broken_shards, fatal, fatal_line
 from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
 from hybridprune_megatron.data.energon_sets import blend_mode, energon_sets
 from hybridprune_megatron.data.features import StoredFeatures
@@ -185,13 +185,9 @@ class _Stream:
             the samples of its buffers again, and counts them again).
     """
 
-    def __init__(
-        self, cfg: Config, sets: list[DataSet], encoder: SampleEncoder, number: int, pad_to_multiple_of: int
-    ) -> None:
+    def __init__(self, cfg: Config, sets: list[DataSet], number: int, task_encoder: VideoTaskEncoder) -> None:
         data, num_streams = cfg.data, cfg.trainer.global_batch_size
         self._shape = {"num_streams": num_streams, "num_workers": data.num_workers}
-        features = features_of(sets, f"data.train={data.train}")
-        task_encoder = VideoTaskEncoder(encoder, data.max_bad_share, pad_to_multiple_of, features)
         worker_config = _worker_config(number, num_streams, data.num_workers, cfg.trainer.seed)
         dataset = task_encoder.build_train_datasets(
             datasets=energon_sets(sets, True, worker_config, max_samples_per_sequence=_MAX_SAMPLES_PER_SEQUENCE),
@@ -229,6 +225,14 @@ class _Stream:
         self._loader.restore_state_rank(from_plain(state["energon"]))
 
 
+def _next(batches: Iterator[PackedBatch]) -> PackedBatch:
+    try:
+        return next(batches)
+    except SkipSample as error:
+        # Energon skips samples everywhere but where it makes those of a saved state anew.
+        changed_data(error)
+
+
 def _sum_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     total: dict[str, int] = {}
     for counts in parts:
@@ -258,9 +262,12 @@ class TrainLoader:
     def __init__(self, cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> None:
         multiple = pad_to_multiple_of or cfg.length_multiple
         sets = _data_sets(cfg.data.train, "data.train", "train")
+        features = features_of(sets, f"data.train={cfg.data.train}")
         encoder = SampleEncoder(cfg)
-        numbers = streams_of(rank, world_size, cfg.trainer.global_batch_size)
-        self._streams = {number: _Stream(cfg, sets, encoder, number, multiple) for number in numbers}
+        self._streams = {
+            number: _Stream(cfg, sets, number, VideoTaskEncoder(encoder, cfg.data.max_bad_share, multiple, features))
+            for number in streams_of(rank, world_size, cfg.trainer.global_batch_size)
+        }
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Batches without end, from the rank's streams in turn.
@@ -273,7 +280,7 @@ class TrainLoader:
         try:
             while True:
                 for iterator in iterators:
-                    yield next(iterator)
+                    yield _next(iterator)
         except FatalSampleError as error:
             # Without its cause, which is a page of what loader processes and Energon wrote around the line.
             raise ConfigError(fatal_line(error)) from None
@@ -337,6 +344,7 @@ def _worker_config(rank: int, world_size: int, num_workers: int, seed: int) -> W
         num_workers=num_workers,
         seed_offset=seed,
         global_error_handler=reraise_exception,
+        restore_error_handler=changed_data,
     )
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hybridprune_megatron.config.json_text import short
+from hybridprune_megatron.config.json_text import is_plain, short
 from hybridprune_megatron.data.rows import BadRowError, check_row, open_rows, raw_rows, read_row, unique_key
 from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS, ShardWriter
 from hybridprune_megatron.data.video import FrameSampling, decode_video
@@ -104,7 +104,7 @@ class VideoFolder:
         return path.suffix[1:].lower(), data
 
     def _path(self, name: str) -> Path:
-        if not name.isprintable():
+        if not is_plain(name):
             raise BadRowError("video", f"{short(name)} is not the name of a file")
         path = Path(os.path.realpath(self._folder / name))
         # A row comes from somewhere else: it may only name files below the folder that the user gave.

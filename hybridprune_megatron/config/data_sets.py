@@ -22,7 +22,7 @@ import yaml  # type: ignore[import-untyped]  # the package ships no types
 
 from hybridprune_megatron.config.checks import ConfigError, fail
 from hybridprune_megatron.config.features import FeaturesInfo, check_folder, read_info
-from hybridprune_megatron.config.json_text import parse_json, short
+from hybridprune_megatron.config.json_text import is_plain, parse_json, short
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -34,13 +34,12 @@ _BLEND = {"__module__": "megatron.energon", "__class__": "MetadatasetV2"}
 _PARTS = ("train", "val", "test")
 _MOST_BYTES = 2**26
 _MOST_YAML_BYTES = 2**22
-#: Samples of a folder, for Energon makes a list with every hundredth; and of them those that lost or cut shards had.
+#: Samples of a folder (Energon lists every hundredth), and those of them that lost or cut shards are said to have.
 _MOST_SAMPLES = 10**8
 _MOST_LOST = 10**5
 _MOST_SETS = 1000
 _MOST_NESTED = 8
 _MOST_WEIGHT = 1e12
-_SMALLEST_SHARE = 1e-9
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{1,9})")
 
@@ -186,7 +185,7 @@ def _weight(entry: Any, file: Path) -> float:
     if not isinstance(entry, dict) or not set(entry) <= {"path", "weight", "split_part"}:
         raise ValueError(f"{file} blends {short(entry)}: allowed are path, weight and split_part")
     path, weight = entry.get("path"), entry.get("weight", 1.0)
-    if not isinstance(path, str) or not path.isprintable() or "://" in path:
+    if not isinstance(path, str) or not is_plain(path) or "://" in path:
         raise ValueError(f"{file} blends the path {short(path)}: give a folder or another blend")
     if entry.get("split_part", "train") not in _PARTS:
         raise ValueError(f"{file} asks for split_part {short(entry['split_part'])}: choose from {', '.join(_PARTS)}")
@@ -225,7 +224,7 @@ def _read_folder(folder: Path, part: str) -> DataSet:
 
 
 def _read_counts(folder: Path) -> dict[str, int]:
-    """Number of samples by shard; all shards lie in the folder, and may have so many."""
+    """Number of samples by shard. All shards lie in the folder, and can hold that many."""
     file = _own_file(folder, f"{_META}/.info.json")
     if file.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{file} has more than {_MOST_BYTES} bytes")
@@ -253,7 +252,7 @@ def _most_samples(folder: Path, name: str) -> int:
         ValueError: it is no tar file in the folder.
     """
     steps = name.split("/")
-    plain = name.isprintable() and name.endswith(".tar") and len(name) <= 250 and not re.search(r"[\\:{}]", name)
+    plain = is_plain(name) and name.endswith(".tar") and len(name) <= 250 and not re.search(r"[\\:{}]", name)
     if not plain or {"", ".", ".."} & {*steps}:
         raise ValueError(f"the shard {short(name)}: expected the name of a .tar in {folder}")
     tar, index = (_inside(folder, each) for each in (name, f"{name}.idx"))
@@ -298,7 +297,7 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _expanded(names: Any, most: int) -> list[str]:
-    """Names with their braces expanded, ``shard-{00..11}.tar`` and ``{a,b}.tar``; at most so many."""
+    """Names with their braces expanded, ``shard-{00..11}.tar`` and ``{a,b}.tar``; ``most`` are allowed."""
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{short(names)}: expected a list of names")
     found: list[str] = []

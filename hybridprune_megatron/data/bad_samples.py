@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 MIN_SEEN = 1000
 #: Examples of each reason that are logged; the rest is only counted.
 MAX_LOGGED = 5
-#: So many samples that do not fit the configuration, and none that does: the configuration is wrong, not the samples.
+#: Samples that do not fit the configuration, with none that does: after these the configuration is wrong, not they.
 _MISFITS = 3
 #: Shards that a reader keeps open.
 _MOST_OPEN = 16

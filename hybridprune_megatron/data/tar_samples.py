@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from hybridprune_megatron.config.json_text import is_plain
+
 #: Bytes of the parts of a sample that are read.
 MOST_SAMPLE_BYTES = 2**32
 #: Members of a sample, and headers that only name the member after them.
@@ -165,14 +167,14 @@ def _key_and_part(name: str) -> tuple[str, str]:
     folder, slash, file = name.rpartition("/")
     stem, dot, part = file.partition(".")
     first = name.partition("/")[0]
-    # Energon keeps such folders for itself. A folder in front belongs to the key, and may hold dots.
+    # Energon keeps folders of such names for itself. Other folders belong to the key, and may hold dots.
     reserved = first[:2] == first[-2:] == "__"
     return (folder + slash + stem, part) if stem and dot and not reserved else ("", "")
 
 
 def _check_member(member: _Member, key: str, members: int, left: int) -> None:
     """Refuses a member that a sample must not have."""
-    if len(key) > _MOST_KEY or not key.isprintable():
+    if len(key) > _MOST_KEY or not is_plain(key):
         raise ValueError(f"a key of {len(key)} characters, {key[:40]!a}")
     if member.kind not in _REGULAR:
         raise ValueError(f"its member {member.name[:100]!a} is a link, a device or sparse, not a plain file")

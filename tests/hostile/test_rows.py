@@ -35,6 +35,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     whole = (folder / "plain.mp4").read_bytes()
+    (folder / "3.02\u202fPM \u732b.mp4").write_bytes(whole)
     (folder / "cut.mp4").write_bytes(whole[: len(whole) * 3 // 4])
     return folder
 
@@ -133,6 +134,7 @@ def test_null_empty_and_absent_videos_are_the_same(tmp_path: Path, videos: Path)
     one: list[dict[str, Any]] = [{"video": "plain.mp4"}, {"videos": ["plain.mp4"]}, {"video": ["plain.mp4"]}]
     one += [{"videos": "plain.mp4"}, {"video": "plain.mp4", "videos": None}, {"video": None, "videos": ["plain.mp4"]}]
     one += [{"video": "plain.mp4", "videos": ["plain.mp4"]}, {"video": "./plain.mp4", "videos": []}]
+    one += [{"video": "3.02\u202fPM \u732b.mp4"}]
     rows = [{"conversations": HELLO, **each} for each in nothing] + [{"conversations": ASKED, **each} for each in one]
     out = run(write(tmp_path / "rows.jsonl", rows), videos)
     assert listed(out) == ({}, [])

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from hybridprune_megatron.config.json_text import is_plain, short
 from hybridprune_megatron.data.rows import BadRowError, check_row, open_rows, raw_rows, read_row, unique_key
 from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS, ShardWriter
+from hybridprune_megatron.data.tar_samples import MOST_SAMPLE_BYTES
 from hybridprune_megatron.data.video import FrameSampling, decode_video
 
 REPORT_FILE = "report.json"
@@ -86,13 +87,21 @@ class VideoFolder:
         # Many rows ask about the same video, and a whole decode takes a while.
         self._checked: dict[Path, str | None] = {}
 
-    def read(self, name: str) -> tuple[str, bytes]:
-        """Extension and bytes of a video that decodes to its end.
+    def read(self, names: Sequence[str]) -> list[tuple[str, bytes]]:
+        """Extensions and bytes of the videos of a row, which decode to their ends.
 
         Raises:
-            BadRowError: there is none.
+            BadRowError: one does not, or training reads no sample of their size.
         """
-        path = self._path(name)
+        paths = [self._path(name) for name in names]
+        size = sum(path.stat().st_size for path in paths)
+        if size > MOST_SAMPLE_BYTES:
+            raise BadRowError(
+                "video", f"{size} bytes of videos: training reads at most {MOST_SAMPLE_BYTES} of a sample"
+            )
+        return [self._read(path, name) for path, name in zip(paths, names)]
+
+    def _read(self, path: Path, name: str) -> tuple[str, bytes]:
         try:
             data = path.read_bytes()
         except (OSError, MemoryError) as error:
@@ -163,7 +172,7 @@ def write_dataset(conversations: Path, videos: Path, out: Path, split: str, samp
                 try:
                     row = read_row(text)
                     messages = check_row(row).messages()
-                    files = [folder.read(name) for name in row.videos]
+                    files = folder.read(row.videos)
                 except BadRowError as error:
                     report.leave_out(number, error)
                 else:

@@ -108,17 +108,17 @@ def skipped(encoder: SampleEncoder, sample: RawSample, features: FeaturesInfo | 
 
 @pytest.mark.parametrize("kind", CONVERSATIONS)
 def test_a_bad_conversation_is_skipped_at_once(encoder: SampleEncoder, kind: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     reason = skipped(encoder, raw(CONVERSATIONS[kind]))
     assert reason == ("too_long" if kind.startswith(("4 MB", "100,000")) else "malformed")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_split_turns_are_not_all_made_of_a_long_conversation(cfg: Config, encoder: SampleEncoder) -> None:
     splitting = SampleEncoder(config(Path("none"), "data.conversation=split_turns", "data.sequence_length=2048"))
-    start = time.perf_counter()
+    start = time.process_time()
     assert skipped(splitting, raw(conversation(turns("Where? " * 20, "there " * 3) * 490))) == "too_long"
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

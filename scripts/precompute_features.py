@@ -53,6 +53,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     """Computes and writes; a wrong argument ends it with one line and code 2."""
+    from hybridprune_megatron.config.data_sets import shard_counts
+
     options = parse_arguments(argv)
     try:
         shards = source_shards(options.data)
@@ -63,7 +65,8 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         print(f"precompute_features failed: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{options.out}: {sum(shards.values())} samples, {left} videos that cannot be decoded left as they are")
+    samples = sum(shard_counts(options.out, "--out").values())
+    print(f"{options.out}: {samples} samples, {left} videos that cannot be decoded left as they are")
 
 
 def source_shards(folder: Path) -> dict[str, int]:
@@ -72,14 +75,12 @@ def source_shards(folder: Path) -> dict[str, int]:
     Raises:
         ValueError: the folder is none, or holds features already.
     """
+    from hybridprune_megatron.config.data_sets import shard_counts
     from hybridprune_megatron.config.features import FEATURES_FILE
 
-    info = folder / ".nv-meta" / ".info.json"
-    if not info.is_file():
-        raise ValueError(f"--data={folder} is no Energon data set: give a folder with .nv-meta, one at a time")
     if (folder / FEATURES_FILE).is_file():
         raise ValueError(f"--data={folder} holds features already: give the data set with the videos")
-    return json.loads(info.read_text())["shard_counts"]
+    return shard_counts(folder, "--data")
 
 
 def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageModel, Config]:
@@ -160,10 +161,14 @@ class FeatureEncoder:
         Args:
             shard: the old one.
             progress: gets the number of samples that are done.
+
+        Raises:
+            ValueError: no sample of the shard can be read; some that cannot are named and left out.
         """
         from hybridprune_megatron.data.shards import read_shard
 
         waiting: list[VideoSample] = []
+        key = None
         for key, parts in read_shard(shard):
             waiting.append(VideoSample(key, parts, self._decode(parts)))
             if sum(len(video.seconds) for each in waiting for video in each.decoded.values()) >= self.frames_per_pass:
@@ -172,6 +177,8 @@ class FeatureEncoder:
                 waiting = []
         yield from self._finish(waiting)
         progress(len(waiting))
+        if key is None:
+            raise ValueError(f"{shard}: none of its samples can be read; take the shard out of the data set")
 
     def _decode(self, parts: dict[str, bytes]) -> dict[str, DecodedVideo]:
         """The videos of a sample by part; one that cannot be decoded stays, for training to count as bad."""
@@ -257,7 +264,8 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     # Which shards are held out stays as it was.
     shutil.copy(source / ".nv-meta" / "split.yaml", partial / ".nv-meta" / "split.yaml")
     for file in source.iterdir():
-        if file.is_file() and ".tar" not in file.suffixes:
+        # What a link leads to is not part of the data set.
+        if file.is_file() and not file.is_symlink() and ".tar" not in file.suffixes:
             shutil.copy(file, partial / file.name)
     partial.rename(out)
     return encoder.left

@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
 from hybridprune_megatron.config.checks import ConfigError, closest, fail
+from hybridprune_megatron.config.data_sets import check_data_sets
 from hybridprune_megatron.config.explain import explain_exception, explain_override
-from hybridprune_megatron.config.features import check_features
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
@@ -161,7 +161,7 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
         cfg = load_config(overrides, config_name)
         if need_files:
             check_files(cfg)
-            check_features(cfg)
+            check_data_sets(cfg)
             check_resume(cfg)
     except ConfigError as error:
         _exit_with(str(error))

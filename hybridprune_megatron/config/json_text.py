@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
 _MAX_DIGITS = 100
+_BREAKS_LINES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_SHORT = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=3, maxstring=60, maxother=60)
 
 
 def read_json(path: Path) -> Any:
@@ -44,6 +48,16 @@ def parse_json(text: bytes | str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     return value
+
+
+def short(value: Any) -> str:
+    """A value of foreign JSON for a message: one line, cut, whatever its size and depth."""
+    return _SHORT.repr(value)
+
+
+def is_plain(text: str) -> bool:
+    """Whether a foreign name can stand in a line of a log: no control characters, line ends or halves of characters."""
+    return _BREAKS_LINES.search(text) is None
 
 
 def _finite(text: str) -> float:

@@ -123,13 +123,13 @@ def test_make_shards_keeps_good_rows_and_counts_the_others(tmp_path: Path, capsy
     arguments = f"--conversations {tmp_path}/rows.jsonl --videos {videos} --out {tmp_path}/set".split()
     make_shards(arguments)
     report = json.loads((tmp_path / "set" / "report.json").read_text())
-    assert report["samples"] == 4
-    assert report["left_out"] == {"json": 1, "conversation": 2, "video": 5, "key": 1}
-    assert "4 samples, 9 rows left out" in capsys.readouterr().out
+    assert report["samples"] == 5
+    assert report["left_out"] == {"json": 1, "conversation": 2, "video": 5}
+    assert "5 samples, 8 rows left out (2 conversation, 1 json, 5 video)" in capsys.readouterr().out
     members = read_tars(tmp_path / "set")
     assert list(members) == [
         *("a_1.json", "a_1.mp4", "b.json", "b.mp4", "c.json", "c.0.mp4", "c.1.mp4"),
-        "row-00000004.json",
+        *("row-00000004.json", "a_1-00000014.json", "a_1-00000014.mp4"),
     ]
     assert members["b.mp4"] == clip
     assert json.loads(members["b.json"])["conversation"][0] == {"role": "user", "content": "<video>What?"}

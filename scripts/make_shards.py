@@ -33,14 +33,12 @@ from hybridprune_megatron.config.json_text import is_plain, short
 from hybridprune_megatron.data.rows import BadRowError, check_row, open_rows, raw_rows, read_row, unique_key
 from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS, ShardWriter
 from hybridprune_megatron.data.tar_samples import MOST_SAMPLE_BYTES
-from hybridprune_megatron.data.video import FrameSampling, decode_video
+from hybridprune_megatron.data.video import check_video
 
 REPORT_FILE = "report.json"
 #: Rows that the report lists one by one, and rows that are printed; all are counted.
 MAX_LISTED = 100
 MAX_PRINTED = 5
-#: Every frame is decoded whatever is taken of them.
-_FEW_FRAMES, _FEW_PIXELS = FrameSampling(num_frames=2), 16
 
 
 @dataclass
@@ -129,7 +127,7 @@ class VideoFolder:
 def _why_not(data: bytes, name: str) -> str | None:
     """Why training cannot use a video, None if it can."""
     try:
-        decode_video(data, _FEW_FRAMES, _FEW_PIXELS, short(name))
+        check_video(data, short(name))
     except (ValueError, MemoryError) as error:
         return str(error)
     return None

@@ -31,7 +31,7 @@ from hybridprune_megatron.data.tar_samples import Place, Shard, index_path, read
 
 logger = logging.getLogger(__name__)
 
-VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "gif")
+VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "ogv", "gif")
 CONVERSATION_PART = "json"
 _VIDEO_PART = re.compile(r"(?:([0-9]{1,6})\.)?(" + "|".join((*VIDEO_EXTENSIONS, FEATURES_EXTENSION)) + ")")
 

@@ -23,7 +23,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="folder of a run (newest checkpoint), of one checkpoint, or bare weights: a .safetensors file, a folder "
         "of them, a Hugging Face folder",
     )
-    parser.add_argument("--out", required=True, help="folder to write; replaced if it exists")
+    parser.add_argument("--out", required=True, help="folder to write; an earlier export is replaced")
     parser.add_argument(
         "--plain",
         metavar="FOLDER",
@@ -57,10 +57,10 @@ def main(argv: list[str]) -> None:
         cfg = checkpoint_config(checkpoint, options.overrides)
         model, facts = load_model(checkpoint, cfg), read_facts(checkpoint)
         if options.plain is not None:
-            folder = export_plain(model, cfg, options.plain, options.out, facts)
+            folder = export_plain(model, cfg, options.plain, options.out, facts, [checkpoint])
         else:
-            folder = export_model(model, cfg, options.out, options.max_shard_size, facts)
-    except ValueError as error:
+            folder = export_model(model, cfg, options.out, options.max_shard_size, facts, [checkpoint])
+    except (ValueError, OSError) as error:
         print(f"export failed: {error}", file=sys.stderr)
         sys.exit(2)
     how = f"the layout of {options.plain}" if options.plain else f"budget {cfg.reduction.budget}"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -56,14 +57,35 @@ def main(argv: list[str]) -> None:
     options = parse_arguments(argv)
     try:
         shards = source_shards(options.data)
-        if options.out.exists():
-            raise ValueError(f"--out={options.out} exists: choose another folder, or remove it first")
+        check_out(options.out, options.data)
         encoder = FeatureEncoder(*load(options.checkpoint, options.overrides), options.dtype, options.frames)
         left = write_features(options.data, options.out, shards, encoder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"precompute_features failed: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{options.out}: {sum(shards.values())} samples, {left} videos that cannot be decoded left as they are")
+
+
+def check_out(out: Path, data: Path) -> None:
+    """The new data set's folder is not there, and what lies at the place of its unfinished one is that.
+
+    Raises:
+        ValueError: either is something else, or lies in the data set that is read.
+    """
+    from hybridprune_megatron.config.features import FEATURES_FILE
+    from hybridprune_megatron.config.outputs import check_apart
+
+    check_apart(out, [data])
+    if os.path.lexists(out):
+        raise ValueError(f"--out={out} exists: choose another folder, or remove it first")
+    begun = unfinished(out)
+    if os.path.lexists(begun) and not (begun / FEATURES_FILE).is_file():
+        raise ValueError(f"--out={out}: {begun} is not an unfinished data set of this command; choose another folder")
+
+
+def unfinished(out: Path) -> Path:
+    """Where a data set lies until it is complete."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def source_shards(folder: Path) -> dict[str, int]:
@@ -73,13 +95,21 @@ def source_shards(folder: Path) -> dict[str, int]:
         ValueError: the folder is none, or holds features already.
     """
     from hybridprune_megatron.config.features import FEATURES_FILE
+    from hybridprune_megatron.config.inside import file_inside
+    from hybridprune_megatron.config.json_text import read_json
 
     info = folder / ".nv-meta" / ".info.json"
     if not info.is_file():
         raise ValueError(f"--data={folder} is no Energon data set: give a folder with .nv-meta, one at a time")
     if (folder / FEATURES_FILE).is_file():
         raise ValueError(f"--data={folder} holds features already: give the data set with the videos")
-    return json.loads(info.read_text())["shard_counts"]
+    content = read_json(info)
+    counts = content.get("shard_counts") if isinstance(content, dict) else None
+    if not isinstance(counts, dict) or not all(type(count) is int and count >= 0 for count in counts.values()):
+        raise ValueError(f"{info} has no shard_counts: give a folder that scripts/make_shards.py wrote")
+    for name in counts:
+        file_inside(folder, name)
+    return counts
 
 
 def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageModel, Config]:
@@ -234,16 +264,18 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     from tqdm import tqdm
 
     from hybridprune_megatron.config.features import FEATURES_FILE
+    from hybridprune_megatron.config.inside import file_inside
+    from hybridprune_megatron.config.json_text import read_json
     from hybridprune_megatron.data.shards import prepare_dataset, write_shard
 
-    partial = out.with_name(f".{out.name}.partial")
+    partial = unfinished(out)
     description = asdict(encoder.info) | {"source": _identity(source)}
     known = partial / FEATURES_FILE
     if not known.is_file():
         partial.mkdir(parents=True, exist_ok=True)
         known.with_suffix(".tmp").write_text(json.dumps(description, indent=2) + "\n")
         known.with_suffix(".tmp").replace(known)
-    elif json.loads(known.read_text()) != description:
+    elif read_json(known) != description:
         raise ValueError(
             f"{partial} was begun from another tower, sampling, dtype or data set: remove it to start anew"
         )
@@ -258,7 +290,7 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     shutil.copy(source / ".nv-meta" / "split.yaml", partial / ".nv-meta" / "split.yaml")
     for file in source.iterdir():
         if file.is_file() and ".tar" not in file.suffixes:
-            shutil.copy(file, partial / file.name)
+            shutil.copy(file_inside(source, file.name), partial / file.name)
     partial.rename(out)
     return encoder.left
 

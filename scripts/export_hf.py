@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import NoReturn
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -46,7 +47,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Loads and writes; a wrong argument ends it with one line and code 2."""
     options = parse_arguments(argv)
-    # After the arguments are read: these take half a minute to import.
+    from hybridprune_megatron.config.outputs import check_output
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+    from hybridprune_megatron.export import COMMAND
+
+    inputs = [options.plain] if options.plain is not None else []
+    try:
+        check_output(options.out, COMMAND, inputs)
+    except ValueError as error:
+        _end_with(error)
+    quiet_libraries()
+    # After the arguments are checked: these take half a minute to import.
     from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
     from hybridprune_megatron.export.plain import export_plain
     from hybridprune_megatron.export.run_facts import read_facts
@@ -54,6 +65,7 @@ def main(argv: list[str]) -> None:
 
     try:
         checkpoint = find_checkpoint(options.checkpoint)
+        check_output(options.out, COMMAND, [checkpoint])
         cfg = checkpoint_config(checkpoint, options.overrides)
         model, facts = load_model(checkpoint, cfg), read_facts(checkpoint)
         if options.plain is not None:
@@ -61,10 +73,14 @@ def main(argv: list[str]) -> None:
         else:
             folder = export_model(model, cfg, options.out, options.max_shard_size, facts, [checkpoint])
     except (ValueError, OSError) as error:
-        print(f"export failed: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end_with(error)
     how = f"the layout of {options.plain}" if options.plain else f"budget {cfg.reduction.budget}"
     print(f"{checkpoint} exported to {folder} ({how}, score {cfg.reduction.scorer})")
+
+
+def _end_with(error: Exception) -> NoReturn:
+    print(f"export failed: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--max-shard-gib={options.max_shard_gib}: must be a finite number above 0")
     # It names files and a group of the configuration; `model=null` and the like mean something else there.
     if not re.fullmatch(r"[A-Za-z][\w.-]*", options.name, re.ASCII) or options.name.lower() in _YAML_WORDS:
-        parser.error(f"--name={options.name}: letters, digits, '_', '-' and '.' are allowed, the first a letter")
+        parser.error(f"--name={options.name!a}: letters, digits, '_', '-' and '.' are allowed, the first a letter")
     return options
 
 
@@ -73,8 +73,10 @@ def convert(options: argparse.Namespace) -> str:
     from tqdm import tqdm
 
     from hybridprune_megatron.config.outputs import check_output, whole_file, whole_folder
+    from hybridprune_megatron.engine.quiet import quiet_libraries
     from hybridprune_megatron.huggingface.files import copy_tokenizer, copy_weights
 
+    quiet_libraries()
     source = Path(options.source)
     out = Path(options.out or ROOT / "runs" / "imported" / options.name)
     inputs = [source, *([options.tower] if options.tower else [])]

@@ -121,6 +121,9 @@ def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageMod
     # After the arguments are read: these take half a minute to import.
     from hybridprune_megatron.config import load_config
     from hybridprune_megatron.config.checkpoint_folder import RUN_FILE
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+
+    quiet_libraries()
     from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
 
     named = checkpoint or load_config(overrides).model.init_checkpoint

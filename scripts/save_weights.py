@@ -19,6 +19,9 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of what has two dimensions or more")
     options = parser.parse_args(argv)
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+
+    quiet_libraries()
     # After the arguments are read: these take half a minute to import.
     import torch
 

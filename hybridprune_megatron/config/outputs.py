@@ -1,7 +1,8 @@
 """What commands write: it appears whole or not at all, and takes the place of nothing but their own earlier products.
 
 A folder that a command wrote holds a marker: the command's name, and size and time of every file. Only a folder whose
-marker says the same command, and whose files are all as the marker has them, is replaced.
+marker says the same command, and whose files are all as the marker has them, is replaced. A file that a command wrote
+has the command's name inside.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from hybridprune_megatron.config.json_text import read_json
 
 MARKER = ".made_by.json"
 _REMEDY = "give another folder, or remove this one first"
+# No report or picture is larger, so a larger file is something else.
+_LARGEST_FILE = 2**25
 
 
 def check_output(out: str | Path, made_by: str, inputs: Iterable[str | Path] = ()) -> Path:
@@ -67,6 +70,27 @@ def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> Path:
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--out={out} cannot be used ({_reason(error)}): give another one") from None
     return target
+
+
+def check_file(path: Path, made_by: str, option: str) -> None:
+    """A command may write a report or a picture: nothing is there, or one of its own, which names it.
+
+    Args:
+        path: the file.
+        made_by: the command.
+        option: that names the file, for the message.
+
+    Raises:
+        ValueError: something else is there.
+    """
+    if not os.path.lexists(path):
+        return
+    try:
+        known = path.stat().st_size <= _LARGEST_FILE and made_by.encode() in path.read_bytes()
+    except OSError:
+        known = False
+    if not known:
+        raise ValueError(f"{option}={path} exists and was not written by {made_by}: give another file, or remove it")
 
 
 @contextmanager

@@ -206,14 +206,15 @@ class _Record:
     """An object of the index: what the file says of it, and nothing that its class would do."""
 
     args: tuple[Any, ...]
+    state: Any
 
     def __new__(cls, *args: Any, **_: Any) -> _Record:
         self = object.__new__(cls)
-        self.args = args
+        self.args, self.state = args, None
         return self
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        self.state: Any = None
+        """Takes whatever the file gives."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

@@ -28,6 +28,7 @@ from hybridprune_megatron.data.conversation import (
 from hybridprune_megatron.data.prompt import special_token_id
 from hybridprune_megatron.data.tokenizer import load_tokenizer
 from hybridprune_megatron.engine.weights import whole_weights
+from hybridprune_megatron.export import COMMAND
 from hybridprune_megatron.export.configuration_hybridprune import TRAINING_ONLY, HybridPruneConfig
 from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
@@ -36,8 +37,6 @@ from hybridprune_megatron.export.run_facts import RunFacts
 from hybridprune_megatron.huggingface.files import copy_tokenizer, save_tensors
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 
-#: What the marker of an exported folder says.
-COMMAND = "scripts/export_hf.py"
 _MODEL_CLASS = "modeling_hybridprune.HybridPruneForCausalLM"
 _PROCESSOR_CLASS = "processing_hybridprune.HybridPruneProcessor"
 _AUTO_MAP = {

@@ -290,7 +290,7 @@ class Fields:
 
     def refusal(self, name: str, words: str, value: Any = None) -> ValueError:
         """The error of one field."""
-        return ValueError(f"config.json has {self.where}{name}={shown(self.values.get(name, value))}: {words}")
+        return ValueError(f"config.json has {self.where}{shown(name)}={shown(self.values.get(name, value))}: {words}")
 
     def _wanted(self, name: str, default: Any) -> Any:
         value = self.values.get(name, default)

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from hybridprune_megatron.config.inside import file_inside
 from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.config.model_schema import ExpertsConfig, VisionConfig
 from hybridprune_megatron.huggingface.fields import LANGUAGE, OWN, RADIO, VIDEO, Fields, Shape, dims, shown
@@ -44,7 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         # transformers 4 writes the infinite limit of a step size as Infinity.
-        values = read_json(path, infinity=True)
+        values = read_json(file_inside(folder, path.name), infinity=True)
     except ValueError as error:
         raise ValueError(f"{error}: give the folder of a Hugging Face model") from None
     if not isinstance(values, dict):
@@ -80,6 +81,8 @@ def language_fields(config: Values) -> Fields:
     name = "llm_config" if "llm_config" in whole else "text_config"
     if name == "llm_config" and whole.get("text_config") not in (None, whole.get("llm_config")):
         raise whole.refusal("text_config", "is another name of llm_config, which has other fields")
+    if name not in whole:
+        raise ValueError("config.json has no llm_config: fetch the folder again, or add the field")
     return Fields(whole.get(name), LANGUAGE, f"{name}.")
 
 
@@ -120,9 +123,10 @@ def weight_names(config: Values, names: Collection[str]) -> WeightNames:
 
 def _tied(language: Fields, names: Collection[str]) -> bool:
     """Whether the output layer is the embedding. transformers' nemotron_h never ties one that the files have."""
+    tied = language.flag("tie_word_embeddings", default=False)
     if any(name.endswith("lm_head.weight") for name in names):
         return False
-    if not language.flag("tie_word_embeddings", default=False):
+    if not tied:
         raise ValueError(
             f"the folder has no lm_head.weight, and config.json has {language.where}tie_word_embeddings=false: fetch "
             "the weights again, or set it to true if the output layer is the embedding"
@@ -169,14 +173,16 @@ def model_values(name: str, config: Values, shape: Shape, table: WeightNames) ->
     """
     language = language_fields(config)
     prefix = "" if table.family == "nemotron_h" else "language_model."
-    rows, _ = dims(shape, f"{prefix}backbone.embeddings.weight", 2)
+    rows, width = dims(shape, f"{prefix}backbone.embeddings.weight", 2)
+    if language.whole("hidden_size") != width:
+        raise language.refusal("hidden_size", f"the embedding is {width} wide")
     # A vision model's embedding has rows for its own tokens.
     if "vocab_size" in language and language.whole("vocab_size") != rows and not table.blocks:
         raise language.refusal("vocab_size", f"the embedding has {rows} rows")
     values = {
         "name": name,
         "hybrid_pattern": table.pattern,
-        "hidden_size": language.whole("hidden_size"),
+        "hidden_size": width,
         "ffn_hidden_size": language.whole("intermediate_size"),
         "num_attention_heads": language.whole("num_attention_heads"),
         "num_query_groups": table.heads.groups,

@@ -193,7 +193,7 @@ def _files_by_name(path: Path) -> dict[str, Path]:
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, Path]:
-    content = read_json(index)
+    content = read_json(file_inside(folder, index.name))
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} is not an index of safetensors files (no weight_map): fetch it again")

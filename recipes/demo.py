@@ -38,10 +38,8 @@ TRAIN_QUESTIONS = 5
 DATA_SEED = 1
 CLIP = {"frames": 16, "fps": 2}
 # What a run leaves in its folder, and --fresh deletes.
-PRODUCTS = (
-    *("data", "stages", "checkpoints", "logs", "hf"),
-    *("inputs.json", "train_log.jsonl", "report.json", "plot.png", "clip.mp4"),
-)
+_RESULTS = ("report.json", "plot.png", "clip.mp4")
+PRODUCTS = ("data", "stages", "checkpoints", "logs", "hf", "inputs.json", "train_log.jsonl", *_RESULTS)
 PARITY_SAMPLES = 4
 TIMING_SAMPLES = 8
 TIMING_ROUNDS = 9
@@ -338,6 +336,9 @@ def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
         ValueError: naming what differs.
     """
     changed: list[str] = []
+    mine = [name for name in _RESULTS if (out / name).exists() and not (out / "inputs.json").is_file()]
+    if mine:
+        raise ValueError(f"{out} has {mine[0]}, but no inputs.json, so it is not the demo's: give another output_dir")
     if (out / "inputs.json").is_file():
         changed = differences(json.loads((out / "inputs.json").read_text()), inputs)
     for record in sorted(out.glob("checkpoints/step_*/run.json")):

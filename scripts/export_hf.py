@@ -11,6 +11,7 @@ Runs in one process, on a CPU; the checkpoint may come from any number of them.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from typing import NoReturn
 
@@ -38,9 +39,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="changes to the checkpoint's configuration; with bare weights, the configuration (experiment=...)",
     )
     options = parser.parse_args(argv)
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", options.max_shard_size)
+    if size is None or float(size[1]) == 0:
+        parser.error(f"--max-shard-size={options.max_shard_size!a:.60}: a size above 0 in KB, MB, GB or TB, e.g. 5GB")
     for override in options.overrides:
         if "=" not in override:
-            parser.error(f"{override!r} is no key=value")
+            parser.error(f"{override!r} is not key=value")
     return options
 
 

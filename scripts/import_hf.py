@@ -78,7 +78,7 @@ def convert(options: argparse.Namespace) -> str:
 
     quiet_libraries()
     source = Path(options.source)
-    out = Path(options.out or ROOT / "runs" / "imported" / options.name)
+    out = Path(options.out) if options.out is not None else ROOT / "runs" / "imported" / options.name
     inputs = [source, *([options.tower] if options.tower else [])]
     group = Path(options.conf) / "model" / f"{options.name}.yaml"
     if not options.check:

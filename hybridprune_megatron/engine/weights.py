@@ -149,9 +149,11 @@ def _load_tensors(module: MegatronModule, path: Path, model: ModelConfig | None)
         # One after the other, so that no more than one whole weight is held beside the model.
         for name, entry in _tensors_to_load(module, names, path).items():
             if entry.key in names:
-                value = _local_part(entry, weights.read(entry.key), path)
-                _check_value(entry.key, value, path)
-                _assign(module, {name: value}, partly=True)
+                value = weights.read(entry.key)
+                if not isinstance(weights, TranslatedWeights):
+                    # That of a Hugging Face folder is checked as it is read.
+                    _check_value(entry.key, value, path)
+                _assign(module, {name: _local_part(entry, value, path)}, partly=True)
                 used.add(entry.key)
             elif not entry.key.endswith(CONSTANTS):
                 raise ValueError(

@@ -341,6 +341,48 @@ def test_files_that_are_wrong_end_in_one_line(
     assert "root:" not in line
 
 
+def test_bare_weights_are_checked_too(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    from hybridprune_megatron.engine.weights import load_initial_weights, save_weights
+
+    file, name = tmp_path / "w.safetensors", "mlp1.1.weight"
+    save_weights(tiny.model, file)
+    right = load_file(file)
+    for value, words in (
+        (right[name] * torch.nan, f"{name} has .* NaN or infinite"),
+        (right[name].to(torch.float8_e5m2), f"{name} is float8_e5m2, which needs scales"),
+        (right[name].to(torch.int8), f"{name} is int8, which needs scales"),
+    ):
+        save_file(right | {name: value}, file)
+        with pytest.raises(ValueError, match=words):
+            load_initial_weights(tiny.model, file)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (config(mlp_hidden_act="gelu"), "mlp_hidden_act=gelu"),
+        (renamed("../x.safetensors"), "only names of files"),
+        (lambda folder: (folder / "notes.txt").symlink_to("/etc/passwd"), "is a link to /etc/passwd"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: None, "do not fit its configuration"),
+    ],
+)
+def test_the_original_of_an_export_as_it_came_is_as_foreign(
+    twins: dict[str, Path], run_dir: Path, refused: Refused, tmp_path: Path, change: Change, words: str
+) -> None:
+    original = Path(shutil.copytree(twins["language"], tmp_path / "hf"))
+    change(original)
+    arguments = ["--checkpoint", str(run_dir), "--out", str(tmp_path / "out"), "--plain", str(original)]
+    if words.startswith("is a link"):
+        # Of the run's own model, or its weights are refused first.
+        shutil.rmtree(original)
+        script("export_hf").main([*arguments[:3], str(original)])
+        change(original)
+    assert words in refused(lambda: script("export_hf").main(arguments))
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out*"))
+
+
 @pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "x", "-inf"])
 def test_a_file_size_that_is_none(refused: Refused, twins: dict[str, Path], value: str) -> None:
     main = script("import_hf").main

@@ -176,6 +176,12 @@ def test_an_export_eats_nothing(tiny: SimpleNamespace, run_dir: Path, refused: R
     assert "'README.md', which was changed after" in line
 
 
+@pytest.mark.parametrize("size", ["inf", "infGB", "nanGB", "-5GB", "0GB", "5", "GB", "", "5GB5GB"])
+def test_a_shard_size_that_is_none(refused: Refused, run_dir: Path, tmp_path: Path, size: str) -> None:
+    arguments = ["--checkpoint", str(run_dir), "--out", str(tmp_path / "hf"), f"--max-shard-size={size}"]
+    assert "--max-shard-size=" in refused(lambda: script("export_hf").main(arguments))
+
+
 def test_an_import_eats_nothing(twins: dict[str, Path], refused: Refused, tmp_path: Path) -> None:
     source = Path(shutil.copytree(twins["language"], tmp_path / "hf"))
     (tmp_path / "conf" / "model").mkdir(parents=True)
@@ -283,6 +289,9 @@ def test_a_fresh_demo_deletes_only_its_own(refused: Refused, tmp_path: Path) -> 
     before = contents(tmp_path)
     line = refused(lambda: demo.main(["--fresh", f"output_dir={tmp_path}"]))
     assert "has no inputs.json, so data is not the demo's" in line
+    assert contents(tmp_path) == before
+    line = refused(lambda: demo.main([f"output_dir={tmp_path}"]))
+    assert "has report.json, but no inputs.json" in line
     assert contents(tmp_path) == before
     (tmp_path / "inputs.json").write_text("{}")
     demo.remove_products(tmp_path)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     Source = TranslatedWeights | AssembledWeights
 
 COMMAND = "scripts/import_hf.py"
+# What every published folder has, whichever program trained it.
+USUAL_STEP_MIN = 1e-3
 ROOT = Path(__file__).resolve().parents[1]
 _YAML_WORDS = ("null", "none", "true", "false", "yes", "no", "on", "off", "inf", "nan")
 
@@ -99,7 +101,20 @@ def convert(options: argparse.Namespace) -> str:
         scratch.write_text(text)
     tokenizer = f" data.tokenizer={out}" if (out / "tokenizer.json").is_file() else ""
     command = f"python recipes/finetune.py model={options.name}{tokenizer}"
-    return f"{source} is model={options.name} now ({group}); e.g. {command}"
+    return f"{source} is model={options.name} now ({group}); e.g. {command}{clamp_note(source)}"
+
+
+def clamp_note(source: Path) -> str:
+    """What to do about a clamp of Mamba steps that transformers alone computes; empty where it is the usual one."""
+    from hybridprune_megatron.huggingface.folder import language_fields, read_config
+
+    lowest = language_fields(read_config(source)).get("time_step_min")
+    if lowest in (None, USUAL_STEP_MIN):
+        return ""
+    return (
+        f"\ntransformers clamps steps of Mamba layers at time_step_min={lowest}, megatron and this project do not: set "
+        "model.time_step_min to it if transformers trained these weights (docs/models.md)"
+    )
 
 
 def read_model(options: argparse.Namespace, source: Path, out: Path) -> tuple[dict[str, Any], Source]:

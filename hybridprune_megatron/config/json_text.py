@@ -17,6 +17,9 @@ def read_json(path: Path, infinity: bool = False) -> Any:
         ValueError: the file cannot be read, or as ``parse_json``.
     """
     try:
+        # A pipe has no end, and a device neither.
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
         return parse_json(path.read_bytes(), infinity)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error

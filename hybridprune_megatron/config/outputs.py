@@ -32,7 +32,7 @@ def check_output(out: str | Path, made_by: str, inputs: Iterable[str | Path] = (
         inputs: files and folders that it reads.
 
     Returns:
-        The folder, behind all links.
+        The folder, with all links resolved.
 
     Raises:
         ValueError: something else is there, or it lies in, above or at an input.
@@ -51,7 +51,7 @@ def check_apart(out: str | Path, inputs: Iterable[str | Path]) -> Path:
     """An output is none of the inputs, and neither holds the other.
 
     Returns:
-        The output, behind all links.
+        The output, with all links resolved.
 
     Raises:
         ValueError: naming the input.
@@ -160,7 +160,7 @@ def _put_in_place(scratch: Path, target: Path) -> None:
 
 
 def _not_replaceable(target: Path, made_by: str) -> str | None:
-    """What is there and is no earlier product of the command, in words; None if nothing is."""
+    """What is there and is not an earlier product of the command, in words; None if there is nothing else."""
     if not os.path.lexists(target):
         return None
     if not target.is_dir():

@@ -42,6 +42,10 @@ def _check_files(folder: Path) -> None:
     """The configuration is JSON, and names no file outside of the folder."""
     if not folder.is_dir():
         raise ValueError("not a folder")
+    odd = next((entry for entry in folder.iterdir() if not (entry.is_file() or entry.is_dir())), None)
+    if odd is not None:
+        # Reading a pipe would never end.
+        raise ValueError(f"{odd.name!a:.80} is not a file")
     path = folder / _CONFIG_FILE
     settings = read_json(path) if path.is_file() else {}
     if not isinstance(settings, dict):

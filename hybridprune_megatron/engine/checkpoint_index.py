@@ -1,4 +1,4 @@
-"""Reads weights of a distributed checkpoint that may come from anybody: nothing of it is ever unpickled into classes.
+"""Reads weights of a distributed checkpoint from an untrusted source: nothing of it is unpickled into classes.
 
 The index (``.metadata``) is a pickle. It is read with stand-ins for the few types that a genuine one is made of, which
 hold what the file says and do nothing. Of the stored entries only tensors are read, by torch's reader for weights; an
@@ -186,16 +186,18 @@ def read_index(folder: Path) -> Index:
     Raises:
         ValueError: it has another format, its index would import something, or names files elsewhere, or is broken.
     """
-    settings = read_json(folder / _FORMAT_FILE)
+    settings = read_json(file_inside(folder, _FORMAT_FILE))
     found = settings.get("sharded_backend") if isinstance(settings, dict) else None
     if found != _FORMAT:
         raise ValueError(f"{folder / _FORMAT_FILE} has sharded_backend={found!r:.60}: only {_FORMAT} can be read")
-    path = folder / _INDEX_FILE
+    path = file_inside(folder, _INDEX_FILE)
     try:
+        if not path.is_file():
+            raise ValueError("it is not there")
         with path.open("rb") as stream:
             content = _IndexReader(stream).load()
         tensors, objects = _interpreted(folder, _state(content, "Metadata"))
-    # A pickle of anybody's can end in any error.
+    # An untrusted pickle can end in any error.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path} is not a checkpoint index: {reason:.300}; do not load this checkpoint") from None

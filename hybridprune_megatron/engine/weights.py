@@ -2,7 +2,7 @@
 any parallel layout.
 
 Names are those of the model's sharded state dict, which are the names of ``state_dict()`` of the unsplit
-model. Only tensors are read (``checkpoint_index``): weights may come from anybody.
+model. Only tensors are read (``checkpoint_index``): weights may come from an untrusted source.
 """
 
 from __future__ import annotations

@@ -92,10 +92,9 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
 def _uncut(saved: dict[str, Any]) -> dict[str, Any]:
     """A configuration whose pipeline stages are one."""
     model = saved.get("model")
-    pattern = model.get("hybrid_pattern") if isinstance(model, dict) else None
-    if not isinstance(pattern, str):
+    if not isinstance(model, dict) or not isinstance(model.get("hybrid_pattern"), str):
         raise ValueError("it has no model.hybrid_pattern")
-    return {**saved, "model": {**model, "hybrid_pattern": pattern.replace("|", "")}}
+    return {**saved, "model": {**model, "hybrid_pattern": model["hybrid_pattern"].replace("|", "")}}
 
 
 def load_model(checkpoint: Path, cfg: Config) -> VideoLanguageModel:

@@ -145,8 +145,8 @@ VIDEO = Section(
         # Two frames in one patch are another tower.
         "video_temporal_patch_size": (None, 1),
     },
-    # Tokens are found by their text; how many images and frames are shown, at what rate, and what is dropped in front
-    # is up to the data and reduction groups. The language model's own tie_word_embeddings counts.
+    # Tokens are found by their text; how many images and frames are shown, at what rate, and what is dropped before the
+    # model is up to the data and reduction groups. The language model's own tie_word_embeddings counts.
     inert=_GENERIC
     | _names(
         """

@@ -115,7 +115,7 @@ class TranslatedWeights:
         path: for messages.
 
     Raises:
-        ValueError: the folder has tensors that the table lacks, or lacks some of the table's, or one is no float.
+        ValueError: the folder has tensors that the table lacks, or lacks some of the table's, or one is not of floats.
     """
 
     def __init__(self, files: TensorFiles, table: WeightNames, path: Path) -> None:
@@ -182,6 +182,9 @@ def check_finite(name: str, value: Tensor) -> None:
 def _files_by_name(path: Path) -> dict[str, Path]:
     index = path / INDEX_FILE
     if path.is_dir() and index.is_file():
+        if (path / WEIGHTS_FILE).exists():
+            # transformers reads the one, other programs the other.
+            raise ValueError(f"{path} has both {WEIGHTS_FILE} and {INDEX_FILE}: remove the one that is not the model's")
         return _indexed(path, index)
     file = file_inside(path, WEIGHTS_FILE) if path.is_dir() else path
     if not file.is_file():
@@ -215,7 +218,7 @@ def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no complete safetensors file ({error}): fetch it again") from None
+        raise ValueError(f"{file} is not a complete safetensors file ({error}): fetch it again") from None
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:

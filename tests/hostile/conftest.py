@@ -114,3 +114,22 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     write_vision_twin(root / "video")
     radio_twin().save_pretrained(root / "radio")
     return {name: root / name for name in ("language", "attention", "experts", "video", "radio")}
+
+
+@pytest.fixture
+def refused_import(refused: Refused, tmp_path: Path) -> Callable[..., str]:
+    """Imports a changed copy of a folder, which has to end in one line and write nothing."""
+
+    def call(source: Path, change: Callable[[Path], Any], *more: str) -> str:
+        folder = Path(shutil.copytree(source, tmp_path / "hf"))
+        change(folder)
+        before = contents(tmp_path)
+        arguments = [str(folder), "--name", "twin", "--out", str(tmp_path / "out"), "--conf", str(tmp_path), *more]
+        (tmp_path / "model").mkdir()
+        line = refused(lambda: script("import_hf").main(arguments))
+        (tmp_path / "model").rmdir()
+        assert contents(tmp_path) == before
+        assert "Traceback" not in line
+        return line
+
+    return call

@@ -1,68 +1,17 @@
-"""A Hugging Face folder from anywhere: each field is read, or refused by name, and no file outside of it is opened."""
+"""config.json from anywhere: each field is read, known not to matter, or refused by name."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
-from hybridprune_megatron.huggingface.folder import model_values, read_config
-from hybridprune_megatron.huggingface.source import INDEX_FILE, TranslatedWeights, open_weights
-from tests.hostile.conftest import Refused, contents, script
-
-Change = Callable[[Path], Any]
-
-
-@pytest.fixture
-def run(refused: Refused, tmp_path: Path) -> Callable[..., str]:
-    """Imports a changed copy of a folder, which has to end in one line and write nothing."""
-
-    def call(source: Path, change: Change, *more: str) -> str:
-        folder = Path(shutil.copytree(source, tmp_path / "hf"))
-        change(folder)
-        before = contents(tmp_path)
-        arguments = [str(folder), "--name", "twin", "--out", str(tmp_path / "out"), "--conf", str(tmp_path), *more]
-        (tmp_path / "model").mkdir()
-        line = refused(lambda: script("import_hf").main(arguments))
-        (tmp_path / "model").rmdir()
-        assert contents(tmp_path) == before
-        assert "Traceback" not in line
-        return line
-
-    return call
-
-
-def values_of(folder: Path) -> dict[str, Any]:
-    weights = open_weights(folder)
-    assert isinstance(weights, TranslatedWeights)
-    return model_values("twin", read_config(folder), weights.files.shape, weights.table)
-
-
-def config(group: str | None = None, drop: tuple[str, ...] = (), **fields: Any) -> Change:
-    """Changes fields of config.json, or of one of its objects."""
-
-    def change(folder: Path) -> None:
-        whole = json.loads((folder / "config.json").read_text())
-        values = whole[group] if group else whole
-        values |= fields
-        for name in drop:
-            del values[name]
-        (folder / "config.json").write_text(json.dumps(whole))
-
-    return change
-
-
-def text(name: str, content: str | bytes) -> Change:
-    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-
+from tests.hostile.conftest import Refused, script
+from tests.hostile.folders import Change, config, values_of, without_head
 
 CHANGES: list[tuple[str, Any]] = [
     ("mlp_hidden_act", "silu"),
@@ -137,11 +86,11 @@ CHANGES: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "value"), CHANGES, ids=lambda each: f"{each!r:.40}")
 def test_a_field_that_changes_the_model_is_refused_by_name(
-    twins: dict[str, Path], run: Callable[..., str], name: str, value: Any
+    twins: dict[str, Path], refused_import: Callable[..., str], name: str, value: Any
 ) -> None:
     drop = ("layers_block_type",) if name == "hybrid_override_pattern" else ()
     only_experts = name == "n_routed_experts"
-    line = run(twins["experts" if only_experts else "language"], config(**{name: value}, drop=drop))
+    line = refused_import(twins["experts" if only_experts else "language"], config(**{name: value}, drop=drop))
     # Some are named as what they are another name of, or by what they contradict.
     words = {
         "hybrid_override_pattern": "layers|hybrid_override_pattern|pattern",
@@ -208,9 +157,9 @@ def test_a_field_that_changes_the_model_is_refused_by_name(
     ],
 )
 def test_a_field_of_a_video_model_too(
-    twins: dict[str, Path], run: Callable[..., str], group: str | None, name: str, value: Any
+    twins: dict[str, Path], refused_import: Callable[..., str], group: str | None, name: str, value: Any
 ) -> None:
-    line = run(twins["video"], config(group, **{name: value}))
+    line = refused_import(twins["video"], config(group, **{name: value}))
     assert re.search(f"{name}|num_registers|pixel_shuffle|image_std|frame_size", line), line
     assert group is None or group in line or "model.vision" in line, line
 
@@ -230,172 +179,11 @@ def test_a_field_of_a_video_model_too(
         ("video", "llm_config"),
     ],
 )
-def test_a_missing_field_is_named(twins: dict[str, Path], run: Callable[..., str], twin: str, name: str) -> None:
-    line = run(twins[twin], config(drop=(name,)))
+def test_a_missing_field_is_named(
+    twins: dict[str, Path], refused_import: Callable[..., str], twin: str, name: str
+) -> None:
+    line = refused_import(twins[twin], config(drop=(name,)))
     assert name in line or ("layers" in line and name == "layers_block_type"), line
-
-
-def index(change: Callable[[dict[str, Any]], Any]) -> Change:
-    def of(folder: Path) -> None:
-        content = json.loads((folder / INDEX_FILE).read_text())
-        changed = change(content)
-        (folder / INDEX_FILE).write_text(json.dumps(content if changed is None else changed))
-
-    return of
-
-
-def renamed(name: str) -> Change:
-    """The file of one tensor lies elsewhere, and the index says so."""
-
-    def change(content: dict[str, Any]) -> None:
-        content["weight_map"]["backbone.norm_f.weight"] = name
-
-    return index(change)
-
-
-def moved_away(folder: Path) -> None:
-    """A weight file is a link to one outside."""
-    file = folder / json.loads((folder / INDEX_FILE).read_text())["weight_map"]["backbone.norm_f.weight"]
-    outside = folder.parent / "elsewhere"
-    outside.mkdir()
-    file.rename(outside / file.name)
-    file.symlink_to(outside / file.name)
-
-
-def tensors(change: Callable[[dict[str, torch.Tensor]], Any], name: str = "backbone.norm_f.weight") -> Change:
-    def of(folder: Path) -> None:
-        content = json.loads((folder / INDEX_FILE).read_text())
-        file = folder / content["weight_map"][name]
-        values = load_file(file)
-        change(values)
-        save_file(values, file, metadata={"format": "pt"})
-
-    return of
-
-
-def in_float8(values: dict[str, torch.Tensor]) -> None:
-    values["backbone.norm_f.weight"] = values["backbone.norm_f.weight"].to(torch.float8_e4m3fn)
-
-
-def without_head(folder: Path) -> None:
-    tensors(lambda values: values.pop("lm_head.weight"), "lm_head.weight")(folder)
-    index(lambda content: content["weight_map"].pop("lm_head.weight") and None)(folder)
-    config(tie_word_embeddings=False)(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (text("config.json", "[" * 200_000), r"config.json cannot be read \(nested too deeply\)"),
-        (text("config.json", "[]"), "is not a JSON object"),
-        (text("config.json", b"\xff\xfe"), "not UTF-8"),
-        (text("config.json", '{"model_type": NaN}'), "NaN is not a number"),
-        (text("config.json", '{"model_type": "\\ud800"}'), "lone surrogate"),
-        (text("config.json", '{"a": ' + "9" * 5000 + "}"), "digits"),
-        (text("config.json", ""), "cannot be read"),
-        (text(INDEX_FILE, "[" * 200_000), "nested too deeply"),
-        (text(INDEX_FILE, "{"), "index.json cannot be read"),
-        (text(INDEX_FILE, "[]"), "no weight_map"),
-        (index(lambda content: {"weight_map": []}), "no weight_map"),
-        (index(lambda content: {"weight_map": {}}), "no weight_map"),
-        (renamed("/etc/passwd"), "names the file '/etc/passwd'"),
-        (renamed("../hf/model.safetensors"), "only names of files in the folder itself"),
-        (renamed(".."), "outside of the folder"),
-        (renamed("."), "names the file"),
-        (renamed(""), "names the file"),
-        (renamed("config.json"), "is no complete safetensors file"),
-        (renamed("model-00001-of-00099.safetensors"), "lacks 1 of its weight files"),
-        (
-            index(lambda content: content["weight_map"].update({"backbone.norm_f.weight": ["a"]})),
-            "lacks 1|names the file",
-        ),
-        (index(lambda content: content["weight_map"].update({"backbone.norm_f.weight": 7})), "lacks 1"),
-        (
-            index(lambda content: content["weight_map"].update({"x": content["weight_map"]["lm_head.weight"]})),
-            "for x in",
-        ),
-        (moved_away, "is a link to .*elsewhere.*, outside of the folder"),
-        (tensors(in_float8), "backbone.norm_f.weight .* is F8_E4M3"),
-        (tensors(lambda v: v.update({"backbone.norm_f.weight": torch.ones(40, dtype=torch.int8)})), "is I8"),
-        (tensors(lambda v: v["backbone.norm_f.weight"].fill_(torch.nan)), "40 values that are NaN or infinite"),
-        (tensors(lambda v: v["backbone.norm_f.weight"][:1].fill_(-torch.inf)), "1 values that are NaN"),
-        (
-            tensors(lambda v: v.update({"backbone.norm_f.weight": torch.ones(39)})),
-            r"is \(39,\) in the folder and \(40,\)",
-        ),
-        (tensors(lambda v: v.update({"backbone.norm_f.weight": torch.ones(())})), r"is \(\) in the folder"),
-        (without_head, "has no lm_head.weight, and config.json has tie_word_embeddings=false"),
-        (text("hf_quant_config.json", "{}"), "its weights are quantized"),
-        (
-            lambda folder: (folder / "tokenizer.json").symlink_to("/etc/passwd"),
-            r"tokenizer.json is a link to /etc/passwd",
-        ),
-        (lambda folder: (folder / "merges.txt").symlink_to(folder / "merges.txt"), "link that leads nowhere"),
-    ],
-)
-def test_files_that_are_wrong_end_in_one_line(
-    twins: dict[str, Path], run: Callable[..., str], change: Change, words: str
-) -> None:
-    line = run(twins["language"], change)
-    assert re.search(words, line), line
-    assert "root:" not in line
-
-
-def test_bare_weights_are_checked_too(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    from hybridprune_megatron.engine.weights import load_initial_weights, save_weights
-
-    file, name = tmp_path / "w.safetensors", "mlp1.1.weight"
-    save_weights(tiny.model, file)
-    right = load_file(file)
-    for value, words in (
-        (right[name] * torch.nan, f"{name} has .* NaN or infinite"),
-        (right[name].to(torch.float8_e5m2), f"{name} is float8_e5m2, which needs scales"),
-        (right[name].to(torch.int8), f"{name} is int8, which needs scales"),
-    ):
-        save_file(right | {name: value}, file)
-        with pytest.raises(ValueError, match=words):
-            load_initial_weights(tiny.model, file)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (config(mlp_hidden_act="gelu"), "mlp_hidden_act=gelu"),
-        (renamed("../x.safetensors"), "only names of files"),
-        (lambda folder: (folder / "notes.txt").symlink_to("/etc/passwd"), "is a link to /etc/passwd"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: None, "do not fit its configuration"),
-    ],
-)
-def test_the_original_of_an_export_as_it_came_is_as_foreign(
-    twins: dict[str, Path], run_dir: Path, refused: Refused, tmp_path: Path, change: Change, words: str
-) -> None:
-    original = Path(shutil.copytree(twins["language"], tmp_path / "hf"))
-    change(original)
-    arguments = ["--checkpoint", str(run_dir), "--out", str(tmp_path / "out"), "--plain", str(original)]
-    if words.startswith("is a link"):
-        # Of the run's own model, or its weights are refused first.
-        shutil.rmtree(original)
-        script("export_hf").main([*arguments[:3], str(original)])
-        change(original)
-    assert words in refused(lambda: script("export_hf").main(arguments))
-    assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob(".out*"))
-
-
-@pytest.mark.parametrize("value", ["inf", "nan", "-1", "0", "x", "-inf"])
-def test_a_file_size_that_is_none(refused: Refused, twins: dict[str, Path], value: str) -> None:
-    main = script("import_hf").main
-    assert "--max-shard-gib" in refused(
-        lambda: main([str(twins["language"]), "--name", "a", f"--max-shard-gib={value}"])
-    )
-
-
-def test_a_missing_or_strange_folder(refused: Refused, tmp_path: Path) -> None:
-    main = script("import_hf").main
-    (tmp_path / "file").write_text("x")
-    for source in ("nowhere", "file", "a\0b"):
-        refused(lambda source=source: main([str(tmp_path / source), "--name", "a", "--out", str(tmp_path / "out")]))
 
 
 # What published folders hold besides sizes; values as NVIDIA's repositories have them.
@@ -524,67 +312,6 @@ def test_a_head_that_is_the_embedding_is_tied_where_the_configuration_says_so(
     without_head(folder)
     config(tie_word_embeddings=True)(folder)
     assert values_of(folder)["tie_embeddings"] is True
-
-
-def test_a_snapshot_of_the_hub_is_read_through_its_links(twins: dict[str, Path], tmp_path: Path) -> None:
-    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for number, file in enumerate(sorted(twins["language"].iterdir())):
-        shutil.copy(file, blobs / str(number))
-        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
-    assert values_of(snapshot) == values_of(twins["language"])
-    shutil.move(blobs, tmp_path / "elsewhere")
-    blobs.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match=r"is a link to .*elsewhere.*, outside of the folder"):
-        values_of(snapshot)
-
-
-def test_our_own_export_says_how_its_steps_are_clamped(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from hybridprune_megatron.export.write import export_model
-
-    cfg = replace(tiny.cfg, model=replace(tiny.cfg.model, time_step_min=1e-3))
-    folder = export_model(tiny.model, cfg, tmp_path / "hf")
-    assert values_of(folder)["time_step_min"] == 1e-3
-    for change, words in (
-        (config(conv_kernel=3), "conv_kernel=3"),
-        (config(vision={"hidden_size": "${oc.env:HOME}"}), "vision"),
-        (config(vision=[]), "vision"),
-        (config("vision", unheard_of=1), "unheard_of"),
-        (config(vision=None), "vision|unknown"),
-        (config(unheard_of=1), "unheard_of"),
-    ):
-        copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-        change(copy)
-        with pytest.raises(ValueError, match=words) as raised:
-            values_of(copy)
-        assert "\n" not in str(raised.value)
-        shutil.rmtree(copy)
-
-
-def test_weights_of_a_folder_with_other_settings_are_refused(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    from dataclasses import replace
-
-    from hybridprune_megatron.engine.weights import load_initial_weights
-    from hybridprune_megatron.export.write import export_model
-
-    folder = export_model(tiny.model, tiny.cfg, tmp_path / "hf")
-    load_initial_weights(tiny.model, folder, tiny.cfg.model)
-    vision = replace(tiny.cfg.model.vision, image_mean=[0.1, 0.2, 0.3])
-    for changed, words in (
-        (replace(tiny.cfg.model, norm_epsilon=1e-6), "norm_epsilon=1e-05, and model.norm_epsilon=1e-06"),
-        (replace(tiny.cfg.model, vision=vision), r"vision.image_mean=\[0.48"),
-        (replace(tiny.cfg.model, num_query_groups=4), "num_query_groups=2, and model.num_query_groups=4"),
-        (replace(tiny.cfg.model, time_step_min=0.1), "never"),
-    ):
-        if words == "never":
-            # No clamp is what a folder without a limit says; the run may know better.
-            load_initial_weights(tiny.model, folder, changed)
-            continue
-        with pytest.raises(ValueError, match=words):
-            load_initial_weights(tiny.model, folder, changed)
 
 
 @pytest.mark.parametrize(

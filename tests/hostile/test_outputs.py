@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hybridprune_megatron.config.outputs import MARKER, check_output, whole_file, whole_folder
+from hybridprune_megatron.config.outputs import MARKER, check_file, check_output, whole_file, whole_folder
 from tests.hostile.conftest import ROOT, Refused, contents, script
 
 COMMAND = "scripts/some.py"
@@ -277,8 +277,8 @@ def test_reports_and_pictures_replace_only_their_own(refused: Refused, tmp_path:
         (tmp_path / name).rename(tmp_path / f"kept {name}")
     assert sorted(contents(tmp_path).values()) == sorted(before.values())
     (tmp_path / "plot.png").unlink()
-    for _ in range(2):
-        plan.main(["--plot", str(tmp_path / "plot.png"), "experiment=demo"])
+    plan.main(["--plot", str(tmp_path / "plot.png"), "experiment=demo"])
+    check_file(tmp_path / "plot.png", "recipes/plan.py", "--plot")
 
 
 def test_a_fresh_demo_deletes_only_its_own(refused: Refused, tmp_path: Path) -> None:

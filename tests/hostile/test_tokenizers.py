@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,7 @@ def without_file(**values: Any) -> Callable[[Path], Any]:
         (lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"), "cannot be read"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("[" * 10**5), "nested too deeply"),
         (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "is not a JSON object"),
+        (lambda folder: os.mkfifo(folder / "added_tokens.json"), "'added_tokens.json' is not a file"),
         (lambda folder: shutil.rmtree(folder), "not a folder"),
         (lambda folder: (shutil.rmtree(folder), folder.write_text("x")), "not a folder"),
     ],
@@ -102,7 +104,7 @@ def test_what_needs_code_or_other_files_is_refused(folder: Path, change: Callabl
     "change",
     [
         settings(auto_map={"AutoTokenizer": ["own.Own", "own.Own"]}),
-        settings(tokenizer_file="/root/elsewhere/tokenizer.json", special_tokens_map_file="/x/special_tokens_map.json"),
+        settings(tokenizer_file="/elsewhere/tokenizer.json", special_tokens_map_file="/x/special_tokens_map.json"),
         model,
     ],
 )

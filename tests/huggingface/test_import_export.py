@@ -165,7 +165,7 @@ def _config(**values: Any) -> Any:
     [
         (_without("mlp1.1.weight"), r"unknown none, missing mlp1.1.weight; nothing was converted"),
         (_without("language_model.backbone.layers.7.mixer.k_proj.weight"), r"missing .*layers.7.mixer.k_proj.weight"),
-        (_truncated, r"is no complete safetensors file"),
+        (_truncated, r"is not a complete safetensors file"),
         (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), r"lacks 1 of its weight files, first model-"),
         (lambda folder: (folder / "config.json").unlink(), r"config.json cannot be read"),
         (_config(model_type="llama"), r"model_type=llama: models of nemotron_h, .* can be read"),

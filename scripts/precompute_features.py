@@ -269,6 +269,7 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     from hybridprune_megatron.config.features import FEATURES_FILE
     from hybridprune_megatron.config.inside import file_inside
     from hybridprune_megatron.config.json_text import read_json
+    from hybridprune_megatron.config.outputs import MARKER
     from hybridprune_megatron.data.shards import prepare_dataset, write_shard
 
     partial = unfinished(out)
@@ -292,7 +293,7 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     # Which shards are held out stays as it was.
     shutil.copy(source / ".nv-meta" / "split.yaml", partial / ".nv-meta" / "split.yaml")
     for file in source.iterdir():
-        if file.is_file() and ".tar" not in file.suffixes:
+        if file.is_file() and ".tar" not in file.suffixes and file.name != MARKER:
             shutil.copy(file_inside(source, file.name), partial / file.name)
     partial.rename(out)
     return encoder.left

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.hostile.conftest import Refused, script
-from tests.hostile.folders import Change, config, values_of, without_head
+from tests.hostile.model_folders import Change, config, values_of, without_head
 
 CHANGES: list[tuple[str, Any]] = [
     ("mlp_hidden_act", "silu"),

@@ -18,7 +18,7 @@ from hybridprune_megatron.engine.weights import load_initial_weights, save_weigh
 from hybridprune_megatron.export.write import export_model
 from hybridprune_megatron.huggingface.source import INDEX_FILE
 from tests.hostile.conftest import Refused, script
-from tests.hostile.folders import (
+from tests.hostile.model_folders import (
     Change,
     config,
     in_float8,

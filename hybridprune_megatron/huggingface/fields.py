@@ -212,7 +212,7 @@ OWN = Section(
     | _names(
         """
         reduction initializer_range image_token_id image_start_token_id image_end_token_id turn_token_id
-        special_token_ids
+        special_token_ids transformers_range
         """
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -278,6 +279,23 @@ def test_what_is_published_can_be_imported(twins: dict[str, Path], tmp_path: Pat
         for group, fields in groups.items():
             config(group, **fields)(folder)
         assert values_of(folder) == before, twin
+
+
+def test_the_tables_know_whatever_the_installed_transformers_writes() -> None:
+    from transformers import NemotronHConfig, RadioConfig
+
+    from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
+    from hybridprune_megatron.huggingface.fields import LANGUAGE, OWN, RADIO, TOWER, Fields
+
+    for written, sections in (
+        (NemotronHConfig(hybrid_override_pattern="M*-E"), [LANGUAGE]),
+        (RadioConfig(), [RADIO, TOWER]),
+        (HybridPruneConfig(), [OWN]),
+    ):
+        for only_differences in (True, False):
+            values = json.loads(written.to_json_string(use_diff=only_differences))
+            for section in sections:
+                Fields(values, section)
 
 
 def test_the_other_ways_to_write_a_field_say_the_same(twins: dict[str, Path], tmp_path: Path) -> None:

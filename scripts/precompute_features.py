@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
     """Computes and writes; a wrong argument ends it with one line and code 2."""
     options = parse_arguments(argv)
     try:
-        shards = source_shards(options.data)
         check_out(options.out, options.data)
+        shards = source_shards(options.data)
         encoder = FeatureEncoder(*load(options.checkpoint, options.overrides), options.dtype, options.frames)
         left = write_features(options.data, options.out, shards, encoder)
     except (ValueError, OSError) as error:

@@ -232,7 +232,7 @@ def test_the_other_programs_eat_nothing(
         ("make_lmms_task", ["--data", str(data), "--out", str(data / "task")], "lies in"),
         ("make_demo_tokenizer", ["--out", str(mine)], "was not written by"),
         ("make_demo_data", ["--out", str(tmp_path), "--train", "0", "--validation", "1"], "validation"),
-        ("precompute_features", ["--data", str(data), "--out", str(mine)], "only names of files"),
+        ("precompute_features", ["--data", str(data), "--out", str(mine)], "exists: choose another folder"),
         ("save_weights", ["--checkpoint", step, "--out", str(weights)], "was not written by scripts/save_weights.py"),
         ("save_weights", ["--checkpoint", step, "--out", str(mine)], "was not written by"),
         ("save_weights", ["--checkpoint", step, "--out", f"{step}/w.safetensors"], "lies in"),

@@ -4,7 +4,8 @@
     python recipes/analyze.py checkpoint=runs/demo data=my/shards samples=128 reduction.budget=0.35
     python recipes/analyze.py checkpoint=assets/demo/base.safetensors experiment=demo probe_samples=0
 
-Writes analysis.json, the figures and report.html (one file with everything in it). Keys of its own:
+Writes analysis.json, the figures and report.html (one file with everything in it); an earlier analysis is replaced.
+Keys of its own:
 
 {keys}
 
@@ -21,7 +22,10 @@ from pathlib import Path
 
 from hybridprune_megatron.analysis.settings import AnalysisSettings, read_settings, settings_help
 from hybridprune_megatron.config import ConfigError, load_config
+from hybridprune_megatron.config.outputs import check_output, whole_folder
 from hybridprune_megatron.config.schema import Config
+
+COMMAND = "recipes/analyze.py"
 
 
 def data_folder(settings: AnalysisSettings, cfg: Config) -> Path:
@@ -56,9 +60,12 @@ def main(argv: list[str]) -> None:
         cfg = checkpoint_config(checkpoint, overrides)
         data = data_folder(settings, cfg)
         out = Path(settings.out) if settings.out is not None else Path(cfg.output_dir) / "analysis"
-        report = analyze(load_model(checkpoint, cfg), cfg, settings, data, out)
+        check_output(out, COMMAND, [checkpoint, data])
+        model = load_model(checkpoint, cfg)
+        with whole_folder(out, COMMAND, [checkpoint, data]) as folder:
+            report = analyze(model, cfg, settings, data, folder)
         shut_down()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"analysis: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{out}: {report.name}, analysis.json and figures")

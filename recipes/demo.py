@@ -38,10 +38,8 @@ TRAIN_QUESTIONS = 5
 DATA_SEED = 1
 CLIP = {"frames": 16, "fps": 2}
 # What a run leaves in its folder, and --fresh deletes.
-PRODUCTS = (
-    *("data", "stages", "checkpoints", "logs", "hf"),
-    *("inputs.json", "train_log.jsonl", "report.json", "plot.png", "clip.mp4"),
-)
+_RESULTS = ("report.json", "plot.png", "clip.mp4")
+PRODUCTS = ("data", "stages", "checkpoints", "logs", "hf", "inputs.json", "train_log.jsonl", *_RESULTS)
 PARITY_SAMPLES = 4
 TIMING_SAMPLES = 8
 TIMING_ROUNDS = 9
@@ -317,6 +315,20 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
     }
 
 
+def remove_products(out: Path) -> None:
+    """Deletes what an earlier demo wrote into a folder.
+
+    Raises:
+        ValueError: the folder is not one of the demo's.
+    """
+    there = [out / name for name in PRODUCTS if (out / name).exists()]
+    if there and not (out / "inputs.json").is_file():
+        raise ValueError(f"--fresh: {out} has no inputs.json, so {there[0].name} is not the demo's; remove it yourself")
+    # inputs.json last: a killed call can be repeated.
+    for product in sorted(there, key=lambda path: path.name == "inputs.json"):
+        shutil.rmtree(product) if product.is_dir() and not product.is_symlink() else product.unlink()
+
+
 def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
     """Refuses to go on in a folder that holds a run of other settings, of this program or of ``recipes/finetune.py``.
 
@@ -324,6 +336,9 @@ def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
         ValueError: naming what differs.
     """
     changed: list[str] = []
+    mine = [name for name in _RESULTS if (out / name).exists() and not (out / "inputs.json").is_file()]
+    if mine:
+        raise ValueError(f"{out} has {mine[0]}, but no inputs.json, so it is not the demo's: give another output_dir")
     if (out / "inputs.json").is_file():
         changed = differences(json.loads((out / "inputs.json").read_text()), inputs)
     for record in sorted(out.glob("checkpoints/step_*/run.json")):
@@ -350,13 +365,12 @@ def main(argv: list[str]) -> None:
     overrides = ["name=demo", *options.overrides]
     cfg = exit_on_config_error(["experiment=demo", *overrides])
     out = Path(cfg.output_dir)
-    if options.fresh:
-        for product in (out / name for name in PRODUCTS):
-            shutil.rmtree(product) if product.is_dir() else product.unlink(missing_ok=True)
     try:
+        if options.fresh:
+            remove_products(out)
         inputs = inputs_of(cfg)
         check_same_run(out, inputs)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         sys.exit(2)
     out.mkdir(parents=True, exist_ok=True)

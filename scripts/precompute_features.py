@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -57,16 +58,37 @@ def main(argv: list[str]) -> None:
 
     options = parse_arguments(argv)
     try:
+        check_out(options.out, options.data)
         shards = source_shards(options.data)
-        if options.out.exists():
-            raise ValueError(f"--out={options.out} exists: choose another folder, or remove it first")
         encoder = FeatureEncoder(*load(options.checkpoint, options.overrides), options.dtype, options.frames)
         left = write_features(options.data, options.out, shards, encoder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"precompute_features failed: {error}", file=sys.stderr)
         sys.exit(2)
     samples = sum(shard_counts(options.out, "--out").values())
     print(f"{options.out}: {samples} samples, {left} videos that cannot be decoded left as they are")
+
+
+def check_out(out: Path, data: Path) -> None:
+    """The new data set's folder is not there, and what lies at the place of its unfinished one is that.
+
+    Raises:
+        ValueError: either is something else, or lies in the data set that is read.
+    """
+    from hybridprune_megatron.config.features import FEATURES_FILE
+    from hybridprune_megatron.config.outputs import check_apart
+
+    check_apart(out, [data])
+    if os.path.lexists(out):
+        raise ValueError(f"--out={out} exists: choose another folder, or remove it first")
+    begun = unfinished(out)
+    if os.path.lexists(begun) and not (begun / FEATURES_FILE).is_file():
+        raise ValueError(f"--out={out}: {begun} is not an unfinished data set of this command; choose another folder")
+
+
+def unfinished(out: Path) -> Path:
+    """Where a data set lies until it is complete."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def source_shards(folder: Path) -> dict[str, int]:
@@ -92,6 +114,9 @@ def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageMod
     # After the arguments are read: these take half a minute to import.
     from hybridprune_megatron.config import load_config
     from hybridprune_megatron.config.checkpoint_folder import RUN_FILE
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+
+    quiet_libraries()
     from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
 
     named = checkpoint or load_config(overrides).model.init_checkpoint
@@ -241,16 +266,18 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     from tqdm import tqdm
 
     from hybridprune_megatron.config.features import FEATURES_FILE
+    from hybridprune_megatron.config.json_text import read_json
+    from hybridprune_megatron.config.outputs import MARKER
     from hybridprune_megatron.data.shards import prepare_dataset, write_shard
 
-    partial = out.with_name(f".{out.name}.partial")
+    partial = unfinished(out)
     description = asdict(encoder.info) | {"source": _identity(source)}
     known = partial / FEATURES_FILE
     if not known.is_file():
         partial.mkdir(parents=True, exist_ok=True)
         known.with_suffix(".tmp").write_text(json.dumps(description, indent=2) + "\n")
         known.with_suffix(".tmp").replace(known)
-    elif json.loads(known.read_text()) != description:
+    elif read_json(known) != description:
         raise ValueError(
             f"{partial} was begun from another tower, sampling, dtype or data set: remove it to start anew"
         )
@@ -265,7 +292,7 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     shutil.copy(source / ".nv-meta" / "split.yaml", partial / ".nv-meta" / "split.yaml")
     for file in source.iterdir():
         # What a link leads to is not part of the data set.
-        if file.is_file() and not file.is_symlink() and ".tar" not in file.suffixes:
+        if file.is_file() and not file.is_symlink() and ".tar" not in file.suffixes and file.name != MARKER:
             shutil.copy(file, partial / file.name)
     partial.rename(out)
     return encoder.left

@@ -14,21 +14,28 @@ _BREAKS_LINES = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _SHORT = reprlib.Repr(maxlevel=2, maxdict=3, maxlist=3, maxstring=60, maxother=60)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, infinity: bool = False) -> Any:
     """``parse_json`` of a file.
 
     Raises:
         ValueError: the file cannot be read, or as ``parse_json``.
     """
     try:
-        return parse_json(path.read_bytes())
+        # A pipe has no end, and a device neither.
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        return parse_json(path.read_bytes(), infinity)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{path} cannot be read ({reason})") from None
 
 
-def parse_json(text: bytes | str) -> Any:
+def parse_json(text: bytes | str, infinity: bool = False) -> Any:
     """Parses JSON strictly: UTF-8 (a byte order mark is skipped), finite numbers, text that can be encoded again.
+
+    Args:
+        text: one value.
+        infinity: also take Infinity and -Infinity, which transformers before version 5 writes into config.json.
 
     Raises:
         ValueError: with the reason. Nesting that is too deep, numbers that are too long and lone surrogates are
@@ -37,7 +44,9 @@ def parse_json(text: bytes | str) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(text, parse_float=_finite, parse_int=_whole, parse_constant=_refuse_constant)
+        value = json.loads(
+            text, parse_float=_finite, parse_int=_whole, parse_constant=_infinite if infinity else _refuse_constant
+        )
         # Python takes "\ud800" and fails where the text is written or tokenized.
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
@@ -72,6 +81,10 @@ def _whole(text: str) -> int:
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits is too large")
     return int(text)
+
+
+def _infinite(name: str) -> float:
+    return _refuse_constant(name) if name == "NaN" else float(name)
 
 
 def _refuse_constant(name: str) -> NoReturn:

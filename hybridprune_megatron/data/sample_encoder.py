@@ -18,6 +18,7 @@ from hybridprune_megatron.data.batch import EncodedSample, FrameFeatures, join_f
 from hybridprune_megatron.data.conversation import Conversation, check_videos, read_conversation
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder
+from hybridprune_megatron.data.tokenizer import load_tokenizer
 from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
 
 #: Why a sample may be left out.
@@ -82,7 +83,7 @@ class SampleEncoder:
 
     def __init__(self, cfg: Config) -> None:
         data, vision = cfg.data, cfg.model.vision
-        self.tokenizer = _load_tokenizer(data.tokenizer)
+        self.tokenizer = load_tokenizer(data.tokenizer)
         self.model = cfg.model
         self.mode = data.conversation
         self.sequence_length = data.sequence_length
@@ -222,14 +223,3 @@ class SampleEncoder:
             raise BadSampleError(
                 "too_long", key, f"{length} tokens; data.sequence_length={self.sequence_length} is the most"
             )
-
-
-def _load_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"data.tokenizer={folder!r} cannot be read: give a folder with a Hugging Face tokenizer"
-        ) from error

@@ -53,9 +53,7 @@ def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | 
     """
     if given is None:
         return None
-    if not isinstance(given, Mapping):
-        raise fail("reduction", given, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
-    merged = {**(saved or {}), **given}
+    merged = {**_group(saved or {}), **_group(given)}
     if "retention" not in given and _SCHEDULE_KEYS & set(given):
         merged["retention"] = None
     return merged
@@ -162,10 +160,16 @@ class HybridPruneConfig(transformers.PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
+def _group(reduction: Any) -> Mapping[str, Any]:
+    if not isinstance(reduction, Mapping):
+        raise fail("reduction", reduction, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
+    return reduction
+
+
 def _check_types(reduction: Mapping[str, Any]) -> None:
     """Keys are known and values are of their type, which a training run's configuration has checked by itself."""
     hints = get_type_hints(ReductionConfig)
-    for name, value in reduction.items():
+    for name, value in _group(reduction).items():
         if name not in _KEYS:
             nearest = closest(name, _KEYS)
             fix = f"did you mean {nearest}?" if nearest else f"leave {name} out"

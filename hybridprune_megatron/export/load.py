@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint, read_run_file
+from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint, saved_config
 from hybridprune_megatron.config.compose import load_config
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.engine.launch import Launch
@@ -71,22 +71,30 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
         ValueError: a key or value the schema refuses.
     """
     if checkpoint.is_dir() and (checkpoint / RUN_FILE).is_file():
-        saved: Any = read_run_file(checkpoint)["config"]
+        saved: Any = saved_config(checkpoint)
     else:
         saved = asdict(load_config(overrides))
         overrides = ()
-    saved["model"]["hybrid_pattern"] = saved["model"]["hybrid_pattern"].replace("|", "")
     try:
         merged = OmegaConf.merge(
-            OmegaConf.structured(Config), saved, OmegaConf.from_dotlist(list(overrides)), _ONE_PROCESS
+            OmegaConf.structured(Config), _uncut(saved), OmegaConf.from_dotlist(list(overrides)), _ONE_PROCESS
         )
         cfg = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    # What a foreign run.json holds, or an override, can be wrong in ways that only Python notices.
+    except (OmegaConfBaseException, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(
             f"configuration of {checkpoint}: {' '.join(str(error).split())}; check the overrides"
-        ) from error
+        ) from None
     assert isinstance(cfg, Config), type(cfg)
     return cfg
+
+
+def _uncut(saved: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose pipeline stages are one."""
+    model = saved.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("hybrid_pattern"), str):
+        raise ValueError("it has no model.hybrid_pattern")
+    return {**saved, "model": {**model, "hybrid_pattern": model["hybrid_pattern"].replace("|", "")}}
 
 
 def load_model(checkpoint: Path, cfg: Config) -> VideoLanguageModel:
@@ -101,7 +109,12 @@ def load_model(checkpoint: Path, cfg: Config) -> VideoLanguageModel:
     """
     init_distributed(Launch())
     init_model_parallel(seed=cfg.trainer.seed)
-    model = build_model(cfg)
-    load_initial_weights(model, checkpoint)
+    try:
+        model = build_model(cfg)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"configuration of {checkpoint} describes a model that cannot be built: {' '.join(str(error).split())}"
+        ) from None
+    load_initial_weights(model, checkpoint, cfg.model)
     merge_adapters(model)
     return model.eval()

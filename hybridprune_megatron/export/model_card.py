@@ -67,7 +67,7 @@ def model_card(cfg: Config, facts: RunFacts, dt_limit: str, reduced: bool = True
     vision = cfg.model.vision
     frames = f" with a RADIO vision tower, {vision.tokens_per_frame} tokens a frame" if vision is not None else ""
     pattern = cfg.model.hybrid_pattern.replace("|", "")
-    card = _HEAD.format(name=cfg.model.name, pattern=pattern, vision=frames)
+    card = _HEAD.format(name=_cell(cfg.model.name), pattern=pattern, vision=frames)
     card += _REDUCED if reduced else _PLAIN
     reduction = {
         "budget (mean share of visual tokens over all layers)": f"{cfg.reduction.budget}",
@@ -102,4 +102,10 @@ def _training(cfg: Config, facts: RunFacts) -> dict[str, str]:
 
 
 def _table(title: str, rows: dict[str, str]) -> str:
-    return "".join([f"| {title} | |\n| --- | --- |\n", *(f"| {name} | {value} |\n" for name, value in rows.items())])
+    lines = [f"| {_cell(name)} | {_cell(value)} |\n" for name, value in rows.items()]
+    return "".join([f"| {title} | |\n| --- | --- |\n", *lines])
+
+
+def _cell(text: str) -> str:
+    """A text that stays in its place: names come from folders and from other people's runs."""
+    return "".join(each if each.isprintable() and each != "|" else " " for each in text)[:200]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from hybridprune_megatron.config.json_text import is_plain, parse_json, read_json, short
@@ -36,9 +38,19 @@ def test_a_byte_order_mark_and_surrogate_pairs_are_read() -> None:
     assert parse_json('{"a": [1, 2.5, true, null]}') == {"a": [1, 2.5, True, None]}
 
 
+def test_infinity_is_taken_where_it_may_be_and_nan_never() -> None:
+    assert parse_json("[0.0, Infinity, -Infinity]", infinity=True) == [0.0, float("inf"), float("-inf")]
+    with pytest.raises(ValueError, match="NaN is not a number"):
+        parse_json("[NaN]", infinity=True)
+
+
 def test_a_file_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"none\.json cannot be read \(No such file"):
         read_json(tmp_path / "none.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    for nothing in (tmp_path / "pipe.json", tmp_path):
+        with pytest.raises(ValueError, match=r"cannot be read \(not a file"):
+            read_json(nothing)
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json cannot be read \(Expecting"):
         read_json(tmp_path / "bad.json")

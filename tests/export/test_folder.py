@@ -202,13 +202,19 @@ def test_an_export_is_whole_or_not_there(world, tmp_path, monkeypatch) -> None:
     import hybridprune_megatron.export.write as write
 
     target = tmp_path / "hf"
-    export_model(world.model, world.cfg, target)
-    (target / "old").touch()
+    export_model(world.model, world.cfg, target, max_shard_size="20KB")
+    shards = {path.name for path in target.glob("*.safetensors")}
     with monkeypatch.context() as patch:
         patch.setattr(write, "copy_code", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_model(world.model, world.cfg, target)
-    assert (target / "old").exists()
+    assert shards == {path.name for path in target.glob("*.safetensors")}
+    assert len(shards) > 1
     export_model(world.model, world.cfg, target)
-    assert not (target / "old").exists()
+    assert [path.name for path in target.glob("*.safetensors")] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    # What is not the export's own stays, and the folder with it: tests/hostile/test_outputs.py has the other cases.
+    (target / "notes").touch()
+    with pytest.raises(ValueError, match="holds 'notes', which"):
+        export_model(world.model, world.cfg, target)
+    assert (target / "notes").exists()

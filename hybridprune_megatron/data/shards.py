@@ -14,6 +14,7 @@ import logging
 import re
 import shutil
 import tarfile
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -61,15 +62,18 @@ class ShardWriter:
         self.split = split
         self.samples_per_shard = samples_per_shard
         self.num_samples = 0
-        self._partial = folder.with_name(f".{folder.name}.partial")
+        # Made when the writing begins; nobody else's folder has its name.
+        self._partial = folder
         self._tar: tarfile.TarFile | None = None
         self._names: list[str] = []
         self._keys: set[str] = set()
 
     def __enter__(self) -> ShardWriter:
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(
+            tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".partial", dir=self.folder.parent)
+        )
+        self._partial.chmod(0o755)
         return self
 
     def add(

@@ -69,15 +69,17 @@ def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writer_starts_over_what_a_killed_run_left(tmp_path: Path) -> None:
-    left = tmp_path / ".set.partial"
-    left.mkdir()
-    (left / "shard-00007.tar").write_bytes(b"half")
+def test_writer_takes_no_folder_of_anybody_elses(tmp_path: Path) -> None:
+    theirs = tmp_path / ".set.partial"
+    theirs.mkdir()
+    (theirs / "shard-00007.tar").write_bytes(b"half")
     with ShardWriter(tmp_path / "set", "train", samples_per_shard=2) as writer:
         for key in "abc":
             writer.add(key, TURNS, [("mp4", key.encode())])
     assert sorted(path.name for path in (tmp_path / "set").glob("*.tar")) == ["shard-00000.tar", "shard-00001.tar"]
     assert list(read_tars(tmp_path / "set")) == ["a.json", "a.mp4", "b.json", "b.mp4", "c.json", "c.mp4"]
+    assert [path.name for path in theirs.iterdir()] == ["shard-00007.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.partial", "set"]
 
 
 def test_writer_checks_keys_types_and_target(tmp_path: Path) -> None:

@@ -192,12 +192,17 @@ class ReductionStack(HybridStack):
 
 
 def _over_heads(packing: LayerPacking, group: torch.distributed.ProcessGroup) -> Tensor | None:
-    """Scores over all heads from those over each rank's heads, of which all have as many: one all-reduce."""
+    """Scores over all heads from those over each rank's heads, of which all have as many: one all-reduce.
+
+    A ring adds the ranks up in another order from place to place. In float64 the sum of a few float32 numbers is not
+    rounded, so equal tokens keep equal scores.
+    """
     scores = packing.scores
     if scores is None or group.size() == 1:
         return scores
     if packing.pooling != "mean":
         torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX, group=group)
         return scores
-    torch.distributed.all_reduce(scores, group=group)
-    return scores / group.size()
+    total = scores.double()
+    torch.distributed.all_reduce(total, group=group)
+    return (total / group.size()).float()

@@ -104,9 +104,12 @@ def sent_bytes(transfers: Iterable[Transfer]) -> tuple[float, float]:
     return sum(each.near for each in transfers), sum(each.far for each in transfers)
 
 
-def _score_width(pooling: str) -> int:
-    """Bytes of a token's score between ranks: sums over heads travel in float64."""
-    return 2 * _FP32 if pooling == "mean" else _FP32
+def _pooled_scores(group: Group, visual: int, pooling: str) -> list[Transfer]:
+    """Scores over the heads of all ranks: their mean is taken in shares of the tokens, their maximum in one message."""
+    if pooling != "mean":
+        return all_reduce("scores", "forward", group, visual * _FP32)
+    filled = -(-visual // group.ranks) * group.ranks * _FP32
+    return all_to_all("scores", "forward", group, filled) + all_gather("scores", "forward", group, filled)
 
 
 class Wires:
@@ -188,11 +191,9 @@ class Wires:
             transfers += all_reduce("scores", "forward", self.context, question * queries * self.width)
             transfers += all_gather("scores", "forward", self.context, parallel.context * log_sums * _FP32)
             transfers += all_gather("scores", "forward", self.context, before * _FP32)
-            transfers += all_reduce(
-                "scores", "forward", self.tensor, visual * _score_width(reduction.attention_pooling)
-            )
+            transfers += _pooled_scores(self.tensor, visual, reduction.attention_pooling)
         elif reduction.scorer == "query":
-            transfers += all_reduce("scores", "forward", self.heads, visual * _score_width(reduction.mamba_pooling))
+            transfers += _pooled_scores(self.heads, visual, reduction.mamba_pooling)
         if parallel.sequence_parallel:
             transfers += all_gather("drop", "forward", self.tensor, self._stream(before))
             transfers += all_gather("drop", "backward", self.tensor, self._stream(after))

@@ -17,7 +17,7 @@ from torch import Tensor
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.operators import attention_scores, mamba_scores
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
-from hybridprune_megatron.method.sums import averaged, on_grid, summed
+from hybridprune_megatron.method.sums import averaged, on_grid
 from hybridprune_megatron.ops.native import native
 
 # Keys (or visual tokens) per block of the two-pass products: memory is O(T * H * block), never L x L.
@@ -239,7 +239,8 @@ def implicit_attention(
         groups = (signals.B.shape[1], -1)
         mean_c = averaged(signals.C[sample.rows].double(), 0).float()
         for block in sample.visual.split(_BLOCK // 8):
-            products = summed((signals.B[block].float() * mean_c).double(), -1).unsqueeze(-1)
+            # A row is summed like any other of its length, and what float64 rounds is lost when scores become float32.
+            products = (signals.B[block].float() * mean_c).sum(-1, keepdim=True, dtype=torch.float64)
             yield products * _steps(signals, block, dt).unflatten(-1, groups)
         return
     rows = _Products(signals, sample, decay, dt, function)

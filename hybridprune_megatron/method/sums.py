@@ -40,7 +40,6 @@ def on_grid(values: Tensor) -> Tensor:
     width = values.shape[-1]
     # Entries are whole numbers of up to this many bits, times a power of two; the sum takes log2(N) more than products.
     bits = (_DOUBLE - (width - 1).bit_length()) // 2
-    values = values.double()
-    # Adding a number this large leaves steps of at least 2^-bits of the largest entry.
-    large = values.abs().amax(-1, keepdim=True) * 2.0 ** (_DOUBLE - bits)
-    return (values + large) - large
+    # Adding a number this large, in float64, leaves steps of at least 2^-bits of the largest entry.
+    large = values.abs().amax(-1, keepdim=True).double() * 2.0 ** (_DOUBLE - bits)
+    return (values + large).sub_(large)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
 from hybridprune_megatron.evaluation.report import summary_rows, text_table
 from hybridprune_megatron.evaluation.stages import Stages, differences
 
@@ -366,6 +367,9 @@ def main(argv: list[str]) -> None:
     cfg = exit_on_config_error(["experiment=demo", *overrides])
     out = Path(cfg.output_dir)
     try:
+        hold_folder(out, "demo")
+        # Nothing is deleted while a finetuning that was started by hand writes the same folder.
+        hold_folder(out)
         if options.fresh:
             remove_products(out)
         inputs = inputs_of(cfg)
@@ -373,7 +377,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         sys.exit(2)
-    out.mkdir(parents=True, exist_ok=True)
+    release_folder(out)
     write_json(out / "inputs.json", inputs)
     # Megatron reports what it does without Apex and Transformer Engine, which a demo without a GPU does not have.
     warnings.filterwarnings("ignore")

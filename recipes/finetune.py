@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from pathlib import Path
 
 from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
 from hybridprune_megatron.engine.preemption import hold_stop_signals
 from hybridprune_megatron.engine.quiet import quiet_libraries
+from hybridprune_megatron.engine.run_lock import hold_folder
 
 
 def finetune(cfg: Config, launch: Launch) -> None:
@@ -33,11 +35,13 @@ def finetune(cfg: Config, launch: Launch) -> None:
 
 def main() -> None:
     """Checks the configuration, and only then loads what is slow to import."""
-    launch = read_launch()
-    sys.argv += launch_overrides(launch, sys.argv[1:])
-    cfg = parse_command_line(sys.argv[1:])
     try:
+        launch = read_launch()
+        sys.argv += launch_overrides(launch, sys.argv[1:])
+        cfg = parse_command_line(sys.argv[1:])
         check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)
+        if launch.rank == 0:
+            hold_folder(Path(cfg.output_dir))
     except ValueError as error:
         sys.exit(f"configuration error: {error}")
     hold_stop_signals()

@@ -4,7 +4,8 @@
     python recipes/analyze.py checkpoint=runs/demo data=my/shards samples=128 reduction.budget=0.35
     python recipes/analyze.py checkpoint=assets/demo/base.safetensors experiment=demo probe_samples=0
 
-Writes analysis.json, the figures and report.html (one file with everything in it). Keys of its own:
+Writes analysis.json, the figures and report.html (one file with everything in it); an earlier analysis is replaced.
+Keys of its own:
 
 {keys}
 
@@ -23,8 +24,11 @@ from hybridprune_megatron.analysis.settings import AnalysisSettings, read_settin
 from hybridprune_megatron.config import ConfigError
 from hybridprune_megatron.config.files import check_dataset
 from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.outputs import check_output, whole_folder
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
+
+COMMAND = "recipes/analyze.py"
 
 
 def data_folder(settings: AnalysisSettings, cfg: Config) -> Path:
@@ -58,7 +62,10 @@ def main(argv: list[str]) -> None:
     from hybridprune_megatron.engine.parallel import shut_down
     from hybridprune_megatron.export.load import load_model
 
-    report = analyze(load_model(checkpoint, cfg), cfg, settings, data, out)
+    check_output(out, COMMAND, [checkpoint, data])
+    model = load_model(checkpoint, cfg)
+    with whole_folder(out, COMMAND, [checkpoint, data]) as folder:
+        report = analyze(model, cfg, settings, data, folder)
     shut_down()
     print(f"{out}: {report.name}, analysis.json and figures")
 

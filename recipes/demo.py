@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from hybridprune_megatron.config import Config, exit_on_config_error
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.engine.preemption import STOPPED
+from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
 from hybridprune_megatron.evaluation.report import summary_rows, text_table
 from hybridprune_megatron.evaluation.stages import Stages, differences
 
@@ -40,10 +41,8 @@ TRAIN_QUESTIONS = 5
 DATA_SEED = 1
 CLIP = {"frames": 16, "fps": 2}
 # What a run leaves in its folder, and --fresh deletes.
-PRODUCTS = (
-    *("data", "stages", "checkpoints", "logs", "hf"),
-    *("inputs.json", "train_log.jsonl", "report.json", "plot.png", "clip.mp4"),
-)
+_RESULTS = ("report.json", "plot.png", "clip.mp4")
+PRODUCTS = ("data", "stages", "checkpoints", "logs", "hf", "inputs.json", "train_log.jsonl", *_RESULTS)
 PARITY_SAMPLES = 4
 TIMING_SAMPLES = 8
 TIMING_ROUNDS = 9
@@ -333,6 +332,20 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
     }
 
 
+def remove_products(out: Path) -> None:
+    """Deletes what an earlier demo wrote into a folder.
+
+    Raises:
+        ValueError: the folder is not one of the demo's.
+    """
+    there = [out / name for name in PRODUCTS if (out / name).exists()]
+    if there and not (out / "inputs.json").is_file():
+        raise ValueError(f"--fresh: {out} has no inputs.json, so {there[0].name} is not the demo's; remove it yourself")
+    # inputs.json last: a killed call can be repeated.
+    for product in sorted(there, key=lambda path: path.name == "inputs.json"):
+        shutil.rmtree(product) if product.is_dir() and not product.is_symlink() else product.unlink()
+
+
 def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
     """Refuses to go on in a folder that holds a run of other settings, of this program or of ``recipes/finetune.py``.
 
@@ -340,6 +353,9 @@ def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
         ValueError: naming what differs.
     """
     changed: list[str] = []
+    mine = [name for name in _RESULTS if (out / name).exists() and not (out / "inputs.json").is_file()]
+    if mine:
+        raise ValueError(f"{out} has {mine[0]}, but no inputs.json, so it is not the demo's: give another output_dir")
     if (out / "inputs.json").is_file():
         changed = differences(json.loads((out / "inputs.json").read_text()), inputs)
     for record in sorted(out.glob("checkpoints/step_*/run.json")):
@@ -367,12 +383,14 @@ def main(argv: list[str]) -> None:
     overrides = ["name=demo", *options.overrides]
     cfg = exit_on_config_error(["experiment=demo", *overrides])
     out = Path(cfg.output_dir)
+    hold_folder(out, "demo")
+    # Nothing is deleted while a finetuning that was started by hand writes the same folder.
+    hold_folder(out)
     if options.fresh:
-        for product in (out / name for name in PRODUCTS):
-            shutil.rmtree(product) if product.is_dir() else product.unlink(missing_ok=True)
+        remove_products(out)
     inputs = inputs_of(cfg)
     check_same_run(out, inputs)
-    out.mkdir(parents=True, exist_ok=True)
+    release_folder(out)
     write_json(out / "inputs.json", inputs)
     # Megatron reports what it does without Apex and Transformer Engine, which a demo without a GPU does not have.
     warnings.filterwarnings("ignore")

@@ -18,6 +18,7 @@ from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
 from hybridprune_megatron.engine.preemption import hold_stop_signals
 from hybridprune_megatron.engine.quiet import quiet_libraries
+from hybridprune_megatron.engine.run_lock import hold_folder
 
 
 def finetune(cfg: Config, launch: Launch) -> None:
@@ -43,6 +44,8 @@ def main() -> None:
         sys.argv += launch_overrides(launch, sys.argv[1:])
         cfg = parse_command_line(sys.argv[1:])
         check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)
+        if launch.rank == 0:
+            hold_folder(Path(cfg.output_dir))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     hold_stop_signals(say=launch.rank == 0)

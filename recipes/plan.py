@@ -25,11 +25,13 @@ from hybridprune_megatron.config import Config, ConfigError, load_config
 from hybridprune_megatron.config.checks import fail
 from hybridprune_megatron.config.fields import field_help
 from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.outputs import check_file
 from hybridprune_megatron.cost.calibration import Calibration, calibration_lengths, predict, sample_sizes
 from hybridprune_megatron.cost.plan import Plan, make_plan
 from hybridprune_megatron.cost.report import plan_lines
 from hybridprune_megatron.cost.target import PREFIX, TargetConfig, read_target, split_target
 
+COMMAND = "recipes/plan.py"
 OPTIONS = ("--plot", "--measure")
 
 
@@ -145,6 +147,8 @@ def main(arguments: Sequence[str]) -> None:
     if "--measure" in options and cfg.reduction.front != "none":
         reason = "--measure times the language model alone"
         raise fail("reduction.front", cfg.reduction.front, reason, "set reduction.front=none")
+    for name, path in options.items():
+        check_file(path, COMMAND, name)
     plan = make_plan(cfg, target)
     print("\n".join(plan_lines(cfg, target, plan)), flush=True)
     if "--plot" in options:
@@ -154,7 +158,7 @@ def main(arguments: Sequence[str]) -> None:
     if "--measure" in options:
         result = measure(cfg, plan)
         options["--measure"].parent.mkdir(parents=True, exist_ok=True)
-        options["--measure"].write_text(json.dumps(result, indent=1) + "\n")
+        options["--measure"].write_text(json.dumps({"made_by": COMMAND, **result}, indent=1) + "\n")
         show_measured(result)
 
 

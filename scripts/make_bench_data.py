@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 description = describe(plans, asked, args.seed, split)
                 render = partial(BenchPlan.render, held_out=held_out)
                 write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"make_bench_data: {error}")
 
 

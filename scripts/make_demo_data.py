@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 render = partial(render_sample, task=task, held_out=held_out)
                 description = describe(plans, task, args.seed, split)
                 write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"make_demo_data: {error}")
 
 

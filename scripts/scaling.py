@@ -18,6 +18,7 @@ from pathlib import Path
 
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.outputs import check_file
 from hybridprune_megatron.cost.assumptions import Assumptions, changed
 from hybridprune_megatron.cost.scaling import Scaling, Workload
 from hybridprune_megatron.cost.scaling_report import Comparison, report
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draws step time, throughput and their parts")
     args = parser.parse_args(argv)
     try:
+        if args.plot is not None:
+            check_file(args.plot, "scripts/scaling.py", "--plot")
         compared = compare(args.overrides, args.budget, args.batch, args.set)
         lines = list(report(compared))
         if args.write is None:

@@ -25,11 +25,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
 from hybridprune_megatron.config.checks import ConfigError, closest, fail, shown
+from hybridprune_megatron.config.data_sets import check_data_sets
 from hybridprune_megatron.config.explain import GROUPS, as_typed, explain_exception, explain_override
-from hybridprune_megatron.config.features import check_features
 from hybridprune_megatron.config.fields import is_group, type_of_key
 from hybridprune_megatron.config.files import check_files
-from hybridprune_megatron.config.flat import leaves
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
@@ -145,10 +144,6 @@ def change_config(
     Raises:
         ConfigError: as ``load_config``.
     """
-    for key, value in leaves(dict(saved)):
-        # What was saved is resolved: nothing of it is to be looked up here, in the environment for instance.
-        if "${" in str(value):
-            raise fail(str(key), value, "is not a plain value", "take the configuration that the run wrote")
     with _explained():
         changed: Any = OmegaConf.merge(OmegaConf.structured(Config), saved)
         set_keys(changed, overrides)
@@ -208,7 +203,7 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
         cfg = to_config(compose_config(overrides, config_name, look_at_files=True))
         if need_files:
             check_files(cfg)
-            check_features(cfg)
+            check_data_sets(cfg)
             check_resume(cfg)
     except ConfigError as error:
         _exit_with(str(error))

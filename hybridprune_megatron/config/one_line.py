@@ -33,8 +33,8 @@ R = TypeVar("R")
 def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates the main function of a program.
 
-    What a user can cause is a ``ValueError`` with a line for the user, and ends with status 2. Anything else that is
-    raised ends with status 1 and a line too; ``HYBRIDPRUNE_TRACEBACK=1`` shows where it came from.
+    What a user can cause is a ``ValueError`` with a line for the user, or refused by the system, and ends with status 2.
+    Anything else that is raised ends with status 1 and a line too; ``HYBRIDPRUNE_TRACEBACK=1`` shows where it came from.
 
     Args:
         prefix: what the line starts with, e.g. "export failed".
@@ -55,7 +55,7 @@ def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 if os.environ.get(TRACEBACK):
                     raise
                 begin = "configuration error" if isinstance(error, ConfigError) else prefix
-                _end(f"{begin}: {one_line(error)}", USER_ERROR if isinstance(error, ValueError) else 1)
+                _end(f"{begin}: {one_line(error)}", USER_ERROR if isinstance(error, ValueError | OSError) else 1)
 
         return run
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint, read_run_file
+from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint, saved_config
 from hybridprune_megatron.config.compose import change_config, load_config
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.weight_files import holds_tensors
@@ -63,7 +63,7 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
         ValueError: a key or value the schema refuses.
     """
     if checkpoint.is_dir() and (checkpoint / RUN_FILE).is_file():
-        saved: Any = read_run_file(checkpoint).get("config")
+        saved: Any = saved_config(checkpoint)
     else:
         saved = asdict(load_config(overrides))
         overrides = ()

@@ -104,6 +104,14 @@ def sent_bytes(transfers: Iterable[Transfer]) -> tuple[float, float]:
     return sum(each.near for each in transfers), sum(each.far for each in transfers)
 
 
+def _pooled_scores(group: Group, visual: int, pooling: str) -> list[Transfer]:
+    """Scores over the heads of all ranks: their mean is taken in shares of the tokens, their maximum in one message."""
+    if pooling != "mean":
+        return all_reduce("scores", "forward", group, visual * _FP32)
+    filled = -(-visual // group.ranks) * group.ranks * _FP32
+    return all_to_all("scores", "forward", group, filled) + all_gather("scores", "forward", group, filled)
+
+
 class Wires:
     """The transfers of one configuration.
 
@@ -176,16 +184,16 @@ class Wires:
             visual: V, scored ones.
             question: tokens that ask.
         """
-        parallel, transfers = self.cfg.parallel, []
-        if self.cfg.reduction.scorer == "query" and symbol == "*":
+        parallel, reduction, transfers = self.cfg.parallel, self.cfg.reduction, []
+        if reduction.scorer == "query" and symbol == "*":
             queries = attention_widths(self.cfg.model)[0] // parallel.tensor
             log_sums = question * self.cfg.model.num_attention_heads // parallel.tensor
             transfers += all_reduce("scores", "forward", self.context, question * queries * self.width)
             transfers += all_gather("scores", "forward", self.context, parallel.context * log_sums * _FP32)
             transfers += all_gather("scores", "forward", self.context, before * _FP32)
-            transfers += all_reduce("scores", "forward", self.tensor, visual * _FP32)
-        elif self.cfg.reduction.scorer == "query":
-            transfers += all_reduce("scores", "forward", self.heads, visual * _FP32)
+            transfers += _pooled_scores(self.tensor, visual, reduction.attention_pooling)
+        elif reduction.scorer == "query":
+            transfers += _pooled_scores(self.heads, visual, reduction.mamba_pooling)
         if parallel.sequence_parallel:
             transfers += all_gather("drop", "forward", self.tensor, self._stream(before))
             transfers += all_gather("drop", "backward", self.tensor, self._stream(after))

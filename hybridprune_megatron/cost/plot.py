@@ -50,4 +50,4 @@ def plot_plan(path: Path, prefill: Prefill, name: str) -> None:
     prompt = prefill.prompt
     figure.suptitle(f"{name}, {prompt.visual:,} visual and {prompt.text:,} text tokens", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Creator": "recipes/plan.py"})

@@ -1,8 +1,8 @@
 """What scoring, dropping and the reduction in front of the model cost, as ``hybridprune_megatron/method`` does them.
 
 Letters: T rows that score, V visual tokens that enter the layer, L all tokens that enter it, H heads, E head width,
-G groups, N state size, D hidden size. Scores are computed in fp32 whatever the precision of the run. Here every block
-of logits counts as written and read once, for no kernel fuses them.
+G groups, N state size, D hidden size. Scores are computed in fp32 whatever the precision of the run, with decay in
+float64. Here every block of logits counts as written and read once, for no kernel fuses them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def implicit_attention_score(
     flops = 2 * rows * visual * groups * state * passes
     numbers = rows * visual * (groups + (heads if softmax or reduction.mamba_decay else 0)) * passes
     read = width * (visual * passes + rows) * groups * state
-    return {"score": Cost(flops, flops, read + 2 * _FP32 * numbers)}
+    logit = 2 * _FP32 if reduction.mamba_decay else _FP32
+    return {"score": Cost(flops, flops, read + 2 * logit * numbers)}
 
 
 def drop_operations(

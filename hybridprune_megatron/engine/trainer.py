@@ -13,6 +13,7 @@ from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
+from hybridprune_megatron.engine.run_lock import hold_folder
 from hybridprune_megatron.engine.strategy import MegatronStrategy
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def resume_checkpoint(cfg: Config, say: bool) -> Path | None:
 
 
 def start_experiment(trainer: Trainer, cfg: Config) -> Path:
-    """Calls NeMo's exp_manager: loggers, step timing, time limit, and the checkpoint to resume from.
+    """Locks the run's folder and calls NeMo's exp_manager: loggers, step timing, time limit, the checkpoint to resume.
 
     Args:
         trainer: from :func:`build_trainer`; changed in place.
@@ -77,9 +78,14 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
 
     Returns:
         The folder of the logs.
+
+    Raises:
+        ValueError: another run writes the folder, or all checkpoints in it are damaged.
     """
     from nemo.utils.exp_manager import exp_manager
 
+    if trainer.is_global_zero:
+        hold_folder(Path(cfg.output_dir))
     settings: dict[str, Any] = dict(cfg.exp_manager)
     # exp_manager moves every file it finds in its folder into run_<n>/ when a run starts again; the step log,
     # the report and the plots in output_dir must stay where they are.

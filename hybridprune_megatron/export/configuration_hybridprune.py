@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+import transformers
 
 from hybridprune_megatron.config.checks import closest, fail
 from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
+from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE, check_transformers
 from hybridprune_megatron.method.schedule import Shape, layer_symbols
+
+# Before anything is asked of transformers that older ones lack: this is the first file of an export that is read.
+check_transformers(TRANSFORMERS_RANGE)
 
 # Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
 TRAINING_ONLY = {"multiple_of", "local_choice"}
@@ -48,15 +52,13 @@ def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | 
     """
     if given is None:
         return None
-    if not isinstance(given, Mapping):
-        raise fail("reduction", given, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
-    merged = {**(saved or {}), **given}
+    merged = {**_group(saved or {}), **_group(given)}
     if "retention" not in given and _SCHEDULE_KEYS & set(given):
         merged["retention"] = None
     return merged
 
 
-class HybridPruneConfig(PreTrainedConfig):
+class HybridPruneConfig(transformers.PreTrainedConfig):
     """Configuration of ``HybridPruneForCausalLM``.
 
     ``from_pretrained(folder, reduction=None)`` turns the reduction off; ``reduction={"budget": 0.5}`` keeps the other
@@ -91,10 +93,11 @@ class HybridPruneConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output layer is the embedding.
         eos_token_id, pad_token_id: end of an answer, and padding.
         num_hidden_layers: length of the pattern; what is given is not read.
+        transformers_range: versions of transformers that the code runs under, as pip writes them.
     """
 
     model_type = "hybridprune_vl"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     hybrid_override_pattern: str = "M-M*-"
     vocab_size: int = 1024
@@ -126,13 +129,15 @@ class HybridPruneConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     num_hidden_layers: int = 0
+    transformers_range: str = TRANSFORMERS_RANGE
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Checks and completes what depends on other fields.
 
         Raises:
-            ValueError: a pattern, a reduction or a limit of dt that is not allowed.
+            ValueError: an older transformers, or a pattern, a reduction or a limit of dt that is not allowed.
         """
+        check_transformers(self.transformers_range)
         self.num_hidden_layers = len(layer_symbols(self.hybrid_override_pattern))
         self.time_step_limit = _checked_limit(self.time_step_limit)
         self.special_token_ids = list(self.special_token_ids)
@@ -154,9 +159,15 @@ class HybridPruneConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
+def _group(reduction: Any) -> Mapping[str, Any]:
+    if not isinstance(reduction, Mapping):
+        raise fail("reduction", reduction, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
+    return reduction
+
+
 def _check_keys(reduction: Mapping[str, Any]) -> None:
     """Keys are known; what they may hold is said by the class that is built of them."""
-    for name, value in reduction.items():
+    for name, value in _group(reduction).items():
         if name not in _KEYS:
             nearest = closest(name, _KEYS)
             fix = f"did you mean {nearest}?" if nearest else f"leave {name} out"

@@ -28,7 +28,12 @@ def load_model(checkpoint: Path, cfg: Config) -> VideoLanguageModel:
     """
     init_distributed(Launch())
     init_model_parallel(seed=cfg.trainer.seed)
-    model = build_model(cfg)
-    load_initial_weights(model, checkpoint)
+    try:
+        model = build_model(cfg)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"configuration of {checkpoint} describes a model that cannot be built: {' '.join(str(error).split())}"
+        ) from None
+    load_initial_weights(model, checkpoint, cfg.model)
     merge_adapters(model)
     return model.eval()

@@ -1,7 +1,7 @@
 """The native operators of ``kernels/`` on our own structures: scores, and the choice of tokens.
 
-They equal the plain torch of ``score_query`` and ``plan`` but for the rounding of float32 sums; of equal scores they
-keep the same. Shape letters as in ``score_query``.
+They equal the plain torch of ``score_query`` and ``plan`` but for the rounding of float32 sums; what plain torch sums
+in float64 they do, too, to the same bits. Of equal scores they keep the same. Shape letters as in ``score_query``.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def mamba_scores(
     device = signals.B.device
     log_decay = None
     if scorer.mamba_decay:
-        # Only differences within a sample count, so the sum may run through all of them.
-        log_decay = torch.cumsum(signals.dt.double() * signals.A.double(), 0)
+        log_decay = torch.zeros_like(signals.dt, dtype=torch.float64)
+        for sample in samples:
+            log_decay[sample.first : sample.last] = sample.log_decay(signals)
     return ops.mamba_score(
         signals.B,
         signals.C,

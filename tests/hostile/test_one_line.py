@@ -45,8 +45,8 @@ def _ended_by(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple
     [
         (ConfigError("a=1: must be 2"), 2, "configuration error: a=1: must be 2"),
         (ValueError("two\n  lines"), 2, "program failed: two lines"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "program failed: No space left on device"),
-        (FileNotFoundError(2, "No such file", "/x"), 1, "program failed: No such file (/x)"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "program failed: No space left on device"),
+        (FileNotFoundError(2, "No such file", "/x"), 2, "program failed: No such file (/x)"),
         (RuntimeError("Caught KeyError in worker 0.\nTraceback (most recent call last):\n  File\nKeyError: 'x'\n"), 1,
          "program failed: KeyError: 'x'"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] . can't allocate\nException raised from f\nframe #0: g"), 1,

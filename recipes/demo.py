@@ -332,8 +332,8 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
     }
 
 
-def remove_products(out: Path) -> None:
-    """Deletes what an earlier demo wrote into a folder.
+def products(out: Path) -> list[Path]:
+    """What an earlier demo wrote into a folder.
 
     Raises:
         ValueError: the folder is not one of the demo's.
@@ -341,8 +341,13 @@ def remove_products(out: Path) -> None:
     there = [out / name for name in PRODUCTS if (out / name).exists()]
     if there and not (out / "inputs.json").is_file():
         raise ValueError(f"--fresh: {out} has no inputs.json, so {there[0].name} is not the demo's; remove it yourself")
+    return there
+
+
+def remove_products(out: Path) -> None:
+    """Deletes what an earlier demo wrote into a folder; errors as for ``products``."""
     # inputs.json last: a killed call can be repeated.
-    for product in sorted(there, key=lambda path: path.name == "inputs.json"):
+    for product in sorted(products(out), key=lambda path: path.name == "inputs.json"):
         shutil.rmtree(product) if product.is_dir() and not product.is_symlink() else product.unlink()
 
 
@@ -382,13 +387,14 @@ def main(argv: list[str]) -> None:
     options = parser.parse_intermixed_args(argv)
     overrides = ["name=demo", *options.overrides]
     cfg = exit_on_config_error(["experiment=demo", *overrides])
-    out = Path(cfg.output_dir)
+    out, inputs = Path(cfg.output_dir), inputs_of(cfg)
+    # Before the locks, which are files too: nothing is written into somebody else's folder.
+    products(out) if options.fresh else check_same_run(out, inputs)
     hold_folder(out, "demo")
     # Nothing is deleted while a finetuning that was started by hand writes the same folder.
     hold_folder(out)
     if options.fresh:
         remove_products(out)
-    inputs = inputs_of(cfg)
     check_same_run(out, inputs)
     release_folder(out)
     write_json(out / "inputs.json", inputs)

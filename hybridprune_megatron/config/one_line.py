@@ -33,8 +33,8 @@ R = TypeVar("R")
 def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates the main function of a program.
 
-    What a user can cause is a ``ValueError`` with a line for the user, or refused by the system, and ends with status 2.
-    Anything else that is raised ends with status 1 and a line too; ``HYBRIDPRUNE_TRACEBACK=1`` shows where it came from.
+    What a user or a file can cause is a ``ValueError`` or an ``OSError``: one line, and status 2. Everything else ends
+    in one line too, with status 1. ``HYBRIDPRUNE_TRACEBACK=1`` shows where an error came from.
 
     Args:
         prefix: what the line starts with, e.g. "export failed".

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hybridprune_megatron.config.outputs import MARKER
 from hybridprune_megatron.data.shards import ShardWriter
 from scripts.make_demo_data import main as make_demo_data
 from scripts.make_shards import main as make_shards
@@ -46,7 +47,8 @@ def test_demo_data_is_left_alone_when_it_is_there(tmp_path: Path, capsys: pytest
     make_demo_data([*command.split(), "--seed", "9"])
     assert json.loads((tmp_path / "train" / "needles.json").read_text())["seed"] == 9
     (tmp_path / "train" / "needles.json").unlink()
-    with pytest.raises(SystemExit, match="holds something else"):
+    (tmp_path / "train" / MARKER).unlink()
+    with pytest.raises(SystemExit, match="was not written by"):
         make_demo_data(command.split())
 
 

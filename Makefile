@@ -9,8 +9,13 @@ SHELL := /bin/bash
 PYTHON ?= python$(shell cat .python-version)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
-# Without its dependencies: the extra "eval" has those that are needed.
-LMMS_EVAL := lmms-eval==0.7.3
+# Versions and hashes of everything that is installed; `make lock` renews them.
+LOCKS := requirements/build.lock requirements/dev.lock requirements/newest.lock
+# Next to the installed transformers, for the tests that run under both: first on PYTHONPATH.
+NEWEST := $(VENV)/newest
+UNDER_NEWEST = PYTHONPATH=$(NEWEST) HYBRIDPRUNE_TRANSFORMERS=$$(sed -n 's/^transformers==\([^ ]*\).*/\1/p' requirements/newest.lock)
+# A locked version is taken as it is: no resolver, and no build environment that would fetch what is not locked.
+PIP_LOCKED := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation
 # Native operators: built again if a source changes. HYBRIDPRUNE_CUDA=0 leaves the CUDA ones out.
 KERNELS := $(wildcard kernels/setup.py kernels/pyproject.toml kernels/csrc/*.* kernels/csrc/*/*.* kernels/src/*/*.py)
 # Tests that need no GPU and no patience; `make test-all` runs the slow ones too.
@@ -23,27 +28,39 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -
 # Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
 ARGS ?=
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup lock demo test test-all lint bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# make setup     builds .venv and installs everything (again only if what it is made of changed)
+# make setup     builds .venv and installs what the locks name (again only if they changed)
 setup: $(INSTALLED)
 
 # Pip's lines, without those that say nothing new and cut to a terminal's width.
-$(INSTALLED): pyproject.toml .python-version $(KERNELS)
+$(INSTALLED): pyproject.toml .python-version $(LOCKS) $(KERNELS)
 	@command -v "$(PYTHON)" > /dev/null || { \
 	  echo "$(PYTHON) not found: install Python $$(cat .python-version), or name it: make setup PYTHON=/path/to/python"; exit 1; }
 	@test -x $(VENV)/bin/python || { echo "making $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "installing into $(VENV) (about 5 GB, some minutes the first time)"
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check -e ".[dev]" \
+	@$(PIP_LOCKED) --quiet --require-hashes -r requirements/build.lock
+	@$(PIP_LOCKED) --require-hashes -r requirements/dev.lock \
 	  | sed -u -e '/already satisfied/d' -e '/^  \(Using cached\|Getting\|Installing\|Preparing\)/d' \
 	      -e '/\.metadata/d' -e '/eta 0:/d' -e 's/^\(.\{117\}\).*/\1.../'
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(LMMS_EVAL)
+	@$(PIP_LOCKED) --quiet -e .
+	@rm -rf $(NEWEST)
+	@$(PIP_LOCKED) --quiet --require-hashes --target $(NEWEST) -r requirements/newest.lock
 	@echo "building the native operators of kernels/ (a minute or two)"
-	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps ./kernels
+	@$(PIP_LOCKED) --quiet ./kernels
 	@touch $@
+
+# make lock      renews the locks: the newest versions that pyproject.toml allows, and the newest transformers
+COMPILE := $(VENV)/bin/uv pip compile --upgrade --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet \
+  --python-version 3.12 --python-platform x86_64-manylinux_2_28
+lock: $(INSTALLED)
+	@$(COMPILE) pyproject.toml --extra dev --group lmms-eval --output-file requirements/dev.lock
+	@printf 'pip\nsetuptools\n' | $(COMPILE) - --constraint requirements/dev.lock --output-file requirements/build.lock
+	@echo transformers | $(COMPILE) - --no-deps --output-file requirements/newest.lock
+	@git diff --stat -- requirements
 
 # make demo      the main job on the embedded default; ends with a table and runs/demo/
 demo: $(INSTALLED)
@@ -52,6 +69,7 @@ demo: $(INSTALLED)
 # make test      lint and the tests that run here, on a Slurm of two nodes too where that can be had
 test: lint
 	@$(WITH_SLURM); $(PYTEST) -m "$(QUICK) $$skipped" $(ARGS)
+	@test -n "$(ARGS)" || $(UNDER_NEWEST) $(PYTEST) -m "$(QUICK)" tests/export
 
 # make test-all  the slow tests too
 test-all: lint

@@ -13,19 +13,16 @@ Nothing slow is imported but what a chosen class of somebody else's imports.
 from __future__ import annotations
 
 import importlib
-import math
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 from yaml import safe_load  # type: ignore[import-untyped]  # the package ships no types
 
+from hybridprune_megatron.bounds import Rule, check_value, rules
 from hybridprune_megatron.checks import ConfigError, closest, fail
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
 
 class Plugin:
@@ -38,11 +35,8 @@ class Plugin:
     name: ClassVar[str]
 
 
-P = TypeVar("P", bound=Plugin)
-
-
 @dataclass(frozen=True)
-class Registry(Generic[P]):
+class Registry[P: Plugin]:
     """The classes that one key of the configuration chooses among.
 
     Attributes:
@@ -114,8 +108,12 @@ class Registry(Generic[P]):
         if isinstance(value, str):
             value = safe_load(value) if value.startswith("{") else {"name": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-            raise fail(self.key, repr(value), "must be a name, or a name with its keys", f"set e.g. {self.key}=" + (
-                f"{self.names[0]} or {self.key}={{name: {self.names[0]}}}"))
+            raise fail(
+                self.key,
+                repr(value),
+                "must be a name, or a name with its keys",
+                f"set e.g. {self.key}=" + (f"{self.names[0]} or {self.key}={{name: {self.names[0]}}}"),
+            )
         chosen = self.find(value["name"])
         given = {key: each for key, each in value.items() if key != "name"}
         return chosen(**typed(chosen, given, f"{self.key}.", f"{self.key}={value['name']}"))
@@ -127,59 +125,43 @@ def plain(plugin: Any) -> dict[str, Any]:
 
 
 def typed(owner: type, given: Mapping[str, Any], prefix: str, whose: str) -> dict[str, Any]:
-    """Values that are of the types of a dataclass's fields.
+    """Values that the fields of a dataclass may hold (``bounds``); lists where a field is a tuple become tuples.
 
     Args:
-        owner: the dataclass; fields are of int, float, bool, str, of lists or tuples of one of these, or null.
+        owner: the dataclass.
         given: some of its fields.
         prefix: of a field's key, e.g. "reduction.score.".
         whose: for the message about a key that there is not.
 
     Raises:
-        ConfigError: an unknown key, a value of another type, a missing one.
+        ConfigError: an unknown key, a value that a key does not take, a missing one.
     """
     if not isinstance(given, Mapping):
-        raise fail(prefix.rstrip("."), repr(given), "must be keys with values", f"set e.g. {prefix}{fields(owner)[0].name}")
-    hints, known = get_type_hints(owner), [field for field in fields(owner) if field.init]
-    names = [field.name for field in known]
-    for name in given:
-        if name not in names:
-            nearest = closest(name, names)
+        raise fail(prefix.rstrip("."), given, "must be keys with values", f"set e.g. {prefix}{fields(owner)[0].name}")
+    known = {field.name: field for field in fields(owner) if field.init}
+    for name, value in given.items():
+        if name not in known:
+            nearest = closest(str(name), known)
             fix = f"did you mean {prefix}{nearest}?" if nearest else f"leave {prefix}{name} out"
-            raise fail(
-                f"{prefix}{name}", given[name], f"{whose} has the keys {', '.join(names)}" if names else (
-                    f"{whose} has no keys"), fix
-            )
-    for field in known:
-        if field.default is MISSING and field.default_factory is MISSING and field.name not in given:
-            raise fail(f"{prefix}{field.name}", None, f"{whose} needs it", f"set {prefix}{field.name}")
-    return {name: _converted(value, hints[name], f"{prefix}{name}") for name, value in given.items()}
+            allowed = f"{whose} has the keys {', '.join(known)}" if known else f"{whose} has no keys"
+            raise fail(f"{prefix}{name}", value, allowed, fix)
+    allowed_by_name = rules(owner)
+    for name, field in known.items():
+        if field.default is MISSING and field.default_factory is MISSING and name not in given:
+            raise fail(f"{prefix}{name}", None, f"{whose} needs it", f"set {prefix}{name}")
+        if name in given:
+            default = None if field.default is MISSING else field.default
+            check_value(f"{prefix}{name}", given[name], allowed_by_name[name], default)
+    return {name: _converted(value, allowed_by_name[name]) for name, value in given.items()}
 
 
-def _converted(value: Any, hint: Any, key: str) -> Any:
-    """A value in the type of its field: whole numbers become numbers where a field is one, lists tuples."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    for option in options:
-        origin = get_origin(option) or option
-        if origin is Any or (is_dataclass(origin) and isinstance(value, origin)):
-            return value
-        if origin in (list, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
-            inner = get_args(option)[0]
-            return origin(_converted(each, inner, f"{key}[{number}]") for number, each in enumerate(value))
-        if origin is float and type(value) in (int, float):
-            if not math.isfinite(value):
-                raise fail(key, value, "must be a finite number", f"set {key} to one")
-            return float(value)
-        if type(value) is origin:
-            return value
-    words = " or ".join(_type_words(option) for option in options)
-    raise fail(key, repr(value), f"must be {words}", f"set {key} to such a value")
-
-
-def _type_words(option: Any) -> str:
-    if get_origin(option) in (list, tuple):
-        return f"a list of {_WORDS[get_args(option)[0]].rpartition(' ')[2]}s"
-    return _WORDS.get(option, "a value")
+def _converted(value: Any, rule: Rule) -> Any:
+    """A value that has been checked, in the type of its field."""
+    if value is None:
+        return None
+    if rule.kind in (list, tuple) and rule.item is not None:
+        return rule.kind(_converted(each, rule.item) for each in value)
+    return float(value) if rule.kind is float else value
 
 
 __all__ = ["ConfigError", "Plugin", "Registry", "plain", "typed"]

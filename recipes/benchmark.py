@@ -23,21 +23,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hybridprune_megatron.config import Config, exit_on_config_error
 from hybridprune_megatron.checks import fail
+from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config.one_line import one_line_errors, whole
+from hybridprune_megatron.config.outputs import check_file
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT, PAGE = ROOT / "docs" / "performance", ROOT / "docs" / "performance.md"
+COMMAND, FILES = "recipes/benchmark.py", ("report.json", "prefill.png")
 DEFAULT = ["experiment=twin", "reduction.budget=0.25"]
 TEXT_TOKENS, QUESTION_TOKENS = 200, 30
 CHECKED_TOKENS = 700
 
 
+@one_line_errors("benchmark failed")
 def main(argv: list[str]) -> None:
     """Measures, prints the ratios, writes the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--visual-tokens", type=int, nargs="+", default=[2048, 8192], help="default: 2048 8192")
-    parser.add_argument("--rounds", type=int, default=5, help="medians of so many (default 5)")
+    parser.add_argument(
+        "--visual-tokens", type=whole(1, 2**27), nargs="+", default=[2048, 8192], help="default: 2048 8192"
+    )
+    parser.add_argument("--rounds", type=whole(1, 10**6), default=5, help="medians of so many (default 5)")
     parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
     parser.add_argument("--no-decode", action="store_true", help="leave decoding out")
     parser.add_argument("--no-train", action="store_true", help="leave the training step out")
@@ -51,12 +57,9 @@ def main(argv: list[str]) -> None:
         write_page(PAGE, KEPT)
         return
     cfg = exit_on_config_error(overrides if any("experiment=" in each for each in overrides) else DEFAULT + overrides)
-    try:
-        report = benchmark(cfg, options) | {"settings": settings_of(cfg, options, argv)}
-    except ValueError as error:
-        print(f"benchmark failed: {error}", file=sys.stderr)
-        sys.exit(2)
-    finish(report, options)
+    for name in FILES:
+        check_file(options.out / name, COMMAND, "--out")
+    finish(benchmark(cfg, options) | {"settings": settings_of(cfg, options, argv)}, options)
 
 
 def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
@@ -221,10 +224,12 @@ def finish(report: dict[str, Any], options: argparse.Namespace) -> None:
     from hybridprune_megatron.benchmark.report import headline, plot_prefill, write_page
 
     text = json.dumps(report, indent=1) + "\n"
+    written, drawn = (options.out / name for name in FILES)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "report.json").write_text(text, encoding="ascii")
-    plot_prefill(options.out / "prefill.png", report)
-    print("\n".join([*headline(report), f"{options.out / 'report.json'}, {options.out / 'prefill.png'}"]))
+    # It names this command in its settings.
+    written.write_text(text, encoding="ascii")
+    plot_prefill(drawn, report)
+    print("\n".join([*headline(report), f"{written}, {drawn}"]))
     if options.keep:
         KEPT.mkdir(parents=True, exist_ok=True)
         (KEPT / f"{options.keep}.json").write_text(text, encoding="ascii")

@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.engine.preemption import STOPPED
+from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
 from hybridprune_megatron.evaluation.report import summary_rows, text_table
 from hybridprune_megatron.evaluation.stages import Stages, differences
 
@@ -38,10 +41,8 @@ TRAIN_QUESTIONS = 5
 DATA_SEED = 1
 CLIP = {"frames": 16, "fps": 2}
 # What a run leaves in its folder, and --fresh deletes.
-PRODUCTS = (
-    *("data", "stages", "checkpoints", "logs", "hf"),
-    *("inputs.json", "train_log.jsonl", "report.json", "plot.png", "clip.mp4"),
-)
+_RESULTS = ("report.json", "plot.png", "clip.mp4")
+PRODUCTS = ("data", "stages", "checkpoints", "logs", "hf", "inputs.json", "train_log.jsonl", *_RESULTS)
 PARITY_SAMPLES = 4
 TIMING_SAMPLES = 8
 TIMING_ROUNDS = 9
@@ -270,17 +271,31 @@ class Demo:
             SystemExit: with its exit code, if it failed; it has said why.
         """
         environment = {"PYTHONWARNINGS": "ignore", **os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
+        program = subprocess.Popen(
             [sys.executable, str(ROOT / script), *arguments],
             stdout=subprocess.PIPE if capture else None,
             text=True,
             env=environment,
-            check=False,
         )
-        if done.returncode:
-            print(f"{script} failed with exit code {done.returncode}; see above", file=sys.stderr)
-            sys.exit(done.returncode)
-        return done.stdout or ""
+        printed = _output_of(program)
+        if program.returncode:
+            stopped = program.returncode == STOPPED
+            why = "was asked to stop; the same command continues" if stopped else "failed; see above"
+            print(f"{script} {why} (exit status {program.returncode})", file=sys.stderr)
+            sys.exit(program.returncode)
+        return printed
+
+
+def _output_of(program: subprocess.Popen[str]) -> str:
+    """What a program prints, if that is captured; waits for its end.
+
+    Ctrl-C reaches it too: it decides what becomes of its work, and whoever does not wait for it would kill it.
+    """
+    while True:
+        try:
+            return program.communicate()[0] or ""
+        except KeyboardInterrupt:
+            continue
 
 
 def inputs_of(cfg: Config) -> dict[str, Any]:
@@ -317,6 +332,25 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
     }
 
 
+def products(out: Path) -> list[Path]:
+    """What an earlier demo wrote into a folder.
+
+    Raises:
+        ValueError: the folder is not one of the demo's.
+    """
+    there = [out / name for name in PRODUCTS if (out / name).exists()]
+    if there and not (out / "inputs.json").is_file():
+        raise ValueError(f"--fresh: {out} has no inputs.json, so {there[0].name} is not the demo's; remove it yourself")
+    return there
+
+
+def remove_products(out: Path) -> None:
+    """Deletes what an earlier demo wrote into a folder; errors as for ``products``."""
+    # inputs.json last: a killed call can be repeated.
+    for product in sorted(products(out), key=lambda path: path.name == "inputs.json"):
+        shutil.rmtree(product) if product.is_dir() and not product.is_symlink() else product.unlink()
+
+
 def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
     """Refuses to go on in a folder that holds a run of other settings, of this program or of ``recipes/finetune.py``.
 
@@ -324,6 +358,9 @@ def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
         ValueError: naming what differs.
     """
     changed: list[str] = []
+    mine = [name for name in _RESULTS if (out / name).exists() and not (out / "inputs.json").is_file()]
+    if mine:
+        raise ValueError(f"{out} has {mine[0]}, but no inputs.json, so it is not the demo's: give another output_dir")
     if (out / "inputs.json").is_file():
         changed = differences(json.loads((out / "inputs.json").read_text()), inputs)
     for record in sorted(out.glob("checkpoints/step_*/run.json")):
@@ -340,6 +377,7 @@ def write_json(path: Path, values: Any) -> None:
     scratch.replace(path)
 
 
+@one_line_errors("demo")
 def main(argv: list[str]) -> None:
     """Reads the command line; a wrong setting ends it with one line and code 2, before anything slow is imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -349,17 +387,16 @@ def main(argv: list[str]) -> None:
     options = parser.parse_intermixed_args(argv)
     overrides = ["name=demo", *options.overrides]
     cfg = exit_on_config_error(["experiment=demo", *overrides])
-    out = Path(cfg.output_dir)
+    out, inputs = Path(cfg.output_dir), inputs_of(cfg)
+    # Before the locks, which are files too: nothing is written into somebody else's folder.
+    products(out) if options.fresh else check_same_run(out, inputs)
+    hold_folder(out, "demo")
+    # Nothing is deleted while a finetuning that was started by hand writes the same folder.
+    hold_folder(out)
     if options.fresh:
-        for product in (out / name for name in PRODUCTS):
-            shutil.rmtree(product) if product.is_dir() else product.unlink(missing_ok=True)
-    try:
-        inputs = inputs_of(cfg)
-        check_same_run(out, inputs)
-    except ValueError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        sys.exit(2)
-    out.mkdir(parents=True, exist_ok=True)
+        remove_products(out)
+    check_same_run(out, inputs)
+    release_folder(out)
     write_json(out / "inputs.json", inputs)
     # Megatron reports what it does without Apex and Transformer Engine, which a demo without a GPU does not have.
     warnings.filterwarnings("ignore")

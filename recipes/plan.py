@@ -21,15 +21,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.config import Config, ConfigError, load_config
 from hybridprune_megatron.checks import fail
-from hybridprune_megatron.config.compose import EXIT_CODE
+from hybridprune_megatron.config import Config, ConfigError, load_config
 from hybridprune_megatron.config.fields import field_help
+from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.outputs import check_file
 from hybridprune_megatron.cost.calibration import Calibration, calibration_lengths, predict, sample_sizes
 from hybridprune_megatron.cost.plan import Plan, make_plan
 from hybridprune_megatron.cost.report import plan_lines
 from hybridprune_megatron.cost.target import PREFIX, TargetConfig, read_target, split_target
 
+COMMAND = "recipes/plan.py"
 OPTIONS = ("--plot", "--measure")
 
 
@@ -86,11 +88,12 @@ def measure(cfg: Config, plan: Plan, rounds: int = 7) -> dict[str, Any]:
     init_model_parallel(seed=cfg.trainer.seed)
     from hybridprune_megatron.evaluation.language_prefill import one_sample, time_language_prefill, time_pieces
     from hybridprune_megatron.evaluation.machine import describe_machine
-    from hybridprune_megatron.method.reduction import Reduction
     from hybridprune_megatron.models.build import build_model
 
     model, prompt = build_model(cfg).to(device), plan.prefill.prompt
-    reduction = Reduction.of(vars(cfg.reduction), [row.retention for row in plan.prefill.rows])
+    reduction = cfg.reduction.policy(
+        cfg.model.hybrid_pattern, retention=tuple(row.retention for row in plan.prefill.rows)
+    )
     if reduction is None:
         raise fail("reduction.budget", plan.budget, "--measure compares with a reduction", "set it below 1")
     pieces: dict[str, dict[int, float]] = {}
@@ -131,34 +134,33 @@ def show_measured(result: dict[str, Any]) -> None:
     )
 
 
+@one_line_errors("plan failed")
 def main(arguments: Sequence[str]) -> None:
     """Prints a plan, or one line on stderr with exit code 2."""
     if {"-h", "--help"} & set(arguments):
         print(usage())
         return
-    try:
-        options, arguments = split_options(arguments)
-        mine, others = split_target(arguments)
-        target, cfg = read_target(mine), load_config(others)
-        if "--measure" in options and cfg.parallel.model_parallel_size > 1:
-            raise ConfigError("--measure: runs in one process; set parallel=single")
-        if "--measure" in options and cfg.reduction.front != "none":
-            reason = "--measure times the language model alone"
-            raise fail("reduction.front", cfg.reduction.front, reason, "set reduction.front=none")
-        plan = make_plan(cfg, target)
-        print("\n".join(plan_lines(cfg, target, plan)), flush=True)
-        if "--plot" in options:
-            from hybridprune_megatron.cost.plot import plot_plan
+    options, arguments = split_options(arguments)
+    mine, others = split_target(arguments)
+    target, cfg = read_target(mine), load_config(others)
+    if "--measure" in options and cfg.parallel.model_parallel_size > 1:
+        raise ConfigError("--measure: runs in one process; set parallel=single")
+    if "--measure" in options and cfg.reduction.front != "none":
+        reason = "--measure times the language model alone"
+        raise fail("reduction.front", cfg.reduction.front, reason, "set reduction.front=none")
+    for name, path in options.items():
+        check_file(path, COMMAND, name)
+    plan = make_plan(cfg, target)
+    print("\n".join(plan_lines(cfg, target, plan)), flush=True)
+    if "--plot" in options:
+        from hybridprune_megatron.cost.plot import plot_plan
 
-            plot_plan(options["--plot"], plan.prefill, cfg.model.name)
-        if "--measure" in options:
-            result = measure(cfg, plan)
-            options["--measure"].parent.mkdir(parents=True, exist_ok=True)
-            options["--measure"].write_text(json.dumps(result, indent=1) + "\n")
-            show_measured(result)
-    except ConfigError as error:
-        print(f"configuration error: {error}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        plot_plan(options["--plot"], plan.prefill, cfg.model.name)
+    if "--measure" in options:
+        result = measure(cfg, plan)
+        options["--measure"].parent.mkdir(parents=True, exist_ok=True)
+        options["--measure"].write_text(json.dumps({"made_by": COMMAND, **result}, indent=1) + "\n")
+        show_measured(result)
 
 
 if __name__ == "__main__":

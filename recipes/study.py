@@ -23,6 +23,7 @@ from statistics import fmean
 from typing import Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config.one_line import one_line_errors, whole
 from hybridprune_megatron.study.cells import Unit
 from hybridprune_megatron.study.run import EXPERIMENT, Runner
 
@@ -33,10 +34,13 @@ FIGURE = DOCS / "accuracy.png"
 BATCH_TOKENS = 6000
 
 
+@one_line_errors("study failed")
 def main(argv: list[str]) -> None:
     """Measures what is missing and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread each")
+    parser.add_argument(
+        "--workers", type=whole(1, 1024), default=os.cpu_count() or 1, help="processes of one thread each"
+    )
     parser.add_argument("--only", nargs="+", metavar="WORD", help="units whose stage or method is one of these")
     parser.add_argument(
         "--skip", nargs="+", default=[], metavar="WORD", help="units whose stage or method is not these"
@@ -45,11 +49,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--no-timing", action="store_true", help="leave the prefill times for another run")
     options, overrides = parser.parse_known_args(argv)
     cfg = exit_on_config_error([EXPERIMENT, *overrides])
-    try:
-        failures = study(cfg, overrides, options)
-    except ValueError as error:
-        print(f"study failed: {error}", file=sys.stderr)
-        sys.exit(2)
+    failures = study(cfg, overrides, options)
     if failures:
         print("\n".join(["failed units, given up for now; the same command tries them again:", *failures]))
         sys.exit(1)

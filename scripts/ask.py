@@ -25,9 +25,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default %(default)s)")
     options = parser.parse_args(argv)
-    for name in ("model", "video"):
-        if not Path(getattr(options, name)).exists():
-            parser.error(f"--{name} {getattr(options, name)}: is not there")
+    if not (Path(options.model) / "config.json").is_file():
+        parser.error(f"--model {options.model}: is no folder with a config.json, as scripts/export_hf.py writes one")
+    if not Path(options.video).is_file():
+        parser.error(f"--video {options.video}: is no file")
+    if not options.question.strip():
+        parser.error("--question is empty: ask something, it decides which visual tokens stay")
+    if not 1 <= options.max_new_tokens <= 2**20:
+        parser.error(f"--max-new-tokens {options.max_new_tokens}: from 1 to {2**20}")
     if options.budget is not None and not 0 < options.budget <= 1:
         parser.error(f"--budget {options.budget}: must be above 0 and at most 1 (1: nothing is dropped)")
     return options
@@ -39,15 +44,28 @@ def answer(options: argparse.Namespace) -> str:
     from transformers import AutoModelForCausalLM, AutoProcessor
 
     changes = {} if options.budget is None else {"reduction": {"budget": options.budget}}
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, **changes).eval()
+    # First what reads the question and the video: it is quick to say what is wrong with them.
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": options.question}]}]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=text, videos=[options.video], return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, **changes).eval()
     tokens = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
     written = tokens[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(written, skip_special_tokens=True)[0].strip()
 
 
+def main(argv: list[str]) -> None:
+    """Asks; what is wrong with the video, the question or the model ends it with one line and code 2."""
+    options = parse_arguments(argv)
+    # As in the package, whose code this program does without: the export's own and its libraries' errors are one line.
+    try:
+        print(answer(options))
+    except (Exception, KeyboardInterrupt) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        print(f"ask failed: {said[:1000]}", file=sys.stderr)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    print(answer(parse_arguments(sys.argv[1:])))
+    main(sys.argv[1:])

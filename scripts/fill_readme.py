@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from hybridprune_megatron.benchmark.report import headline_rows
+from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.evaluation.report import markdown_table, summary_rows
 from hybridprune_megatron.study.cells import HEADLINE
 from hybridprune_megatron.study.report import summary_table
@@ -73,7 +75,13 @@ def between_marks(readme: str, name: str, block: str) -> str:
     return f"{before}{begin}{block}{end}{after}"
 
 
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+@one_line_errors("fill_readme failed")
+def main(argv: list[str]) -> None:
+    """Fills it."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     README.write_text(filled(README.read_text()))
     print(f"{README.name} shows " + ", ".join(str(path.relative_to(ROOT)) for path in (REPORT, STUDY, SPEED)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -17,6 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
+COMMAND = "scripts/grow_depth.py"
 #: The projection that writes a layer's result back to the residual stream.
 OUTPUT_PROJECTIONS = {
     "M": "mixer.out_proj.weight",
@@ -26,6 +29,7 @@ OUTPUT_PROJECTIONS = {
 _LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)\.(.*)")
 
 
+@one_line_errors("grow_depth failed")
 def main(argv: list[str]) -> None:
     """Reads, grows and writes; a wrong argument ends it with one line and code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -35,21 +39,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--positions", required=True, type=int, nargs="+", help="0-based places of the old layers in it"
     )
-    parser.add_argument("--out", required=True, type=Path, help="file to write; replaced if it exists")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="file to write; an earlier one of this command is replaced"
+    )
     options = parser.parse_args(argv)
-    from safetensors.torch import load_file, save_file
+    from hybridprune_megatron.config.outputs import whole_file
+    from hybridprune_megatron.huggingface.files import check_weights_file, save_tensors
+    from hybridprune_megatron.huggingface.source import TensorFiles
 
-    try:
-        sources = layer_sources(options.pattern, options.deeper, options.positions)
-        weights = load_file(options.weights)
-    except (ValueError, OSError) as error:
-        print(f"grow_depth failed: {error}", file=sys.stderr)
-        sys.exit(2)
+    sources = layer_sources(options.pattern, options.deeper, options.positions)
+    check_weights_file(options.out, COMMAND, [options.weights])
+    files = TensorFiles(options.weights)
+    weights = {name: files.read(name) for name in files.names}
     grown = grow(weights, options.deeper, sources, set(options.positions))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(options.out.name + ".partial")
-    save_file(grown, partial)
-    partial.replace(options.out)
+    with whole_file(options.out) as scratch:
+        save_tensors(grown, scratch, {"made_by": COMMAND})
     print(f"{options.out}: {len(options.pattern)} -> {len(options.deeper)} layers")
 
 

@@ -16,4 +16,5 @@ $python scripts/save_weights.py --checkpoint runs/demo_base --out runs/demo_base
 $python scripts/make_demo_data.py --out runs/demo_base/clips --seed 8 --frames 16 --fps 2 --questions-per-video 5 \
   --train 3000 --validation 256
 train experiment=demo_base_clips
+rm -f assets/demo/base.safetensors
 $python scripts/save_weights.py --checkpoint runs/demo_base_clips --out assets/demo/base.safetensors --dtype bf16

@@ -58,4 +58,5 @@ $python scripts/save_weights.py --checkpoint runs/bench_base_dense_again --out r
 # Last stage: 128 frames with the final tower.
 final_features runs/bench_base/clips4_again.safetensors
 train experiment=bench_base
+rm -f assets/bench/base.safetensors
 $python scripts/save_weights.py --checkpoint runs/bench_base --out assets/bench/base.safetensors --dtype bf16

@@ -20,10 +20,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.data.needle_bench import BenchPlan, BenchTask
 from hybridprune_megatron.data.needle_shards import write_split
 
 
+@one_line_errors("make_bench_data")
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and writes both splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 description = describe(plans, asked, args.seed, split)
                 render = partial(BenchPlan.render, held_out=held_out)
                 write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"make_bench_data: {error}")
 
 

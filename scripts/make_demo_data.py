@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.data.needle_shards import write_split
 from hybridprune_megatron.data.needles import (
     CHOICES,
@@ -30,6 +31,7 @@ from hybridprune_megatron.data.needles import (
 )
 
 
+@one_line_errors("make_demo_data")
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line and writes both splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 render = partial(render_sample, task=task, held_out=held_out)
                 description = describe(plans, task, args.seed, split)
                 write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"make_demo_data: {error}")
 
 

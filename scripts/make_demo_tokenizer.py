@@ -10,31 +10,43 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.outputs import check_output, whole_folder
 from hybridprune_megatron.data.chat_template import CHAT_TEMPLATE
 from hybridprune_megatron.data.conversation import END_TOKEN, RESERVED_TOKENS, VIDEO_TOKEN
 from hybridprune_megatron.data.needles import CHOICES, KINDS, NeedlePlan, NeedleTask, plan_samples
 from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT
 
+COMMAND = "scripts/make_demo_tokenizer.py"
 PAD_TOKEN, UNK_TOKEN = "<pad>", "<unk>"
 VOCAB_SIZE = 768
 #: A frame text, an answer with a dash, a word with the space before it, a run of punctuation, a newline, other space.
 WORD_PATTERN = r"Frame \d+ sampled at \d+\.\d+ seconds: | ?\w+(?:-\w+)*| ?[^\s\w]+|\n|[^\S\n]+"
 
 
+@one_line_errors("make_demo_tokenizer failed")
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the tokenizer's files")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the tokenizer's files; an earlier one is replaced"
+    )
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     args = parser.parse_args(argv)
-    tokenizer = train_tokenizer(args.vocab_size)
-    tokenizer.save_pretrained(args.out)
+    try:
+        check_output(args.out, COMMAND)
+        tokenizer = train_tokenizer(args.vocab_size)
+        with whole_folder(args.out, COMMAND) as folder:
+            tokenizer.save_pretrained(folder)
+    except (ValueError, OSError) as error:
+        sys.exit(f"make_demo_tokenizer: {error}")
     print(f"{args.out}: {len(tokenizer)} tokens")
 
 

@@ -18,9 +18,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 if TYPE_CHECKING:
     from hybridprune_megatron.evaluation.held_out import Clip
 
+COMMAND = "scripts/make_lmms_task.py"
 TASK_FILES = Path(__file__).resolve().parents[1] / "recipes" / "lmms_eval"
 QUESTIONS_FILE = "questions.jsonl"
 
@@ -30,18 +33,16 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Energon data set of held-out clips")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an earlier task there is replaced")
-    options = parser.parse_args(argv)
-    if options.out.exists() and not (options.out / QUESTIONS_FILE).is_file():
-        parser.error(f"--out {options.out}: exists and holds something else; choose another folder")
-    return options
+    return parser.parse_args(argv)
 
 
+@one_line_errors("make_lmms_task")
 def main(argv: list[str]) -> None:
     """Writes the task; what is wrong ends it with one line and code 2."""
     options = parse_arguments(argv)
     try:
         count = write_task(options.data, options.out)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"make_lmms_task: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{count} questions; for lmms-eval: --tasks hybridprune_needle --include_path {options.out}")
@@ -51,13 +52,16 @@ def write_task(data: Path, out: Path) -> int:
     """Writes the folder, whole or not at all, and returns the number of questions.
 
     Raises:
-        ValueError: no shards, or a sample that lmms-eval would ask in another way than our evaluation.
+        ValueError: no shards, a sample that lmms-eval would ask in another way than our evaluation, or a folder that
+            holds something else.
     """
-    # After the arguments are read: these take seconds to import.
-    from hybridprune_megatron.evaluation.held_out import read_clips
-    from hybridprune_megatron.huggingface.files import whole_folder
+    from hybridprune_megatron.config.outputs import check_output, whole_folder
 
-    with whole_folder(out) as folder:
+    check_output(out, COMMAND, [data, TASK_FILES])
+    # After the arguments are checked: this takes seconds to import.
+    from hybridprune_megatron.evaluation.held_out import read_clips
+
+    with whole_folder(out, COMMAND, [data, TASK_FILES]) as folder:
         shutil.copytree(TASK_FILES, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "videos").mkdir()
         lines = []

@@ -1,4 +1,4 @@
-"""Makes an Energon data set from a folder of videos and a JSONL of conversations.
+"""Makes an Energon data set from a folder of videos and a file of conversations.
 
     python scripts/make_shards.py --conversations train.jsonl --videos videos --out data/train
     python scripts/make_shards.py --conversations held_out.jsonl --videos videos --out data/validation --split val
@@ -8,143 +8,195 @@ A row is one conversation; ``<video>`` stands where a video is shown, and paths 
     {"id": "a1", "video": "cat.mp4", "conversations": [{"role": "user", "content": "<video>\\nWhat is it?"}, {"role":
     "assistant", "content": "A cat."}]}
 
-Several videos are a list under "videos". {"from": "human" | "gpt", "value": ...} is read as well. Rows that cannot be
-used are left out, counted and listed in ``<out>/report.json``. The data set appears under its name only when complete.
+Rows are the lines of a JSONL file or the elements of a JSON array. Several videos are a list under "videos".
+{"from": "human" | "gpt", "value": ...} is read as well. Every row becomes a sample, whatever its id, which is kept in
+the sample's meta. A row that training would always leave out, as one whose video does not decode to its end, is left
+out, counted and listed in ``<out>/report.json``, or in ``<out>.report.json`` where no row can be used. The data set
+appears under its name only when complete.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
+import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from hybridprune_megatron.data.conversation import read_conversation
+from hybridprune_megatron.config.json_text import is_plain, short
+from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.data.rows import BadRowError, check_row, open_rows, raw_rows, read_row, unique_key
 from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS, ShardWriter
-from hybridprune_megatron.data.video import FrameSampling, probe_video
+from hybridprune_megatron.data.tar_samples import MOST_SAMPLE_BYTES
+from hybridprune_megatron.data.video import check_video
 
 REPORT_FILE = "report.json"
-#: Rows that the report lists one by one; all are counted.
+#: Rows that the report lists one by one, and rows that are printed; all are counted.
 MAX_LISTED = 100
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+MAX_PRINTED = 5
 
 
-class BadRowError(ValueError):
-    """A row that is left out.
+@dataclass
+class Report:
+    """What became of the rows.
 
     Attributes:
-        reason: what the report counts it under.
+        samples: rows that became a sample.
+        left_out: number of the others, by reason.
+        rows: the first of them, a line each.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
+    samples: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    rows: list[str] = field(default_factory=list)
+
+    def leave_out(self, number: int, error: BadRowError) -> None:
+        """Counts a row, and lists it if it is among the first."""
+        self.left_out[error.reason] += 1
+        if len(self.rows) < MAX_LISTED:
+            self.rows.append(" ".join(f"row {number}: {error}".split()))
+
+    def content(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {"samples": self.samples, "left_out": dict(self.left_out), "rows": self.rows}
+
+    def lines(self) -> list[str]:
+        """For whoever waits: the counts, and the first rows that were left out."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        counts = f"{self.samples} samples, {self.left_out.total()} rows left out" + f" ({reasons})" * bool(reasons)
+        return [counts, *(f"  {row}" for row in self.rows[:MAX_PRINTED])]
 
 
+class VideoFolder:
+    """The videos that rows name, read from one folder.
+
+    Args:
+        folder: paths are relative to it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._root = Path(os.path.realpath(folder))
+        # Many rows ask about the same video, and a whole decode takes a while.
+        self._checked: dict[Path, str | None] = {}
+
+    def read(self, names: Sequence[str]) -> list[tuple[str, bytes]]:
+        """Extensions and bytes of the videos of a row, which decode to their ends.
+
+        Raises:
+            BadRowError: one does not, or training reads no sample of their size.
+        """
+        paths = [self._path(name) for name in names]
+        size = sum(path.stat().st_size for path in paths)
+        if size > MOST_SAMPLE_BYTES:
+            raise BadRowError(
+                "video", f"{size} bytes of videos: training reads at most {MOST_SAMPLE_BYTES} of a sample"
+            )
+        return [self._read(path, name) for path, name in zip(paths, names)]
+
+    def _read(self, path: Path, name: str) -> tuple[str, bytes]:
+        try:
+            data = path.read_bytes()
+        except (OSError, MemoryError) as error:
+            raise BadRowError("video", f"{short(name)} cannot be read ({error})") from error
+        if path not in self._checked:
+            self._checked[path] = _why_not(data, name)
+        if self._checked[path] is not None:
+            raise BadRowError("video", str(self._checked[path]))
+        return path.suffix[1:].lower(), data
+
+    def _path(self, name: str) -> Path:
+        if not is_plain(name):
+            raise BadRowError("video", f"{short(name)} is not the name of a file")
+        path = Path(os.path.realpath(self._folder / name))
+        # A row comes from somewhere else: it may only name files below the folder that the user gave.
+        if not path.is_relative_to(self._root):
+            raise BadRowError("video", f"{short(name)} is not below {self._folder}")
+        if path.suffix[1:].lower() not in VIDEO_EXTENSIONS:
+            raise BadRowError("video", f"{short(name)}: its type is none of {', '.join(VIDEO_EXTENSIONS)}")
+        if not os.path.isfile(path):
+            raise BadRowError("video", f"{short(name)} is not a file in {self._folder}")
+        return path
+
+
+def _why_not(data: bytes, name: str) -> str | None:
+    """Why training cannot use a video, None if it can."""
+    try:
+        check_video(data, short(name))
+    except (ValueError, MemoryError) as error:
+        return str(error)
+    return None
+
+
+@one_line_errors("make_shards")
 def main(argv: Sequence[str] | None = None) -> None:
     """Reads the command line, writes the data set, and says what was left out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conversations", type=Path, required=True, help="JSONL, one conversation a row")
+    parser.add_argument("--conversations", type=Path, required=True, help="JSONL or a JSON array, a conversation a row")
     parser.add_argument("--videos", type=Path, required=True, help="folder that video paths are relative to")
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set; must not exist")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="val for data.validation")
-    parser.add_argument("--samples-per-shard", type=int, default=500)
+    parser.add_argument("--samples-per-shard", type=int, default=500, help="at least 1 (default %(default)s)")
     args = parser.parse_args(argv)
     try:
         report = write_dataset(args.conversations, args.videos, args.out, args.split, args.samples_per_shard)
     except (ValueError, OSError) as error:
         sys.exit(f"make_shards: {error}")
-    left_out = sum(report["left_out"].values())
-    print(f"{args.out}: {report['samples']} samples, {left_out} rows left out {report['left_out'] or ''}")
+    lines = report.lines()
+    if not report.samples:
+        print(*lines[1:], sep="\n", file=sys.stderr)
+        sys.exit(f"make_shards: {args.conversations}: {lines[0]}; nothing was written but {_lone_report(args.out)}")
+    print(f"{args.out}: {lines[0]}", *lines[1:], sep="\n")
 
 
-def write_dataset(conversations: Path, videos: Path, out: Path, split: str, samples_per_shard: int) -> dict[str, Any]:
-    """Writes a data set; returns its report.
+def write_dataset(conversations: Path, videos: Path, out: Path, split: str, samples_per_shard: int) -> Report:
+    """Writes a data set, or only a report if no row can be used.
 
     Raises:
-        ValueError: ``out`` exists, or no row can be used.
-        OSError: the JSONL cannot be read.
+        ValueError: ``out`` exists, or ``samples_per_shard`` is below 1.
+        OSError: the file of conversations cannot be read.
     """
-    left_out: Counter[str] = Counter()
-    listed: list[str] = []
-    with ShardWriter(out, split, samples_per_shard) as writer:
-        for number, line in _rows(conversations):
-            try:
-                key, messages, files = read_row(line, number, videos)
-                writer.add(key, messages, files)
-            except ValueError as error:
-                left_out[error.reason if isinstance(error, BadRowError) else "key"] += 1
-                if len(listed) < MAX_LISTED:
-                    listed.append(f"row {number}: {error}")
-        report = {"samples": writer.num_samples, "left_out": dict(left_out), "rows": listed}
-        writer.add_file(REPORT_FILE, report)
+    writer = ShardWriter(out, split, samples_per_shard)
+    report, folder, data = Report(), VideoFolder(videos), open_rows(conversations)
+    keys: set[str] = set()
+    done = 0
+    try:
+        with writer, tqdm(total=len(data), unit="B", unit_scale=True, desc=conversations.name) as bar:
+            for number, end, text in raw_rows(data):
+                try:
+                    row = read_row(text)
+                    messages = check_row(row).messages()
+                    files = folder.read(row.videos)
+                except BadRowError as error:
+                    report.leave_out(number, error)
+                else:
+                    keys.add(key := unique_key(row.id, number, keys))
+                    writer.add(key, messages, files, {} if row.id is None else {"id": row.id})
+                bar.update(end - done)
+                done = end
+            report.samples = writer.num_samples
+            if not report.samples:
+                # The writer puts away what it began.
+                raise _NothingUsable
+            writer.add_file(REPORT_FILE, report.content())
+    except _NothingUsable:
+        _lone_report(out).write_text(json.dumps(report.content(), indent=2) + "\n")
     return report
 
 
-def read_row(line: str, number: int, folder: Path) -> tuple[str, list[dict[str, Any]], list[tuple[str, bytes]]]:
-    """Checks a row: its key, its messages, and the extension and bytes of its videos.
-
-    Raises:
-        BadRowError: the row cannot be used.
-    """
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise BadRowError("json", f"no JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-        raise BadRowError("conversation", 'expected an object with a list under "conversations"')
-    messages = [_message(each) for each in row["conversations"]]
-    names = row.get("videos", [row["video"]] if "video" in row else [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise BadRowError("video", f"videos {names!r:.60}: expected paths")
-    try:
-        conversation = read_conversation(messages)
-    except ValueError as error:
-        raise BadRowError("conversation", str(error)) from error
-    if len(conversation.answers) != len(conversation.questions) or not all(conversation.answers):
-        raise BadRowError("conversation", "an answer is missing or empty")
-    if conversation.num_videos != len(names):
-        raise BadRowError("video", f"{conversation.num_videos} <video> in the conversation, {len(names)} videos")
-    # A key holds no dot and no slash: both mean something in the name of a tar member.
-    key = re.sub(r"[^A-Za-z0-9_-]", "_", str(row.get("id", "")))
-    return key or f"row-{number:08d}", messages, [_video(folder, name) for name in names]
+class _NothingUsable(Exception):
+    """No row became a sample."""
 
 
-def _rows(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered rows that are not empty, with a progress bar over bytes."""
-    with path.open("rb") as file, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name) as bar:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line.decode("utf-8", errors="replace")
-            bar.update(len(line))
-
-
-def _message(message: Any) -> dict[str, Any]:
-    if isinstance(message, dict) and {"from", "value"} <= set(message):
-        return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
-    return message
-
-
-def _video(folder: Path, name: str) -> tuple[str, bytes]:
-    path = (folder / name).resolve()
-    # A row comes from somewhere else: it may only name files below the folder that the user gave.
-    if not path.is_relative_to(folder.resolve()):
-        raise BadRowError("video", f"{name} is not below {folder}")
-    extension = path.suffix[1:].lower()
-    if extension not in VIDEO_EXTENSIONS:
-        raise BadRowError("video", f"{name}: type {extension!r} is none of {', '.join(VIDEO_EXTENSIONS)}")
-    try:
-        data = path.read_bytes()
-        probe_video(data, FrameSampling(num_frames=2), name)
-    except (OSError, ValueError) as error:
-        raise BadRowError("video", str(error)) from error
-    return extension, data
+def _lone_report(out: Path) -> Path:
+    """The report of a data set that is not there."""
+    return out.with_name(f"{out.name}.{REPORT_FILE}")
 
 
 if __name__ == "__main__":

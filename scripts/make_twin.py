@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config.one_line import one_line_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+COMMAND = "scripts/make_twin.py"
 # Several files, as a large model has them.
 MAX_SHARD_BYTES = 2**20
 TOWER = "vision_model.radio_model."
 
 
+@one_line_errors("make_twin failed")
 def main(argv: list[str]) -> None:
     """Reads the command line and writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,7 +36,11 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.out.exists():
         parser.error(f"--out {options.out}: exists; choose another folder, or remove it first")
-    write_twin(options.out, exit_on_config_error(["experiment=demo"]))
+    try:
+        write_twin(options.out, exit_on_config_error(["experiment=demo"]))
+    except (ValueError, OSError) as error:
+        print(f"make_twin failed: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"{options.out}: the demo's base model as NemotronH_Nano_VL_V2")
 
 
@@ -44,23 +50,27 @@ def write_twin(out: Path, cfg: Config) -> None:
     Args:
         out: the folder.
         cfg: uses ``model`` (with vision and ``init_checkpoint``, a .safetensors file) and ``data.tokenizer``.
+
+    Raises:
+        ValueError: the folder holds something else.
     """
     # After the arguments are read: torch takes seconds to import.
     from safetensors.torch import load_file
 
-    from hybridprune_megatron.huggingface.files import TOKENIZER_FILES, ShardWriter, whole_folder
+    from hybridprune_megatron.config.outputs import check_output, whole_folder
+    from hybridprune_megatron.huggingface.files import ShardWriter, copy_tokenizer
 
     assert cfg.model.init_checkpoint is not None, "model.init_checkpoint is not set"
+    inputs = [cfg.model.init_checkpoint, cfg.data.tokenizer]
+    check_output(out, COMMAND, inputs)
     tensors = published_weights(cfg, load_file(cfg.model.init_checkpoint))
-    with whole_folder(out) as folder:
+    with whole_folder(out, COMMAND, inputs) as folder:
         writer = ShardWriter(folder, MAX_SHARD_BYTES)
         for name in sorted(tensors):
             writer.add(name, tensors[name])
         writer.close()
         (folder / "config.json").write_text(json.dumps(published_config(cfg), indent=2) + "\n", encoding="ascii")
-        for file in TOKENIZER_FILES:
-            if (Path(cfg.data.tokenizer) / file).is_file():
-                shutil.copyfile(Path(cfg.data.tokenizer) / file, folder / file)
+        copy_tokenizer(Path(cfg.data.tokenizer), folder)
 
 
 def published_weights(cfg: Config, ours: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- made by scripts/model_table.py -->", "<!-- end -->"
@@ -41,6 +43,7 @@ MODELS = {
 STEPS, BUDGET = 3, 0.25
 
 
+@one_line_errors("model_table failed")
 def main(argv: list[str]) -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

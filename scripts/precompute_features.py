@@ -15,12 +15,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hybridprune_megatron.config.one_line import one_line_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,19 +54,44 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return options
 
 
+@one_line_errors("precompute_features failed")
 def main(argv: list[str]) -> None:
     """Computes and writes; a wrong argument ends it with one line and code 2."""
+    from hybridprune_megatron.config.data_sets import shard_counts
+
     options = parse_arguments(argv)
     try:
+        check_out(options.out, options.data)
         shards = source_shards(options.data)
-        if options.out.exists():
-            raise ValueError(f"--out={options.out} exists: choose another folder, or remove it first")
         encoder = FeatureEncoder(*load(options.checkpoint, options.overrides), options.dtype, options.frames)
         left = write_features(options.data, options.out, shards, encoder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"precompute_features failed: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"{options.out}: {sum(shards.values())} samples, {left} videos that cannot be decoded left as they are")
+    samples = sum(shard_counts(options.out, "--out").values())
+    print(f"{options.out}: {samples} samples, {left} videos that cannot be decoded left as they are")
+
+
+def check_out(out: Path, data: Path) -> None:
+    """The new data set's folder is not there, and what lies at the place of its unfinished one is that.
+
+    Raises:
+        ValueError: either is something else, or lies in the data set that is read.
+    """
+    from hybridprune_megatron.config.features import FEATURES_FILE
+    from hybridprune_megatron.config.outputs import check_apart
+
+    check_apart(out, [data])
+    if os.path.lexists(out):
+        raise ValueError(f"--out={out} exists: choose another folder, or remove it first")
+    begun = unfinished(out)
+    if os.path.lexists(begun) and not (begun / FEATURES_FILE).is_file():
+        raise ValueError(f"--out={out}: {begun} is not an unfinished data set of this command; choose another folder")
+
+
+def unfinished(out: Path) -> Path:
+    """Where a data set lies until it is complete."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def source_shards(folder: Path) -> dict[str, int]:
@@ -72,14 +100,12 @@ def source_shards(folder: Path) -> dict[str, int]:
     Raises:
         ValueError: the folder is none, or holds features already.
     """
+    from hybridprune_megatron.config.data_sets import shard_counts
     from hybridprune_megatron.config.features import FEATURES_FILE
 
-    info = folder / ".nv-meta" / ".info.json"
-    if not info.is_file():
-        raise ValueError(f"--data={folder} is no Energon data set: give a folder with .nv-meta, one at a time")
     if (folder / FEATURES_FILE).is_file():
         raise ValueError(f"--data={folder} holds features already: give the data set with the videos")
-    return json.loads(info.read_text())["shard_counts"]
+    return shard_counts(folder, "--data")
 
 
 def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageModel, Config]:
@@ -88,10 +114,9 @@ def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageMod
     Raises:
         ValueError: there are no weights, or the configuration has no frames or trains the tower.
     """
-    # After the arguments are read: these take half a minute to import.
     from hybridprune_megatron.config import load_config
     from hybridprune_megatron.config.checkpoint_folder import RUN_FILE
-    from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
+    from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 
     named = checkpoint or load_config(overrides).model.init_checkpoint
     if named is None:
@@ -104,6 +129,12 @@ def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageMod
         raise ValueError(f"model {cfg.model.name} has no vision tower (model.vision=null)")
     if cfg.model.trainable.vision:
         raise ValueError("model.trainable.vision=true: features of a tower that learns are soon wrong; set it to false")
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+
+    quiet_libraries()
+    # After all that can be wrong: this takes half a minute to import.
+    from hybridprune_megatron.export.load import load_model
+
     return load_model(path, cfg), cfg
 
 
@@ -160,10 +191,14 @@ class FeatureEncoder:
         Args:
             shard: the old one.
             progress: gets the number of samples that are done.
+
+        Raises:
+            ValueError: no sample of the shard can be read; some that cannot are named and left out.
         """
         from hybridprune_megatron.data.shards import read_shard
 
         waiting: list[VideoSample] = []
+        key = None
         for key, parts in read_shard(shard):
             waiting.append(VideoSample(key, parts, self._decode(parts)))
             if sum(len(video.seconds) for each in waiting for video in each.decoded.values()) >= self.frames_per_pass:
@@ -172,6 +207,8 @@ class FeatureEncoder:
                 waiting = []
         yield from self._finish(waiting)
         progress(len(waiting))
+        if key is None:
+            raise ValueError(f"{shard}: none of its samples can be read; take the shard out of the data set")
 
     def _decode(self, parts: dict[str, bytes]) -> dict[str, DecodedVideo]:
         """The videos of a sample by part; one that cannot be decoded stays, for training to count as bad."""
@@ -234,16 +271,18 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     from tqdm import tqdm
 
     from hybridprune_megatron.config.features import FEATURES_FILE
+    from hybridprune_megatron.config.json_text import read_json
+    from hybridprune_megatron.config.outputs import MARKER
     from hybridprune_megatron.data.shards import prepare_dataset, write_shard
 
-    partial = out.with_name(f".{out.name}.partial")
+    partial = unfinished(out)
     description = asdict(encoder.info) | {"source": _identity(source)}
     known = partial / FEATURES_FILE
     if not known.is_file():
         partial.mkdir(parents=True, exist_ok=True)
         known.with_suffix(".tmp").write_text(json.dumps(description, indent=2) + "\n")
         known.with_suffix(".tmp").replace(known)
-    elif json.loads(known.read_text()) != description:
+    elif read_json(known) != description:
         raise ValueError(
             f"{partial} was begun from another tower, sampling, dtype or data set: remove it to start anew"
         )
@@ -257,7 +296,8 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
     # Which shards are held out stays as it was.
     shutil.copy(source / ".nv-meta" / "split.yaml", partial / ".nv-meta" / "split.yaml")
     for file in source.iterdir():
-        if file.is_file() and ".tar" not in file.suffixes:
+        # What a link leads to is not part of the data set.
+        if file.is_file() and not file.is_symlink() and ".tar" not in file.suffixes and file.name != MARKER:
             shutil.copy(file, partial / file.name)
     partial.rename(out)
     return encoder.left

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybridprune_megatron.config import load_config
+from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.outputs import check_file
 from hybridprune_megatron.cost.assumptions import Assumptions, changed
 from hybridprune_megatron.cost.scaling import Scaling, Workload
 from hybridprune_megatron.cost.scaling_report import Comparison, report
@@ -56,6 +58,7 @@ def written(document: str, lines: Sequence[str]) -> str:
     return "\n".join([before + BEGIN, "", *lines, "", END + after])
 
 
+@one_line_errors("scaling")
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints or writes the tables, or one line on stderr with exit code 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draws step time, throughput and their parts")
     args = parser.parse_args(argv)
     try:
+        if args.plot is not None:
+            check_file(args.plot, "scripts/scaling.py", "--plot")
         compared = compare(args.overrides, args.budget, args.batch, args.set)
         lines = list(report(compared))
         if args.write is None:

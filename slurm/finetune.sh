@@ -25,6 +25,7 @@
 #SBATCH --output=slurm-%x-%j.log
 
 set -euo pipefail
+shopt -s extglob
 
 # ---- the environment of the ranks ---------------------------------------------------------------------------------
 # What runs the recipe: the checkout's virtual environment, or words in front of a container's Python, as in
@@ -65,10 +66,35 @@ trap warn USR1
 # No trap on TERM, on purpose: Slurm sends it here only when it ends the whole job, by scancel or by its own requeue. Where
 # a preemption signals the ranks alone (TERM), they save and stop as well.
 
-echo "job ${SLURM_JOB_ID}: ${SLURM_JOB_NUM_NODES} nodes, ${SLURM_NTASKS} ranks, restart ${SLURM_RESTART_COUNT:-0}, $*"
+# An array starts the same command many times: every task gets a folder of its own, unless the overrides use its number.
+overrides=("$@")
+if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+  folder='runs/${name}' name=""
+  overrides=()
+  for override in "$@"; do
+    case "${override}" in
+      *([+])output_dir=*) folder="${override#*=}" ;;
+      *([+])name=*) name="${override#*=}" overrides+=("${override}") ;;
+      *) overrides+=("${override}") ;;
+    esac
+  done
+  if [[ "${folder}${name}" != *SLURM_ARRAY_TASK_ID* ]]; then
+    quote="${folder##*[^\"\']}"
+    folder="${folder%"${quote}"}/task_${SLURM_ARRAY_TASK_ID}${quote}"
+  fi
+  overrides+=("output_dir=${folder}")
+fi
+# srun starts the first group of a heterogeneous job only, unless it is told which.
+if [[ "${SLURM_HET_SIZE:-1}" -gt 1 && "${SRUN_OPTIONS:-}" != *--het-group* ]]; then
+  srun_options+=("--het-group=0-$((SLURM_HET_SIZE - 1))")
+fi
+
+echo "job ${SLURM_JOB_ID}: ${SLURM_JOB_NUM_NODES:-several groups of} nodes, ${SLURM_NTASKS:-?} ranks, \
+restart ${SLURM_RESTART_COUNT:-0}, ${overrides[*]-}"
 
 # In the background, so that the trap runs when the signal comes and not when srun ends. A failing rank ends the job.
-srun --kill-on-bad-exit=1 --cpu-bind=none ${srun_options[@]+"${srun_options[@]}"} "${python[@]}" recipes/finetune.py "$@" &
+srun --kill-on-bad-exit=1 --cpu-bind=none ${srun_options[@]+"${srun_options[@]}"} "${python[@]}" recipes/finetune.py \
+  ${overrides[@]+"${overrides[@]}"} &
 ranks=$!
 status=0
 wait "${ranks}" || status=$?

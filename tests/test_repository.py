@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.tracked import ROOT, tracked
 
@@ -23,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"method", "ops", "vision", "data", "config"},
     "evaluation": {"method", "vision", "data", "config", "models"},
     "analysis": {"method", "ops", "data", "config", "models", "evaluation"},
-    "huggingface": {"method"},
+    "huggingface": {"method", "config"},
     "engine": {"method", "data", "config", "models", "evaluation", "huggingface"},
     "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface", "export"},
     "study": {"data", "config", "models", "evaluation", "engine", "export"},
@@ -110,8 +113,8 @@ def test_no_machine_paths():
 
 
 def test_nothing_is_unpickled():
-    # The reader of checkpoint indices subclasses the unpickler to refuse everything but the index's own types.
-    reader = ROOT / PACKAGE / "engine" / "weights.py"
+    # The reader of checkpoint indices subclasses the unpickler to make stand-ins of the index's own types only.
+    reader = ROOT / PACKAGE / "engine" / "checkpoint_index.py"
     for path in tracked():
         if path.suffix == ".py" and PACKAGE in path.parts and path != reader:
             assert "pickle" not in imported_modules(path), path
@@ -138,3 +141,27 @@ def test_readme_shows_the_committed_report():
     from scripts.fill_readme import README, filled
 
     assert filled(README.read_text()) == README.read_text(), "run python scripts/fill_readme.py"
+
+
+def test_the_lock_has_what_pyproject_asks_for():
+    locked = dict(
+        re.findall(r"^([a-z0-9._-]+)==(\S+)", (ROOT / "requirements" / "dev.lock").read_text(), flags=re.MULTILINE)
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    asked = (
+        project["project"]["dependencies"] + extras["eval"] + extras["dev"] + project["dependency-groups"]["lmms-eval"]
+    )
+    for requirement in map(Requirement, asked):
+        name = canonicalize_name(requirement.name)
+        if name != project["project"]["name"]:
+            assert name in locked, f"{name} is not in requirements/dev.lock: run make lock"
+            assert requirement.specifier.contains(locked[name]), f"{requirement}, locked {locked[name]}: run make lock"
+
+
+@pytest.mark.parametrize("lock", ["build", "dev", "newest"])
+def test_every_locked_version_has_hashes(lock):
+    text = (ROOT / "requirements" / f"{lock}.lock").read_text()
+    for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
+        if entry.strip() and not entry.startswith("#"):
+            assert re.match(r"[a-z0-9._\[\]-]+==\S+ \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n)+$", entry), entry[:200]

@@ -16,8 +16,8 @@ from torch import Tensor
 from hybridprune_megatron.analysis.observe import Observation
 from hybridprune_megatron.analysis.samples import AnalysisSample
 from hybridprune_megatron.analysis.statistics import auc, gini, spearman, tokens_that_hold, top_overlap
-from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.method.layout import TokenLayout
 
 #: Shares of the score mass that are looked for.
 MASS_SHARES = (0.5, 0.8, 0.95)

@@ -29,9 +29,9 @@ from hybridprune_megatron.analysis.observe import Observation, drop_after, obser
 from hybridprune_megatron.analysis.ridge import accuracy, explained_variance, principal_components, probe, sketch
 from hybridprune_megatron.analysis.samples import AnalysisSample
 from hybridprune_megatron.analysis.statistics import evenly_spread
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.plan import select
-from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 #: Principal components of the dropped tokens' mean feature that are to be recovered.

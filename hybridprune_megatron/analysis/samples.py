@@ -7,6 +7,7 @@ Shape letters: V visual tokens of one sample, F frames.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.features import StoredFeatures
-from hybridprune_megatron.data.sample_encoder import SampleEncoder
+from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
 from hybridprune_megatron.data.video import FrameSampling, probe_video
 from hybridprune_megatron.evaluation.held_out import StoredSample, read_samples
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
+
+logger = logging.getLogger(__name__)
 
 # More frames than any video has.
 _EVERY_FRAME = FrameSampling("uniform", num_frames=10**9)
@@ -77,7 +80,7 @@ class SampleReader:
         """
         for stored in read_samples(self.folder):
             if stored.videos:
-                yield self.encode(stored)
+                yield from self._usable(stored)
 
     def probe_samples(self, label: str, question: str | None) -> Iterator[AnalysisSample]:
         """Samples whose needle has a label that nothing but its pixels can give away.
@@ -95,16 +98,23 @@ class SampleReader:
         for stored in read_samples(self.folder):
             needles = stored.meta.get("needles", [])
             if not needles and stored.videos:
-                yield self.encode(stored)
+                yield from self._usable(stored)
             elif len(needles) == 1:
                 (needle,) = needles
                 words = sorted(name for name, value in needle.items() if isinstance(value, str))
                 if label not in words:
                     raise ValueError(f"label={label}: needles of {self.folder} have {', '.join(words)}; choose one")
                 asked = stored if question is None else ask(stored, fill(question, needle))
-                sample = self.encode(asked)
-                if sample.needles[0]["frames"] and needle[label] not in sample.question:
-                    yield sample
+                for sample in self._usable(asked):
+                    if sample.needles[0]["frames"] and needle[label] not in sample.question:
+                        yield sample
+
+    def _usable(self, stored: StoredSample) -> Iterator[AnalysisSample]:
+        """The sample, or nothing where training would leave it out."""
+        try:
+            yield self.encode(stored)
+        except BadSampleError as error:
+            logger.warning("left out (%s): %s", error.reason, error)
 
     def encode(self, stored: StoredSample) -> AnalysisSample:
         """One stored sample, its first question only."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.bounds import Count, Range, Whole, check_bounds, read_value
+from hybridprune_megatron.checks import fail
 
 #: Fewer clips are too few for a probe's folds.
 FEWEST_PROBED = 20
@@ -34,20 +33,15 @@ class AnalysisSettings:
     checkpoint: str
     data: str | None = None
     out: str | None = None
-    samples: int = 64
-    top: float = 0.25
-    strips: int = 3
-    probe_samples: int = 64
+    samples: Count = 64
+    top: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
+    strips: Whole = 3
+    probe_samples: Whole = 64
     label: str = "colour"
     question: str | None = None
 
     def __post_init__(self) -> None:
-        for name, lowest in {"samples": 1, "strips": 0}.items():
-            value = getattr(self, name)
-            if value < lowest:
-                raise fail(name, value, f"must be at least {lowest}", f"set {name} to {lowest} or more")
-        if not 0 < self.top < 1:
-            raise fail("top", self.top, "must be above 0 and below 1", "set e.g. top=0.25")
+        check_bounds("", self)
         if self.probe_samples != 0 and self.probe_samples < FEWEST_PROBED:
             allowed = f"must be 0 (no probe) or at least {FEWEST_PROBED}"
             raise fail("probe_samples", self.probe_samples, allowed, "set e.g. probe_samples=64")
@@ -73,16 +67,8 @@ def read_settings(overrides: Sequence[str]) -> tuple[AnalysisSettings, list[str]
     for field in fields(AnalysisSettings):
         if field.default is MISSING and field.name not in given:
             raise fail(field.name, None, "must be set", f"give {field.name}=<path>")
-    # A question may hold any sign; everything else is a YAML value.
-    texts = dict(override.split("=", 1) for override in own if override.startswith("question="))
-    plain = [override for override in own if not override.startswith("question=")]
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(AnalysisSettings), OmegaConf.from_dotlist(plain), texts)
-        settings = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    assert isinstance(settings, AnalysisSettings), type(settings)
-    return settings, rest
+    texts = (override.partition("=") for override in own)
+    return AnalysisSettings(**{name: read_value(name, text, AnalysisSettings, name) for name, _, text in texts}), rest
 
 
 def settings_help() -> str:

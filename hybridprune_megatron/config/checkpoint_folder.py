@@ -11,11 +11,13 @@ reading it.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from hybridprune_megatron.config.json_text import read_json
 
 RUN_FILE = "run.json"
 INCOMPLETE = ".incomplete"
@@ -46,8 +48,43 @@ def file_sizes(checkpoint: Path) -> dict[str, int]:
 
 
 def read_run_file(checkpoint: Path) -> dict[str, Any]:
-    """``run.json`` of a checkpoint: step, consumed_samples, layout, files, the resolved configuration, versions."""
-    return json.loads((checkpoint / RUN_FILE).read_text(encoding="utf-8"))
+    """``run.json`` of a checkpoint: step, consumed_samples, layout, files, the resolved configuration, versions.
+
+    Raises:
+        ValueError: it cannot be read, or is not a JSON object.
+    """
+    content = read_json(checkpoint / RUN_FILE)
+    if not isinstance(content, dict):
+        raise ValueError(f"{checkpoint / RUN_FILE} is not a JSON object: name a checkpoint that a run wrote")
+    return content
+
+
+def saved_config(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run that wrote a checkpoint, as plain values.
+
+    Raises:
+        ValueError: there is none, or it asks for values from elsewhere: a saved one is resolved.
+    """
+    found = read_run_file(checkpoint).get("config")
+    if not isinstance(found, dict):
+        raise ValueError(f"{checkpoint / RUN_FILE} has no configuration: name a checkpoint that a run wrote")
+    asking = next((value for value in _texts(found) if "${" in value), None)
+    if asking is not None:
+        raise ValueError(
+            f"{checkpoint / RUN_FILE} has {asking!a:.80} in its configuration, which is not a resolved value"
+        )
+    return found
+
+
+def _texts(values: Any) -> Iterator[str]:
+    """All texts in nested plain values, keys too."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, dict | list):
+        if isinstance(values, dict):
+            yield from values
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _texts(value)
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -59,6 +96,8 @@ def damage(checkpoint: Path) -> str | None:
         sizes = read_run_file(checkpoint).get("files", {})
     except ValueError:
         return f"{RUN_FILE} is cut off"
+    if not isinstance(sizes, dict):
+        return f"{RUN_FILE} lists no files"
     for name, size in sizes.items():
         path = checkpoint / name
         found = path.stat().st_size if path.is_file() else 0

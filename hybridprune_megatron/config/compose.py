@@ -10,23 +10,30 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
-from hybridprune_megatron.checks import ConfigError, fail
-from hybridprune_megatron.config.explain import explain_exception, explain_override
-from hybridprune_megatron.config.features import check_features
+from hybridprune_megatron.checks import ConfigError, shown
+from hybridprune_megatron.config.data_sets import check_data_sets
+from hybridprune_megatron.config.explain import GROUPS, as_typed, explain_exception, explain_override
+from hybridprune_megatron.config.fields import is_group, type_of_key
+from hybridprune_megatron.config.files import check_files
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.overrides import part_overrides
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.config.written import check_written
 
 # The package is installed editable, so conf/ lies beside it in the checkout, whatever the current folder is.
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -38,12 +45,15 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="schema", node=Config)
 
 
-def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -> DictConfig:
+def compose_config(
+    overrides: Sequence[str] = (), config_name: str = "config", look_at_files: bool = False
+) -> DictConfig:
     """Composes ``conf/`` with the overrides under the schema; nothing is resolved or checked across groups yet.
 
     Args:
         overrides: Hydra overrides, e.g. ["experiment=demo", "reduction.budget=0.35"].
         config_name: file of ``conf/`` to start from, without its ending.
+        look_at_files: check that files say what is read of them, which takes half as long again.
 
     Raises:
         ConfigError: one line on the first unknown key, wrong type, unknown option or broken file.
@@ -56,20 +66,34 @@ def compose_config(overrides: Sequence[str] = (), config_name: str = "config") -
         problem = explain_override(override, CONF_DIR)
         if problem is not None:
             raise ConfigError(problem)
+    typed = [as_typed(override) for override in overrides]
+    with _explained(), initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
+        composed = compose(config_name, overrides=typed)
+        if look_at_files:
+            check_written(CONF_DIR, config_name, typed)
+        return composed
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What Hydra, OmegaConf and YAML refuse, as one line."""
     try:
-        with initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
-            return compose(config_name, overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError, OverflowError, RecursionError) as error:
         raise ConfigError(explain_exception(error)) from error
     except AttributeError as error:
         # OmegaConf cannot fill a null group from the command line.
         key = re.search(r"full_key: (\S+)", str(error))
         if key is None:
             raise
-        raise ConfigError(
-            f"{key[1]} is null in this model and cannot be filled from the command line; take a model that has it, or "
-            "write its fields into a file of conf/model"
-        ) from error
+        raise _null_group(key[1]) from error
+
+
+def _null_group(key: str) -> ConfigError:
+    return ConfigError(
+        f"{key} is null in this model and cannot be filled from the command line; take a model that has it, or "
+        "write its fields into a file of conf/model"
+    )
 
 
 def load_config(overrides: Sequence[str] = (), config_name: str = "config") -> Config:
@@ -94,39 +118,57 @@ def to_config(composed: DictConfig) -> Config:
     Raises:
         ConfigError: as ``load_config``.
     """
-    try:
+    with _explained():
         cfg = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(explain_exception(error)) from error
     assert isinstance(cfg, Config), type(cfg)
     return cfg
 
 
-def check_files(cfg: Config) -> None:
-    """The files and folders that a training run reads exist.
+def change_config(
+    saved: Mapping[str, Any], overrides: Sequence[str] = (), fixed: Mapping[str, Any] | None = None
+) -> Config:
+    """A stored configuration with some keys changed.
+
+    Args:
+        saved: values by group, as ``asdict`` gives them and a checkpoint keeps them.
+        overrides: ``key=value`` texts, as on the command line; a group's file cannot be named.
+        fixed: values by group that come last.
 
     Raises:
-        ConfigError: the first that is not set or not there.
+        ConfigError: as ``load_config``.
     """
-    if cfg.data.train is None:
-        raise fail(
-            "data.train",
-            None,
-            "a run needs data",
-            "set data.train to an Energon dataset folder (scripts/make_shards.py writes one) or a metadataset .yaml",
-        )
-    shards = "scripts/make_shards.py writes a dataset, `make demo` the demo's"
-    makers = {
-        "data.train": shards,
-        "data.validation": f"{shards}; null = no evaluation",
-        "data.tokenizer": "set it to a folder with a Hugging Face tokenizer",
-        "model.init_checkpoint": "set it to a .safetensors file or a checkpoint folder; null = random weights",
-    }
-    for key, fix in makers.items():
-        group, name = key.split(".")
-        path = getattr(getattr(cfg, group), name)
-        if path is not None and not Path(path).exists():
-            raise fail(key, path, f"is not there (looked from {Path.cwd()})", fix)
+    with _explained():
+        changed: Any = OmegaConf.merge(OmegaConf.structured(Config), saved)
+        set_keys(changed, overrides)
+        changed.merge_with(fixed or {})
+        return to_config(changed)
+
+
+def set_keys(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Sets single keys of a composed configuration in place.
+
+    Raises:
+        ConfigError: one line on the first override that cannot be.
+    """
+    with _explained():
+        for text in overrides:
+            override = _single_key(text)
+            key = override.key_or_group
+            group = key.rpartition(".")[0]
+            if is_group(type_of_key(group)) and OmegaConf.select(composed, group) is None:
+                raise _null_group(group)
+            OmegaConf.update(composed, key, override.value(), merge=True, force_add=override.is_add())
+
+
+def _single_key(text: str) -> Override:
+    """An override that sets a single key."""
+    problem = explain_override(text, CONF_DIR)
+    if problem is not None:
+        raise ConfigError(problem)
+    override = OverridesParser.create().parse_override(as_typed(text))
+    if override.key_or_group in GROUPS:
+        raise ConfigError(f"{shown(text)}: the configuration is there already; change single keys as group.key=value")
+    return override
 
 
 def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", need_files: bool = False) -> Config:
@@ -139,10 +181,10 @@ def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", 
             its folder holds no other run.
     """
     try:
-        cfg = load_config(overrides, config_name)
+        cfg = to_config(compose_config(overrides, config_name, look_at_files=True))
         if need_files:
             check_files(cfg)
-            check_features(cfg)
+            check_data_sets(cfg)
             check_resume(cfg)
     except ConfigError as error:
         _exit_with(str(error))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from hybridprune_megatron.checks import divides, fail
 from hybridprune_megatron.layers.experts import Experts
 from hybridprune_megatron.layers.kinds import KINDS
-from hybridprune_megatron.method.schedule import cut_pattern, even_edges
+from hybridprune_megatron.method.counts import kept_counts
+from hybridprune_megatron.method.schedule import BUDGET_TOLERANCE, cut_pattern, even_edges
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config, ModelConfig, ParallelConfig
@@ -19,6 +20,9 @@ UNSUPPORTED_SYMBOLS = {
     "+": "latent attention",
     "/": "multi-token prediction",
 }
+
+#: Loader processes, or loaders without processes, of one training process.
+MOST_LOADERS = 1024
 
 
 def check_pattern(pattern: str, has_experts: bool = False) -> None:
@@ -56,8 +60,9 @@ def check_config(cfg: Config) -> None:
     check_split(cfg)
     check_combinations(cfg)
     check_batch(cfg)
+    check_length(cfg)
     # Solving the schedule finds layers that cannot drop and budgets that cannot be reached.
-    cfg.reduction.retention(cfg.model.hybrid_pattern)
+    check_kept(cfg, cfg.reduction.budget, cfg.reduction.retention(cfg.model.hybrid_pattern))
     check_steps(cfg)
 
 
@@ -87,7 +92,7 @@ def check_vision(cfg: Config) -> None:
             f"model {cfg.model.name} has a vision tower and needs frames",
             "set data.sampling=uniform or fps",
         )
-    visual = data.most_frames * vision.tokens_per_frame
+    visual = most_visual_tokens(cfg)
     if visual >= data.sequence_length:
         frames_key = "data.num_frames" if data.sampling == "uniform" else "data.max_frames"
         raise fail(
@@ -225,6 +230,7 @@ def check_batch(cfg: Config) -> None:
             f"{cfg.parallel.virtual_pipeline} needs a multiple of parallel.pipeline={cfg.parallel.pipeline}",
             f"set e.g. trainer.global_batch_size={cfg.data_parallel_size * cfg.parallel.pipeline}",
         )
+    check_loaders(cfg)
     if cfg.data.sequence_length > cfg.model.max_sequence_length:
         raise fail(
             "data.sequence_length",
@@ -234,14 +240,80 @@ def check_batch(cfg: Config) -> None:
         )
 
 
+def check_loaders(cfg: Config) -> None:
+    """A process has no more loaders than it can run: one for each of its packed sequences in a step."""
+    sequences, workers = cfg.num_micro_batches, cfg.data.num_workers
+    if sequences * max(workers, 1) > MOST_LOADERS:
+        batch = cfg.trainer.global_batch_size
+        raise fail(
+            "trainer.global_batch_size",
+            batch,
+            f"gives a process {sequences} packed sequences a step, each with a loader of its own and "
+            f"data.num_workers={workers}, and it runs at most {MOST_LOADERS}",
+            "lower it or data.num_workers, or share it among more processes (trainer.devices, trainer.num_nodes)",
+        )
+
+
+def check_length(cfg: Config) -> None:
+    """A packed sequence, of a length that divides, has room for a video and text."""
+    multiple, length, visual = cfg.length_multiple, cfg.data.sequence_length, most_visual_tokens(cfg)
+    room = length // multiple * multiple
+    if room > visual:
+        return
+    fix = f"raise data.sequence_length to at least {(visual // multiple + 1) * multiple}"
+    reason = (
+        f"a packed sequence divides by {multiple} (reduction.select.multiple_of, fp8.recipe, ranks that share it), "
+        f"which leaves {room} of {length} tokens, and one video fills {visual}"
+    )
+    if cfg.reduction.select.multiple_of > 1:
+        raise fail("reduction.select.multiple_of", cfg.reduction.select.multiple_of, reason, f"lower it, or {fix}")
+    raise fail("data.sequence_length", length, reason, fix)
+
+
+def most_visual_tokens(cfg: Config) -> int:
+    """Visual tokens of the longest video; 0 without a vision tower."""
+    return cfg.data.most_frames * cfg.model.vision.tokens_per_frame if cfg.model.vision is not None else 0
+
+
+def check_kept(cfg: Config, budget: float, retention: tuple[float, ...]) -> None:
+    """What stays of the longest video whatever the schedule says leaves room for the budget.
+
+    Args:
+        cfg: the run.
+        budget: mean share of the visual tokens over all layers.
+        retention: share that enters every layer, which meets it.
+    """
+    select, visual = cfg.reduction.select, most_visual_tokens(cfg)
+    if budget == 1 or not visual:
+        return
+    counts = kept_counts(retention, visual, select.min_tokens)
+    kept = sum(counts) / (visual * len(counts))
+    # One token stays in any case.
+    if select.min_tokens > 1 and kept > budget + BUDGET_TOLERANCE:
+        raise fail(
+            "reduction.select.min_tokens",
+            select.min_tokens,
+            f"keeps {kept:.3f} of the {visual} visual tokens of the longest video, and the budget is {budget:g}",
+            "lower it or raise the budget",
+        )
+    assert cfg.model.vision is not None, "visual tokens come from a tower"
+    share = budget * cfg.model.vision.tokens_per_frame
+    if select.min_tokens_per_frame > share:
+        raise fail(
+            "reduction.select.min_tokens_per_frame",
+            select.min_tokens_per_frame,
+            f"must be at most {share:g}, what a budget of {budget:g} leaves of a frame on average",
+            "lower it or raise the budget",
+        )
+
+
 def check_steps(cfg: Config) -> None:
-    """The warmup ends before the decay does."""
-    end_key = "trainer.max_steps" if cfg.optim.decay_steps is None else "optim.decay_steps"
-    end = cfg.optim.decay_steps or cfg.trainer.max_steps
-    if cfg.optim.warmup_steps >= end:
+    """The warmup ends before the decay does, where both are given; the run's own end only cuts it (a short trial)."""
+    end = cfg.optim.decay_steps
+    if end is not None and cfg.optim.warmup_steps >= end:
         raise fail(
             "optim.warmup_steps",
             cfg.optim.warmup_steps,
-            f"must be below {end_key}={end}",
-            f"lower optim.warmup_steps (0 = none) or raise {end_key}",
+            f"must be below optim.decay_steps={end}",
+            "lower optim.warmup_steps (0 = none) or raise optim.decay_steps",
         )

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from hybridprune_megatron.checks import closest
+from hybridprune_megatron.checks import closest, shown
 from hybridprune_megatron.config.fields import (
     all_keys,
     default_of,
@@ -23,12 +23,19 @@ from hybridprune_megatron.config.fields import (
     field_types,
     is_group,
     is_passed_on,
+    type_of_key,
     type_words,
     without_none,
 )
 from hybridprune_megatron.config.legacy import MOVED
 from hybridprune_megatron.config.reduction_schema import PARTS
 from hybridprune_megatron.config.schema import Config
+
+#: The groups of ``conf/``, in the order in which ``--help`` names them.
+GROUPS = ("experiment", "model", "data", "reduction", "tuning", "optim", "trainer", "fp8", "parallel")
+#: Characters of an override: the parser is slow, and gives up on deep brackets.
+_LONGEST = 20_000
+_SWITCH_WORDS = {"true", "false", "yes", "no", "on", "off", "y", "n", "1", "0"}
 
 
 def group_options(conf_dir: Path, group: str) -> list[str]:
@@ -45,18 +52,22 @@ def explain_override(text: str, conf_dir: Path) -> str | None:
     """
     if "=" not in text and not text.startswith("~"):
         return f"{text}: is not an override; write key=value, e.g. experiment=demo (--help lists the keys)"
+    if len(text) > _LONGEST:
+        return f"{shown(text)}: is too long; write it into a file of conf"
     try:
         override = OverridesParser.create().parse_override(text)
-    except HydraException as error:
-        return f"{text}: cannot be read ({_one_line(error)}); quote it, e.g. 'key=[1,2]' or 'key=\"a, b\"'"
+    except (HydraException, ValueError, RecursionError) as error:
+        reason = shown(_one_line(error))
+        return f"{shown(text)}: cannot be read ({reason}); quote it, e.g. 'key=[1,2]' or 'key=\"a, b\"'"
     key, value = override.key_or_group, override.value()
-    if key.startswith("hydra"):
-        return None
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        return f"{shown(text)}: Hydra's own settings are fixed; leave it out, output_dir says where a run writes"
+    text = shown(text)
     if override.is_sweep_override():
         return f"{text}: names several values, and a run takes one; write a list as '{key}=[a,b]'"
     if override.is_delete():
         return f"{text}: keys cannot be deleted; set {key} to null or to its default instead"
-    if (conf_dir / key).is_dir():
+    if key in GROUPS:
         return _explain_group(key, value, conf_dir, added=override.is_add())
     return _explain_key(key, value, text.partition("=")[2], added=override.is_add())
 
@@ -101,11 +112,26 @@ def _explain_key(key: str, value: Any, shown: str, added: bool) -> str | None:
     hint = field_types(owner)[name]
     if is_group(hint) or is_passed_on(hint):
         return None if value is None or isinstance(value, dict) else _wrong_type(owner, name, key, shown)
+    if without_none(hint) is bool and str(value).lower() not in _SWITCH_WORDS:
+        # OmegaConf takes any number for a switch.
+        return _wrong_type(owner, name, key, shown)
     try:
         OmegaConf.update(_scratch(owner), name, value)
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, OverflowError):
         return _wrong_type(owner, name, key, shown)
     return None
+
+
+def as_typed(text: str) -> str:
+    """An override (that ``explain_override`` has passed) whose value stays the text that was typed, where text is due.
+
+    ``name=1.10`` would otherwise be read as a number and become the name 1.1, that of another run.
+    """
+    override = OverridesParser.create().parse_override(text)
+    key, _, typed = text.partition("=")
+    if not isinstance(override.value(), int | float) or without_none(type_of_key(override.key_or_group)) is not str:
+        return text
+    return f"{key}='{typed.strip()}'"
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.config.json_text import parse_json, short
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config, ModelConfig
@@ -50,10 +51,15 @@ class FeaturesInfo:
         Raises:
             ValueError: no JSON object, or a field is missing.
         """
-        content = json.loads(text)
+        content = parse_json(text)
         names = [field.name for field in fields(FeaturesInfo)]
         if not isinstance(content, dict) or not set(names) <= set(content):
             raise ValueError(f"expected an object with {', '.join(names)}")
+        for field in fields(FeaturesInfo):
+            value = content[field.name]
+            # Annotations are text here.
+            if type(value).__name__ != field.type or (isinstance(value, str) and not value.isprintable()):
+                raise ValueError(f"{field.name} is {short(value)}: expected {field.type}")
         return FeaturesInfo(**{name: content[name] for name in names})
 
     def check(self, model: ModelConfig, where: str) -> None:
@@ -93,18 +99,45 @@ def check_features(cfg: Config) -> None:
     """
     for key in ("train", "validation"):
         path = getattr(cfg.data, key)
-        file = Path(path or "") / FEATURES_FILE
-        if path is None or not file.is_file():
-            continue
-        try:
-            info = FeaturesInfo.from_json(file.read_text())
-        except ValueError as error:
-            raise ConfigError(f"data.{key}={path}: its {FEATURES_FILE} cannot be read ({error}); {_REMEDY}") from error
-        info.check(cfg.model, f"data.{key}={path}")
-        if cfg.reduction.front.needs_pixels:
-            raise fail(
-                "reduction.front",
-                cfg.reduction.front.name,
-                f"compares frames, and data.{key}={path} holds features of them",
-                "set reduction.front=evs, or read the videos",
-            )
+        if path is not None:
+            check_folder(cfg, f"data.{key}={path}", Path(path))
+
+
+def check_folder(cfg: Config, where: str, folder: Path) -> FeaturesInfo | None:
+    """What a data set says about its features, None if it holds none; they are for the configured model.
+
+    Args:
+        cfg: the configuration.
+        where: what to call the data set in an error.
+        folder: of the data set.
+
+    Raises:
+        ConfigError: they are not, or cannot be told.
+    """
+    info = read_info(folder, where)
+    if info is None:
+        return None
+    info.check(cfg.model, where)
+    if cfg.reduction.front.needs_pixels:
+        raise fail(
+            "reduction.front",
+            cfg.reduction.front.name,
+            f"compares frames, and {where} holds features of them",
+            "set reduction.front=evs, or read the videos",
+        )
+    return info
+
+
+def read_info(folder: Path, where: str) -> FeaturesInfo | None:
+    """What a data set says about its features, None if it holds none.
+
+    Raises:
+        ConfigError: its description cannot be read.
+    """
+    file = folder / FEATURES_FILE
+    if not file.is_file():
+        return None
+    try:
+        return FeaturesInfo.from_json(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: its {FEATURES_FILE} cannot be read ({error}); {_REMEDY}") from error

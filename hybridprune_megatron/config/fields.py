@@ -49,6 +49,22 @@ def leaf_keys() -> list[str]:
     return [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
 
 
+def type_of_key(key: str) -> Any:
+    """Type of a dotted key of the schema; None if it has no such key, or another library knows it."""
+    owner = _owner(key)
+    return None if owner is None else field_types(owner).get(key.rpartition(".")[2])
+
+
+def _owner(key: str) -> Any:
+    """The dataclass that holds a dotted key; None if there is none."""
+    owner: Any = Config
+    for group in key.split(".")[:-1]:
+        owner = without_none(field_types(owner).get(group))
+        if not is_group(owner):
+            return None
+    return owner
+
+
 def default_of(owner: Any, name: str) -> Any:
     """A field's default; None where it has none or makes it by a factory."""
     default = next(field.default for field in fields(owner) if field.name == name)
@@ -65,11 +81,8 @@ def field_help(owner: type, name: str) -> str:
 
 def key_help(key: str) -> str:
     """The line on a dotted key of the schema."""
-    owner: type = Config
-    *groups, name = key.split(".")
-    for group in groups:
-        owner = without_none(field_types(owner)[group])
-    return field_help(owner, name)
+    *_, name = key.split(".")
+    return field_help(_owner(key), name)
 
 
 def type_words(hint: Any) -> str:

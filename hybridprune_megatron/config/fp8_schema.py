@@ -6,9 +6,10 @@ Imports nothing slow: a width that does not divide is reported before torch is l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from hybridprune_megatron.checks import at_least, fail, one_of
+from hybridprune_megatron.bounds import OneOf, Size, Whole, check_bounds
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.schedule import layer_symbols
 
@@ -34,21 +35,16 @@ class Fp8Config:
         amax_compute_algo: what delayed scales by; max (of these passes) or most_recent.
     """
 
-    recipe: str | None = None
-    format: str = "hybrid"
+    recipe: Annotated[str, OneOf(*TILE)] | None = None
+    format: Annotated[str, OneOf("hybrid", "e4m3")] = "hybrid"
     first_last_layers_bf16: bool = True
-    num_layers_at_start_in_bf16: int = 1
-    num_layers_at_end_in_bf16: int = 1
-    amax_history_len: int = 1024
-    amax_compute_algo: str = "max"
+    num_layers_at_start_in_bf16: Whole = 1
+    num_layers_at_end_in_bf16: Whole = 1
+    amax_history_len: Size = 1024
+    amax_compute_algo: Annotated[str, OneOf("max", "most_recent")] = "max"
 
     def __post_init__(self) -> None:
-        if self.recipe is not None:
-            one_of("fp8", self, "recipe", TILE)
-        one_of("fp8", self, "format", ("hybrid", "e4m3"))
-        one_of("fp8", self, "amax_compute_algo", ("max", "most_recent"))
-        at_least("fp8", self, 0, "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
-        at_least("fp8", self, 1, "amax_history_len")
+        check_bounds("fp8", self)
         if self.recipe == "delayed" and self.first_last_layers_bf16:
             raise fail(
                 "fp8.first_last_layers_bf16",
@@ -88,12 +84,6 @@ def check_fp8(cfg: Config) -> None:
         raise fail("model.spec", "torch", reason, "set model.spec=te or fp8=none")
     _check_layers(cfg)
     _check_widths(cfg)
-    if cfg.length_multiple > cfg.data.sequence_length:
-        reason = (
-            f"a packed sequence divides by {cfg.length_multiple} for fp8.recipe={fp8.recipe} and the ranks sharing it"
-        )
-        fix = f"raise data.sequence_length to at least {cfg.length_multiple}"
-        raise fail("data.sequence_length", cfg.data.sequence_length, reason, fix)
 
 
 def _check_layers(cfg: Config) -> None:

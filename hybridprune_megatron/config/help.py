@@ -8,10 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from hybridprune_megatron.config.explain import group_options
+from hybridprune_megatron.config.explain import GROUPS, group_options
 from hybridprune_megatron.config.fields import key_help, leaf_keys
 
-GROUPS = ("experiment", "model", "data", "reduction", "tuning", "optim", "trainer", "fp8", "parallel")
 COMMON_KEYS = (
     "name",
     "output_dir",

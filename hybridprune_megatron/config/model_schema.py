@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from hybridprune_megatron.checks import above_zero, at_least, divides, fail, one_of
+from hybridprune_megatron.bounds import (
+    Count,
+    NotNegative,
+    OneOf,
+    Positive,
+    Range,
+    Size,
+    check_bounds,
+)
+from hybridprune_megatron.checks import divides, fail
 from hybridprune_megatron.config.cross_checks import check_pattern
+
+#: Sides of frames and patches.
+Pixels = Annotated[int, Range(1, 2**16)]
 
 
 @dataclass
@@ -30,26 +42,24 @@ class VisionConfig:
         image_std: standard deviation per colour channel (RGB) that divides afterwards.
     """
 
-    hidden_size: int
-    num_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    patch_size: int
-    frame_size: int
-    position_grid_px: int
-    num_cls_tokens: int
-    num_register_tokens: int
-    projector_hidden_size: int
+    hidden_size: Size
+    num_layers: Size
+    num_attention_heads: Size
+    intermediate_size: Size
+    patch_size: Pixels
+    frame_size: Pixels
+    position_grid_px: Pixels
+    num_cls_tokens: Annotated[int, Range(0, 2**16)]
+    num_register_tokens: Annotated[int, Range(0, 2**16)]
+    projector_hidden_size: Size
     pixel_shuffle: float = 0.5
     # CLIP's statistics, which RADIO towers were trained with.
     image_mean: list[float] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
-    image_std: list[float] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    image_std: list[Positive] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
 
     def __post_init__(self) -> None:
         prefix = "model.vision"
-        at_least(prefix, self, 1, "hidden_size", "num_layers", "num_attention_heads", "intermediate_size")
-        at_least(prefix, self, 1, "patch_size", "frame_size", "position_grid_px", "projector_hidden_size")
-        at_least(prefix, self, 0, "num_cls_tokens", "num_register_tokens")
+        check_bounds(prefix, self)
         divides(f"{prefix}.hidden_size", self.hidden_size, f"{prefix}.num_attention_heads", self.num_attention_heads)
         divides(f"{prefix}.frame_size", self.frame_size, f"{prefix}.patch_size", self.patch_size)
         divides(f"{prefix}.position_grid_px", self.position_grid_px, f"{prefix}.patch_size", self.patch_size)
@@ -72,10 +82,8 @@ class VisionConfig:
         )
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            if len(values) != 3 or (name == "image_std" and min(values) <= 0):
-                raise fail(
-                    f"{prefix}.{name}", values, "must be three numbers (RGB), a deviation above 0", "give [r,g,b]"
-                )
+            if len(values) != 3:
+                raise fail(f"{prefix}.{name}", values, "must be three numbers (RGB)", "give [r,g,b]")
 
     @property
     def tokens_per_frame(self) -> int:
@@ -105,24 +113,19 @@ class ExpertsConfig:
         bias_update_rate: step of the router's correction bias towards even loads; 0 = it stays as loaded.
     """
 
-    num_experts: int
-    experts_per_token: int
-    ffn_hidden_size: int
-    shared_ffn_hidden_size: int = 0
-    latent_size: int | None = None
-    routed_scaling: float = 1.0
-    num_groups: int = 1
-    groups_per_token: int = 1
-    bias_update_rate: float = 0.0
+    num_experts: Annotated[int, Range(2, 2**16)]
+    experts_per_token: Annotated[int, Range(2, 2**16)]
+    ffn_hidden_size: Size
+    shared_ffn_hidden_size: Annotated[int, Range(0, 2**20)] = 0
+    latent_size: Size | None = None
+    routed_scaling: Positive = 1.0
+    num_groups: Size = 1
+    groups_per_token: Size = 1
+    bias_update_rate: NotNegative = 0.0
 
     def __post_init__(self) -> None:
         prefix = "model.experts"
-        at_least(prefix, self, 2, "num_experts", "experts_per_token")
-        at_least(prefix, self, 1, "ffn_hidden_size", "num_groups", "groups_per_token")
-        at_least(prefix, self, 0, "shared_ffn_hidden_size", "bias_update_rate")
-        above_zero(prefix, self, "routed_scaling")
-        if self.latent_size is not None:
-            at_least(prefix, self, 1, "latent_size")
+        check_bounds(prefix, self)
         divides(f"{prefix}.num_experts", self.num_experts, f"{prefix}.num_groups", self.num_groups)
         reachable = self.num_experts // self.num_groups * min(self.groups_per_token, self.num_groups)
         if self.experts_per_token > reachable:
@@ -157,6 +160,7 @@ class TrainableConfig:
     language: bool = True
 
     def __post_init__(self) -> None:
+        check_bounds("model.trainable", self)
         if not (self.vision or self.projector or self.language):
             raise fail("model.trainable", "all false", "something must be trained", "set model.trainable.language=true")
 
@@ -194,36 +198,31 @@ class ModelConfig:
 
     name: str
     hybrid_pattern: str
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    mamba_num_heads: int
-    mamba_head_dim: int
-    mamba_state_dim: int
-    mamba_num_groups: int
-    vocab_size: int
-    max_sequence_length: int
-    mamba_chunk_size: int = 128
-    time_step_min: float = 0.0
+    hidden_size: Size
+    ffn_hidden_size: Size
+    num_attention_heads: Size
+    num_query_groups: Size
+    kv_channels: Size
+    mamba_num_heads: Size
+    mamba_head_dim: Size
+    mamba_state_dim: Size
+    mamba_num_groups: Size
+    vocab_size: Annotated[int, Range(1, 2**24)]
+    max_sequence_length: Count
+    mamba_chunk_size: Size = 128
+    time_step_min: NotNegative = 0.0
     tie_embeddings: bool = False
-    norm_epsilon: float = 1e-5
-    init_std: float = 0.02
-    spec: str = "auto"
+    norm_epsilon: Positive = 1e-5
+    init_std: Positive = 0.02
+    spec: Annotated[str, OneOf("auto", "torch", "te")] = "auto"
     init_checkpoint: str | None = None
     experts: ExpertsConfig | None = None
     vision: VisionConfig | None = None
     trainable: TrainableConfig = field(default_factory=TrainableConfig)
 
     def __post_init__(self) -> None:
+        check_bounds("model", self)
         check_pattern(self.hybrid_pattern, self.experts is not None)
-        at_least("model", self, 1, "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
-        at_least("model", self, 1, "kv_channels", "mamba_num_heads", "mamba_head_dim", "mamba_state_dim")
-        at_least("model", self, 1, "mamba_num_groups", "vocab_size", "max_sequence_length", "mamba_chunk_size")
-        above_zero("model", self, "norm_epsilon", "init_std")
-        at_least("model", self, 0, "time_step_min")
-        one_of("model", self, "spec", ("auto", "torch", "te"))
         for heads, groups in (("num_attention_heads", "num_query_groups"), ("mamba_num_heads", "mamba_num_groups")):
             divides(f"model.{heads}", getattr(self, heads), f"model.{groups}", getattr(self, groups))
 

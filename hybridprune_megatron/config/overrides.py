@@ -16,8 +16,8 @@ def part_overrides(overrides: Sequence[str]) -> list[str]:
     """Overrides that Hydra takes, from those that a user writes.
 
     ``reduction.score=random`` or ``reduction.score={name: random, seed: 3}`` replaces the part, where Hydra would merge
-    a mapping into what the files say: it becomes a text, which ``Registry.build`` reads. ``reduction.score.seed=3`` then
-    sets a key of it; alone, it changes a key of the part that the files chose, which they may not name (``++``).
+    a mapping into what the files say: it becomes a text, which ``Registry.build`` reads. ``reduction.score.seed=3``
+    then sets a key of it; alone, it changes a key of the part that the files chose, which they may not name (``++``).
     """
     result = list(overrides)
     for part in PARTS:

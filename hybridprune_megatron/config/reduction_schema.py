@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
-from hybridprune_megatron.checks import ConfigError, above_zero, closest, fail, within
+from hybridprune_megatron.bounds import PositiveShare, Range, check_bounds
+from hybridprune_megatron.checks import ConfigError, closest, fail
 from hybridprune_megatron.config.legacy import nested
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.front import FRONTS, NoFront
@@ -46,27 +47,18 @@ class ReductionConfig:
         dt_filter: share of its visual tokens' steps that a Mamba head with a long memory keeps (LongMamba); null = all.
     """
 
-    budget: float
+    budget: Annotated[float, Range(0, 1, above=True, meaning="a share of the visual tokens", example=0.25)]
     score: Any = SCORERS.default
     schedule: Any = SCHEDULES.default
     layers: Any = "all"
     select: Select = field(default_factory=Select)
     front: Any = FRONTS.default
-    dt_filter: float | None = None
+    dt_filter: PositiveShare | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise fail(
-                "reduction.budget",
-                self.budget,
-                "must be above 0 and at most 1 (a share of the visual tokens)",
-                "set e.g. reduction.budget=0.25, or 1 for no reduction",
-            )
+        check_bounds("reduction", self)
         for name, registry in PARTS.items():
             setattr(self, name, registry.build(getattr(self, name)))
-        if self.dt_filter is not None:
-            within("reduction", self, 0, 1, "dt_filter")
-            above_zero("reduction", self, "dt_filter")
         self.schedule.check_budget(self.budget)
         self._check_front()
         self._check_pairs()
@@ -151,9 +143,7 @@ class ReductionConfig:
                     "name layers of another kind, e.g. reduction.layers=attention",
                 )
 
-    def policy(
-        self, pattern: str, drawn: bool = False, retention: tuple[float, ...] | None = None
-    ) -> Reduction | None:
+    def policy(self, pattern: str, drawn: bool = False, retention: tuple[float, ...] | None = None) -> Reduction | None:
         """What a model drops.
 
         Args:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hybridprune_megatron.config.checkpoint_folder import latest_checkpoint, read_run_file
 from hybridprune_megatron.checks import ConfigError
+from hybridprune_megatron.config.checkpoint_folder import latest_checkpoint, saved_config
 from hybridprune_megatron.config.flat import config_values, leaves
 from hybridprune_megatron.config.schema import Config
 
@@ -34,7 +34,10 @@ def check_resume(cfg: Config) -> None:
     # The weights of a checkpoint replace the initial ones, unless those teach.
     teaches = distillation.weight > 0 and distillation.teacher == "initial"
     free = _FREE - {"model.init_checkpoint"} if teaches else _FREE
-    saved = dict(leaves(read_run_file(newest)["config"]))
+    try:
+        saved = dict(leaves(saved_config(newest)))
+    except ValueError as error:
+        raise ConfigError(f"{error}; give another output_dir") from None
     for key, value in config_values(cfg).items():
         if key in free or (key.startswith(_FREE_GROUPS) and key not in _FIXED):
             continue

@@ -11,13 +11,30 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
-from hybridprune_megatron.checks import above_zero, at_least, fail, one_of, within
+from hybridprune_megatron.bounds import (
+    Count,
+    NotNegative,
+    OneOf,
+    Positive,
+    Range,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Steps,
+    Text,
+    Ways,
+    Whole,
+    check_bounds,
+)
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.cross_checks import check_config
+from hybridprune_megatron.config.exp_manager import check_exp_manager
 from hybridprune_megatron.config.fp8_schema import Fp8Config, check_fp8
 from hybridprune_megatron.config.model_schema import ExpertsConfig, ModelConfig, TrainableConfig, VisionConfig
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
+from hybridprune_megatron.config.texts import check_frame_text, check_run_name
 from hybridprune_megatron.config.tuning_checks import check_tuning
 from hybridprune_megatron.config.tuning_schema import TuningConfig
 
@@ -60,36 +77,23 @@ class DataConfig:
     """
 
     tokenizer: str
-    sequence_length: int
+    sequence_length: Count
     train: str | None = None
     validation: str | None = None
-    num_workers: int = 2
-    shuffle_buffer: int = 1000
-    packing_buffer: int = 64
-    sampling: str = "uniform"
-    num_frames: int = 16
-    fps: float = 2.0
-    max_frames: int = 128
-    frame_text: str = "Frame {index} sampled at {seconds:.2f} seconds: "
-    conversation: str = "first_question"
-    max_bad_share: float = 0.01
+    num_workers: Annotated[int, Range(0, 1024)] = 2
+    shuffle_buffer: Annotated[int, Range(1, 10**7)] = 1000
+    packing_buffer: Annotated[int, Range(1, 10**5)] = 64
+    sampling: Annotated[str, OneOf("uniform", "fps", "none")] = "uniform"
+    num_frames: Count = 16
+    fps: Annotated[float, Range(0, 1000, above=True)] = 2.0
+    max_frames: Count = 128
+    frame_text: Annotated[str, Text()] = "Frame {index} sampled at {seconds:.2f} seconds: "
+    conversation: Annotated[str, OneOf("first_question", "split_turns", "all_turns")] = "first_question"
+    max_bad_share: Share = 0.01
 
     def __post_init__(self) -> None:
-        at_least("data", self, 1, "sequence_length", "shuffle_buffer", "packing_buffer", "num_frames", "max_frames")
-        at_least("data", self, 0, "num_workers")
-        above_zero("data", self, "fps")
-        within("data", self, 0, 1, "max_bad_share")
-        one_of("data", self, "sampling", ("uniform", "fps", "none"))
-        one_of("data", self, "conversation", ("first_question", "split_turns", "all_turns"))
-        try:
-            self.frame_text.format(index=1, seconds=0.5)
-        except (KeyError, IndexError, ValueError, AttributeError) as error:
-            raise fail(
-                "data.frame_text",
-                repr(self.frame_text),
-                "may use {index} and {seconds} only",
-                "e.g. 'Frame {index} sampled at {seconds:.2f} seconds: '",
-            ) from error
+        check_bounds("data", self)
+        check_frame_text(self.frame_text)
 
     @property
     def most_frames(self) -> int:
@@ -107,16 +111,16 @@ class LrScaleConfig:
         language: factor for the language model.
     """
 
-    vision: float = 1.0
-    projector: float = 1.0
-    language: float = 1.0
+    vision: Positive = 1.0
+    projector: Positive = 1.0
+    language: Positive = 1.0
 
     def __post_init__(self) -> None:
         for part, factor in vars(self).items():
-            if not 0 < factor < float("inf"):
-                key = f"optim.lr_scale.{part}"
-                fix = f"freeze the part with model.trainable.{part}=false, or set e.g. {key}=0.1"
-                raise fail(key, factor, "must be a finite number above 0", fix)
+            if factor == 0:
+                fix = f"freeze the part with model.trainable.{part}=false"
+                raise fail(f"optim.lr_scale.{part}", factor, "must be a finite number above 0", fix)
+        check_bounds("optim.lr_scale", self)
 
 
 @dataclass
@@ -137,29 +141,22 @@ class OptimConfig:
         lr_scale: factors on the learning rate by part of the model.
     """
 
-    lr: float
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    decay_steps: int | None = None
-    decay_style: str = "cosine"
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr: Positive
+    min_lr: NotNegative = 0.0
+    warmup_steps: Annotated[int, Range(0, 10**9)] = 0
+    decay_steps: Steps | None = None
+    decay_style: Annotated[str, OneOf("constant", "linear", "cosine")] = "cosine"
+    weight_decay: NotNegative = 0.0
+    beta1: ShareBelowOne = 0.9
+    beta2: ShareBelowOne = 0.999
+    eps: Positive = 1e-8
+    clip_grad: NotNegative = 1.0
     lr_scale: LrScaleConfig = field(default_factory=LrScaleConfig)
 
     def __post_init__(self) -> None:
-        above_zero("optim", self, "lr", "eps")
-        at_least("optim", self, 0, "warmup_steps", "weight_decay", "clip_grad")
-        at_least("optim", self, 1, "decay_steps")
-        one_of("optim", self, "decay_style", ("constant", "linear", "cosine"))
-        if not 0 <= self.min_lr <= self.lr:
+        check_bounds("optim", self)
+        if self.min_lr > self.lr:
             raise fail("optim.min_lr", self.min_lr, f"must be from 0 to optim.lr={self.lr}", "lower optim.min_lr")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                key = f"optim.{name}"
-                raise fail(key, getattr(self, name), "must be from 0 to below 1", f"set e.g. {key}=0.9")
 
 
 @dataclass
@@ -184,29 +181,24 @@ class TrainerConfig:
         timeout_minutes: how long a process waits for the others before the job fails.
     """
 
-    max_steps: int
-    num_nodes: int = 1
-    devices: int = 1
-    precision: str = "bf16"
-    global_batch_size: int = 1
-    micro_batch_size: int = 1
-    seed: int = 1234
-    log_every_n_steps: int = 10
-    save_every_n_steps: int = 100
-    eval_samples: int = 0
-    recompute: str = "none"
+    max_steps: Steps
+    num_nodes: Annotated[int, Range(1, 2**16)] = 1
+    devices: Annotated[int, Range(1, 1024)] = 1
+    precision: Annotated[str, OneOf("fp32", "bf16")] = "bf16"
+    global_batch_size: Annotated[int, Range(1, 2**20)] = 1
+    micro_batch_size: Count = 1
+    seed: Seed = 1234
+    log_every_n_steps: Steps = 10
+    save_every_n_steps: Steps = 100
+    eval_samples: Whole = 0
+    recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
     async_save: bool = False
-    nonfinite: str = "stop"
-    timeout_minutes: float = 30.0
+    nonfinite: Annotated[str, OneOf("stop", "skip")] = "stop"
+    # Up to a year: what is longer overflows in the libraries' counters.
+    timeout_minutes: Annotated[float, Range(0, 525600, above=True)] = 30.0
 
     def __post_init__(self) -> None:
-        at_least("trainer", self, 1, "max_steps", "num_nodes", "devices", "global_batch_size")
-        at_least("trainer", self, 1, "log_every_n_steps", "save_every_n_steps")
-        at_least("trainer", self, 0, "seed", "eval_samples")
-        one_of("trainer", self, "precision", ("fp32", "bf16"))
-        one_of("trainer", self, "recompute", ("none", "selective", "full"))
-        one_of("trainer", self, "nonfinite", ("stop", "skip"))
-        above_zero("trainer", self, "timeout_minutes")
+        check_bounds("trainer", self)
         if self.micro_batch_size != 1:
             raise fail(
                 "trainer.micro_batch_size",
@@ -233,18 +225,18 @@ class ParallelConfig:
         overlap_param_gather: gather parameters while the forward pass runs (needs the distributed optimizer).
     """
 
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int = 1
-    context: int = 1
-    expert: int = 1
+    tensor: Ways = 1
+    pipeline: Ways = 1
+    virtual_pipeline: Ways = 1
+    context: Ways = 1
+    expert: Ways = 1
     sequence_parallel: bool = False
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
 
     def __post_init__(self) -> None:
-        at_least("parallel", self, 1, "tensor", "pipeline", "virtual_pipeline", "context", "expert")
+        check_bounds("parallel", self)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise fail(
                 "parallel.virtual_pipeline",
@@ -305,6 +297,9 @@ class Config:
     fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def __post_init__(self) -> None:
+        check_bounds("", self)
+        check_run_name(self.name)
+        check_exp_manager(self.exp_manager)
         check_config(self)
         check_tuning(self)
         check_fp8(self)

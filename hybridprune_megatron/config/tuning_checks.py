@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.config.cross_checks import check_kept
 from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, PROJECTOR_TARGET
 from hybridprune_megatron.method.budgets import budget_levels
 from hybridprune_megatron.method.schedule import Listed
@@ -36,7 +37,7 @@ def check_budgets(cfg: Config) -> None:
     levels = budget_levels(budget.distribution, budget.low, budget.high, budget.choices)
     for name, level in (("low", min(levels)), ("high", max(levels))):
         try:
-            cfg.retention_at(level)
+            check_kept(cfg, level, cfg.retention_at(level))
         except ValueError as error:
             source = "choices" if budget.distribution == "choice" else name
             raise ConfigError(f"tuning.budget.{source} draws {level}: {error}") from error
@@ -69,6 +70,9 @@ def check_lora(cfg: Config) -> None:
     lora, trainable = cfg.tuning.lora, cfg.model.trainable
     if not lora.rank:
         return
+    if lora.rank > cfg.model.hidden_size:
+        reason = f"must be at most model.hidden_size={cfg.model.hidden_size}, one side of every linear"
+        raise fail("tuning.lora.rank", lora.rank, reason, "set e.g. tuning.lora.rank=16")
     for part, targets in (("language", LANGUAGE_TARGETS), ("projector", (PROJECTOR_TARGET,))):
         named = [target for target in lora.targets if target in targets]
         if named and not getattr(trainable, part):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from hybridprune_megatron.checks import above_zero, at_least, fail, one_of, within
+from hybridprune_megatron.bounds import OneOf, PositiveShare, Range, Share, ShareBelowOne, check_bounds
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.budgets import DISTRIBUTIONS
 
@@ -25,23 +27,19 @@ class BudgetConfig:
         per: what gets a draw of its own; sample, or step (all samples of a step share it).
     """
 
-    distribution: str = "fixed"
-    low: float = 0.15
-    high: float = 1.0
-    choices: list[float] = field(default_factory=list)
-    per: str = "sample"
+    distribution: Annotated[str, OneOf(*DISTRIBUTIONS)] = "fixed"
+    low: PositiveShare = 0.15
+    high: PositiveShare = 1.0
+    choices: list[PositiveShare] = field(default_factory=list)
+    per: Annotated[str, OneOf("sample", "step")] = "sample"
 
     def __post_init__(self) -> None:
         prefix = "tuning.budget"
-        one_of(prefix, self, "distribution", DISTRIBUTIONS)
-        one_of(prefix, self, "per", ("sample", "step"))
-        if not 0 < self.high <= 1:
-            raise fail(f"{prefix}.high", self.high, "must be above 0 and at most 1", f"set e.g. {prefix}.high=1")
-        if not 0 < self.low <= self.high:
+        check_bounds(prefix, self)
+        if self.low > self.high:
             allowed = f"must be above 0 and at most {prefix}.high={self.high}"
             raise fail(f"{prefix}.low", self.low, allowed, f"set e.g. {prefix}.low=0.15")
-        drawn = self.choices if self.distribution == "choice" else [1.0]
-        if not drawn or not all(0 < budget <= 1 for budget in drawn):
+        if self.distribution == "choice" and not self.choices:
             allowed = "must name at least one budget, each above 0 and at most 1"
             raise fail(f"{prefix}.choices", self.choices, allowed, f"set e.g. '{prefix}.choices=[0.25,0.5,1.0]'")
 
@@ -52,19 +50,16 @@ class DistillationConfig:
 
     Attributes:
         weight: w in the loss (1 - w) * cross entropy + w * temperature^2 * KL(teacher, student); 0 = off.
-        temperature: divides the logits of both in the KL, above 0.
+        temperature: divides the logits of both in the KL, from 0.01 to 100.
         teacher: whose weights; initial (those the run starts from, trained ones are kept twice) or self (of this step).
     """
 
-    weight: float = 0.0
-    temperature: float = 1.0
-    teacher: str = "initial"
+    weight: Share = 0.0
+    temperature: Annotated[float, Range(0.01, 100)] = 1.0
+    teacher: Annotated[str, OneOf("initial", "self")] = "initial"
 
     def __post_init__(self) -> None:
-        prefix = "tuning.distillation"
-        within(prefix, self, 0, 1, "weight")
-        above_zero(prefix, self, "temperature")
-        one_of(prefix, self, "teacher", ("initial", "self"))
+        check_bounds("tuning.distillation", self)
 
 
 @dataclass
@@ -78,18 +73,14 @@ class LoraConfig:
         targets: linears with an adapter; linear_qkv, linear_proj, linear_fc1, linear_fc2, in_proj, out_proj, projector.
     """
 
-    rank: int = 0
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, Range(0, 2**20)] = 0
+    alpha: Annotated[float, Range(0, 1e6, above=True)] = 32.0
+    dropout: ShareBelowOne = 0.0
     targets: list[str] = field(default_factory=lambda: list(LANGUAGE_TARGETS))
 
     def __post_init__(self) -> None:
         prefix = "tuning.lora"
-        at_least(prefix, self, 0, "rank")
-        above_zero(prefix, self, "alpha")
-        if not 0 <= self.dropout < 1:
-            fix = f"set e.g. {prefix}.dropout=0.05"
-            raise fail(f"{prefix}.dropout", self.dropout, "must be from 0 to below 1", fix)
+        check_bounds(prefix, self)
         allowed = (*LANGUAGE_TARGETS, PROJECTOR_TARGET)
         if not self.targets or not set(self.targets) <= set(allowed):
             words = f"allowed is a list of {', '.join(allowed)}"

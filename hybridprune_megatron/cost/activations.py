@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _FP32 = 4
 
+
 def total_bytes(kept: Iterable[Kept], tokens: int, tensor: int = 1, sequence_parallel: bool = False) -> int:
     """Bytes of a list of tensors on one rank."""
     return sum(each.bytes(tokens, tensor, sequence_parallel) for each in kept)

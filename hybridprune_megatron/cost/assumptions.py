@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from hybridprune_megatron.bounds import FLOAT_MAX, Range, Rule, check_value
 from hybridprune_megatron.config.fields import field_help
 from hybridprune_megatron.cost.device import DEVICES, Device
 
@@ -128,4 +129,6 @@ def changed(assumptions: Assumptions, settings: Sequence[str]) -> Assumptions:
         except (KeyError, ValueError) as error:
             example = str(getattr(assumptions, name)).lower()
             raise ValueError(f"{setting}: has the wrong type; give e.g. {name}={example}") from error
+        if kind in (int, float):
+            check_value(name, values[name], Rule(kind, bound=Range(0, FLOAT_MAX)), getattr(assumptions, name))
     return replace(assumptions, **values)

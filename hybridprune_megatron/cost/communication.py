@@ -107,6 +107,14 @@ def sent_bytes(transfers: Iterable[Transfer]) -> tuple[float, float]:
     return sum(each.near for each in transfers), sum(each.far for each in transfers)
 
 
+def _pooled_scores(group: Group, visual: int, pooling: str) -> list[Transfer]:
+    """Scores over the heads of all ranks: their mean is taken in shares of the tokens, their maximum in one message."""
+    if pooling != "mean":
+        return all_reduce("scores", "forward", group, visual * _FP32)
+    filled = -(-visual // group.ranks) * group.ranks * _FP32
+    return all_to_all("scores", "forward", group, filled) + all_gather("scores", "forward", group, filled)
+
+
 class Wires:
     """The transfers of one configuration.
 
@@ -180,16 +188,16 @@ class Wires:
             question: tokens that ask.
         """
         parallel, transfers = self.cfg.parallel, []
-        score = self.cfg.reduction.score
-        if score.reads_signals and KINDS[symbol].name == "attention":
+        score, kind = self.cfg.reduction.score, KINDS[symbol].name
+        if score.reads_signals and kind == "attention":
             queries = attention_widths(self.cfg.model)[0] // parallel.tensor
             log_sums = question * self.cfg.model.num_attention_heads // parallel.tensor
             transfers += all_reduce("scores", "forward", self.context, question * queries * self.width)
             transfers += all_gather("scores", "forward", self.context, parallel.context * log_sums * _FP32)
             transfers += all_gather("scores", "forward", self.context, before * _FP32)
-            transfers += all_reduce("scores", "forward", self.tensor, visual * _FP32)
+            transfers += _pooled_scores(self.tensor, visual, score.pooling(kind))
         elif score.reads_signals:
-            transfers += all_reduce("scores", "forward", self.heads, visual * _FP32)
+            transfers += _pooled_scores(self.heads, visual, score.pooling(kind))
         if parallel.sequence_parallel:
             transfers += all_gather("drop", "forward", self.tensor, self._stream(before))
             transfers += all_gather("drop", "backward", self.tensor, self._stream(after))

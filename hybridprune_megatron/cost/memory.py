@@ -37,9 +37,6 @@ from hybridprune_megatron.cost.activations import (
     projector_activations,
     total_bytes,
 )
-from hybridprune_megatron.layers.kind import Kept, Parameters
-from hybridprune_megatron.layers.kinds import KINDS
-from hybridprune_megatron.layers.operations import WIDTH
 from hybridprune_megatron.cost.parameters import (
     adapter_parameters,
     embedding_parameters,
@@ -50,6 +47,9 @@ from hybridprune_megatron.cost.parameters import (
     tower_parameters,
 )
 from hybridprune_megatron.cost.vision import patches_per_frame, tokens_in_tower
+from hybridprune_megatron.layers.kind import Kept, Parameters
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.layers.operations import WIDTH
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config

@@ -11,6 +11,7 @@ from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.cost.memory import GIB, Memory, Packed, prefill_memory, training_memory
 from hybridprune_megatron.cost.planner import largest_budget, smallest_budget
 from hybridprune_megatron.cost.prefill import Prefill, Prompt, prefill_cost
+from hybridprune_megatron.method.schedule import Listed
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config

@@ -7,12 +7,12 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hybridprune_megatron.layers.kinds import KINDS
-from hybridprune_megatron.layers.operations import sum_costs
 from hybridprune_megatron.cost.prefill import Prefill
 from hybridprune_megatron.cost.report import flop_unit
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.layers.operations import sum_costs
 
-__FULL = "#dddddd"
+_FULL = "#dddddd"
 
 
 def plot_plan(path: Path, prefill: Prefill, name: str) -> None:
@@ -48,4 +48,4 @@ def plot_plan(path: Path, prefill: Prefill, name: str) -> None:
     prompt = prefill.prompt
     figure.suptitle(f"{name}, {prompt.visual:,} visual and {prompt.text:,} text tokens", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Creator": "recipes/plan.py"})

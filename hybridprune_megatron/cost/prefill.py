@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.layers import embedding_cost, head_cost, layer_operations
-from hybridprune_megatron.layers.operations import WIDTH, Cost, sum_costs
 from hybridprune_megatron.cost.scoring import drop_operations, front_operations, scoring_operations
 from hybridprune_megatron.cost.vision import projector_cost, tower_cost
+from hybridprune_megatron.layers.operations import WIDTH, Cost, sum_costs
 from hybridprune_megatron.method.counts import kept_counts
 from hybridprune_megatron.method.reduction import at_least
 from hybridprune_megatron.method.schedule import layer_symbols

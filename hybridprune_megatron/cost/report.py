@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.device import DEVICES
 from hybridprune_megatron.cost.memory import GIB, Memory
+from hybridprune_megatron.cost.prefill import Operations, Prefill
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.layers.operations import Cost, sum_costs
-from hybridprune_megatron.cost.prefill import Operations, Prefill
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config

@@ -13,7 +13,7 @@ from hybridprune_megatron.cost.memory import GIB, Memory, Packed, training_memor
 from hybridprune_megatron.cost.prefill import Prefill, Prompt, prefill_cost
 from hybridprune_megatron.cost.step_time import Clock, StepTime, step_time
 from hybridprune_megatron.cost.target import TargetConfig
-from hybridprune_megatron.method.schedule import cut_pattern, even_edges, layer_symbols
+from hybridprune_megatron.method.schedule import Listed, cut_pattern, even_edges, layer_symbols
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -100,7 +100,7 @@ class Workload:
         cfg, prompt = filled(cfg)
         retention = cfg.retention_at(budget)
         # Written out, so that the schedule is not solved again with every layout.
-        written = replace(cfg.reduction, budget=budget, retention=list(retention))
+        written = replace(cfg.reduction, budget=budget, schedule=Listed(retention))
         reduced = replace(cfg, reduction=written)
         prefill = prefill_cost(cfg.model, reduced.reduction, retention, prompt, cfg.trainer.precision)
         return Workload(reduced, prefill, TargetConfig().answer_tokens)

@@ -65,4 +65,4 @@ def plot_scaling(path: Path, compared: Comparison) -> None:
     model, tokens = compared.full.workload.cfg.model.name, compared.full.workload.prefill.prompt.tokens
     figure.suptitle(f"{model}, {tokens:,}-token samples, the fastest layout that fits (counted, not measured)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Creator": "scripts/scaling.py"})

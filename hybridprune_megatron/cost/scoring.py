@@ -1,7 +1,7 @@
 """What scoring, dropping and the reduction before the model cost, as ``hybridprune_megatron/method`` does them.
 
-Every score and front counts itself; scores are computed in fp32 whatever the precision of the run. Here every block of
-logits counts as written and read once, for no kernel fuses them.
+Every score and front counts itself; scores are computed in fp32 whatever the precision of the run, with decay in
+float64. Here every block of logits counts as written and read once, for no kernel fuses them.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.communication import Transfer, Wires
 from hybridprune_megatron.cost.memory import Stage, StaticMemory
+from hybridprune_megatron.cost.vision import projector_cost, tower_operations
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.layers.operations import WIDTH, Cost
-from hybridprune_megatron.cost.vision import projector_cost, tower_operations
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from hybridprune_megatron.checks import above_zero, at_least, fail, one_of
+from hybridprune_megatron.bounds import FLOAT_MAX, Count, OneOf, Range, Whole, check_bounds, read_value
+from hybridprune_megatron.checks import closest, fail
 from hybridprune_megatron.cost.device import DEVICES
 
 PREFIX = "target."
@@ -36,29 +33,20 @@ class TargetConfig:
         device: roofline for predicted times; a100, h100 or h200.
     """
 
-    speedup: float | None = None
-    memory_gib: float | None = None
-    parts: str = "language"
-    memory_of: str = "training"
-    frames: int | None = None
-    visual_tokens: int | None = None
-    text_tokens: int = 200
-    frame_text_tokens: int = FRAME_TEXT_TOKENS
-    question_tokens: int = 30
-    answer_tokens: int = 30
-    device: str = "h100"
+    speedup: Annotated[float, Range(1, FLOAT_MAX, above=True, example=4)] | None = None
+    memory_gib: Annotated[float, Range(0, FLOAT_MAX, above=True, example=80)] | None = None
+    parts: Annotated[str, OneOf("language", "all")] = "language"
+    memory_of: Annotated[str, OneOf("training", "prefill")] = "training"
+    frames: Count | None = None
+    visual_tokens: Count | None = None
+    text_tokens: Count = 200
+    frame_text_tokens: Whole = FRAME_TEXT_TOKENS
+    question_tokens: Count = 30
+    answer_tokens: Count = 30
+    device: Annotated[str, OneOf(*DEVICES)] = "h100"
 
     def __post_init__(self) -> None:
-        prefix = PREFIX.rstrip(".")
-        one_of(prefix, self, "parts", ("language", "all"))
-        one_of(prefix, self, "memory_of", ("training", "prefill"))
-        one_of(prefix, self, "device", DEVICES)
-        at_least(prefix, self, 1, "frames", "visual_tokens", "question_tokens", "answer_tokens")
-        at_least(prefix, self, 0, "frame_text_tokens")
-        if self.memory_gib is not None:
-            above_zero(prefix, self, "memory_gib")
-        if self.speedup is not None and not 1 < self.speedup < float("inf"):
-            raise fail("target.speedup", self.speedup, "must be above 1", "set e.g. target.speedup=4")
+        check_bounds(PREFIX.rstrip("."), self)
         if self.frames is not None and self.visual_tokens is not None:
             raise fail("target.visual_tokens", self.visual_tokens, "target.frames is set too", "set one of the two")
         if self.parts == "all" and self.visual_tokens is not None:
@@ -83,30 +71,13 @@ def read_target(overrides: Sequence[str]) -> TargetConfig:
         ConfigError: one line on the first that is wrong.
     """
     known = [each.name for each in fields(TargetConfig)]
-    node = OmegaConf.structured(TargetConfig)
+    values = {}
     for override in overrides:
-        key, equals, value = override.partition("=")
+        key, _, text = override.partition("=")
         name = key.removeprefix(PREFIX)
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            fix = f"did you mean {PREFIX}{near[0]}?" if near else "python recipes/plan.py --help shows them"
-            raise fail(key, value, f"unknown key; target has {', '.join(known)}", fix)
-        try:
-            if not equals:
-                raise ValueError
-            OmegaConf.update(node, name, _number(value))
-        except (OmegaConfBaseException, ValueError) as error:
-            raise fail(key, value, "has the wrong type", f"give e.g. {key}={_example(name)}") from error
-    target: Any = OmegaConf.to_object(node)
-    assert isinstance(target, TargetConfig), type(target)
-    return target
-
-
-def _number(value: str) -> Any:
-    """A value as OmegaConf takes it from a command line: null, or the text, which it converts."""
-    return None if value == "null" else value
-
-
-def _example(name: str) -> object:
-    default = getattr(TargetConfig, name)
-    return {"speedup": 4, "memory_gib": 80, "frames": 128, "visual_tokens": 8192}.get(name, default)
+            near = closest(name, known)
+            fix = f"did you mean {PREFIX}{near}?" if near else "python recipes/plan.py --help shows them"
+            raise fail(key, text, f"unknown key; target has {', '.join(known)}", fix)
+        values[name] = read_value(key, text, TargetConfig, name)
+    return TargetConfig(**values)

@@ -15,29 +15,37 @@ In prompts, not in training samples, ``<image>`` becomes one frame without that 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
-SYSTEM_TOKEN = "<SPECIAL_10>"
-TURN_TOKEN = "<SPECIAL_11>"
-END_TOKEN = "<SPECIAL_12>"
-IMAGE_TOKEN = "<image>"
-IMAGE_START_TOKEN = "<img>"
-IMAGE_END_TOKEN = "</img>"
-VIDEO_TOKEN = "<video>"
+from hybridprune_megatron.config.json_text import short
 
-#: Special tokens that the prompt itself writes: content that holds one would change the roles or the frame counts.
-RESERVED_TOKENS = (SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN)
+# Those that are not used here are the conversation's all the same: who writes prompts takes them from here.
+from hybridprune_megatron.config.prompt_tokens import (  # noqa: F401
+    END_TOKEN,
+    IMAGE_END_TOKEN,
+    IMAGE_START_TOKEN,
+    IMAGE_TOKEN,
+    RESERVED_TOKENS,
+    SYSTEM_TOKEN,
+    TURN_TOKEN,
+    VIDEO_TOKEN,
+)
+
 #: Placeholders in a prompt, by the type of a part. Training samples have videos only.
 MEDIA_TOKENS = {"video": VIDEO_TOKEN, "image": IMAGE_TOKEN}
 MEDIA_PATTERN = re.compile("|".join(MEDIA_TOKENS.values()))
+#: Messages of a conversation. With ``split_turns`` every turn is a sample that begins with all earlier ones.
+MOST_MESSAGES = 1000
 
 _ROLE_MARKERS = {
     "system": f"{SYSTEM_TOKEN}System\n",
     "user": f"{TURN_TOKEN}User\n",
     "assistant": f"{TURN_TOKEN}Assistant\n",
 }
+_ORDER = "expected user and assistant in turn, after at most one system message"
 _TURN_PATTERN = re.compile("|".join(f"(?P<{role}>{re.escape(marker)})" for role, marker in _ROLE_MARKERS.items()))
 
 
@@ -60,6 +68,12 @@ class Conversation:
         """Videos and images."""
         return sum(len(MEDIA_PATTERN.findall(question)) for question in self.questions)
 
+    def messages(self) -> list[dict[str, str]]:
+        """What ``read_conversation`` makes this of, in its shortest form."""
+        turns = [text for turn in zip_longest(self.questions, self.answers) for text in turn if text is not None]
+        messages = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(turns)]
+        return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
+
     def up_to(self, num_turns: int) -> Conversation:
         """The first turns only."""
         return Conversation(self.system, self.questions[:num_turns], self.answers[:num_turns])
@@ -75,26 +89,53 @@ def read_conversation(messages: Sequence[dict[str, Any]], types: Sequence[str] =
     Raises:
         ValueError: roles do not alternate, there is no question, or a content holds a reserved token.
     """
-    if not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"conversation is {messages!r:.60}: expected a list of messages with role and content")
+    if not isinstance(messages, list | tuple) or not 0 < len(messages) <= MOST_MESSAGES:
+        shown = f"{len(messages)} messages" if isinstance(messages, list | tuple) else short(messages)
+        raise ValueError(
+            f"conversation is {shown}: expected a list of messages with role and content, at most {MOST_MESSAGES}"
+        )
     contents: list[tuple[str, str]] = []
     media = {name: MEDIA_TOKENS[name] for name in types}
     for message in messages:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise ValueError(f"message {message!r:.60}: expected an object with role and content")
-        contents.append((message["role"], _content_text(message["content"], media)))
+            raise ValueError(f"message {short(message)}: expected an object with role and content")
+        role, text = message["role"], _content_text(message["content"], media)
+        if role not in list(_ROLE_MARKERS):
+            raise ValueError(f"role {short(role)}: {_ORDER}")
+        # The system turn too, or its text could forge the turns after it.
+        _check_text(role, text, media.values() if role == "user" else ())
+        contents.append((role, text))
     system = contents.pop(0)[1] if contents[0][0] == "system" else None
     expected = ["user", "assistant"] * (len(contents) // 2 + 1)
     roles = [role for role, _ in contents]
     if not roles or roles != expected[: len(roles)]:
-        raise ValueError(f"roles {roles}: expected user and assistant in turn, after at most one system message")
-    for role, text in contents:
-        allowed = media.values() if role == "user" else ()
-        held = [token for token in (*RESERVED_TOKENS, VIDEO_TOKEN) if token in text and token not in allowed]
-        if held:
-            raise ValueError(f"{role} content holds {held[0]}: reserved for the prompt format; remove it from the text")
+        raise ValueError(f"roles {short(roles)}: {_ORDER}")
     texts = [text for _, text in contents]
     return Conversation(system, tuple(texts[0::2]), tuple(texts[1::2]))
+
+
+def _check_text(role: str, text: str, allowed: Collection[str]) -> None:
+    """Refuses a text that would be read as more than the content of its turn.
+
+    A tokenizer may make reserved tokens of other text, too: ``PromptEncoder`` looks at the tokens.
+    """
+    held = [token for token in (*RESERVED_TOKENS, VIDEO_TOKEN) if token in text and token not in allowed]
+    if held:
+        raise ValueError(f"{role} content holds {held[0]}: reserved for the prompt format; remove it from the text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{role} content holds {text[error.start]!a}, half of a character: remove it") from None
+
+
+def check_videos(conversation: Conversation, count: int) -> None:
+    """Every placeholder has its video.
+
+    Raises:
+        ValueError: there are ``count`` videos and another number of placeholders.
+    """
+    if conversation.num_videos != count:
+        raise ValueError(f"{conversation.num_videos} {VIDEO_TOKEN} placeholders but {count} videos")
 
 
 def render_chat(conversation: Conversation) -> str:
@@ -134,16 +175,16 @@ def _content_text(content: Any, media: Mapping[str, str]) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"content {content!r:.60}: expected a string or a list of parts")
+        raise ValueError(f"content {short(content)}: expected a string or a list of parts")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             parts.append(part["text"])
-        elif kind is not None and kind in media:
+        elif isinstance(kind, str) and kind in media:
             parts.append(media[kind])
         else:
             raise ValueError(
-                f'content part {part!r:.60}: expected {{"type": "video"}} or {{"type": "text", "text": ...}}'
+                f'content part {short(part)}: expected {{"type": "video"}} or {{"type": "text", "text": ...}}'
             )
     return "".join(parts)

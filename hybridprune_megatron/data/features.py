@@ -9,11 +9,12 @@ Shape letters: N frames of the video, F frames stored or taken, M tokens a frame
 
 from __future__ import annotations
 
-import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,12 +23,18 @@ from torch import Tensor
 
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.features import FeaturesInfo
+from hybridprune_megatron.config.json_text import parse_json, short
 from hybridprune_megatron.data.batch import FrameFeatures
 from hybridprune_megatron.data.video import FrameSampling
 
 FEATURES_EXTENSION = "safetensors"
-#: What a features part may hold, by the names of the safetensors format.
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+#: What a features part holds: the dtypes of each tensor, by the names of the safetensors format, and its dimensions.
+_TENSORS: dict[str, tuple[dict[str, torch.dtype], int]] = {
+    "features": ({"BF16": torch.bfloat16, "F32": torch.float32}, 3),
+    "video_seconds": ({"F64": torch.float64}, 1),
+    "frame_indices": ({"I64": torch.int64}, 1),
+}
+_MOST_HEADER_BYTES = 2**20
 
 
 def features_part(
@@ -67,7 +74,7 @@ class StoredFeatures:
         Raises:
             ValueError: this is no features part.
         """
-        return FeaturesInfo.from_json(str(self._header["__metadata__"]["info"]))
+        return FeaturesInfo.from_json(self._header["__metadata__"]["info"])
 
     def seconds(self, sampling: FrameSampling) -> list[float]:
         """Times of the frames that a sampling takes.
@@ -93,8 +100,8 @@ class StoredFeatures:
 
     def _chosen(self, sampling: FrameSampling) -> tuple[list[int], list[float]]:
         """Rows of ``features`` and times of the frames that a sampling takes."""
-        times = self._tensor("video_seconds").tolist()
-        row_of = {frame: row for row, frame in enumerate(self._tensor("frame_indices").tolist())}
+        times, indices = self._frames
+        row_of = {frame: row for row, frame in enumerate(indices)}
         wanted = sampling.choose(times)
         missing = [frame for frame in wanted if frame not in row_of]
         if missing:
@@ -106,26 +113,48 @@ class StoredFeatures:
         return [row_of[frame] for frame in wanted], [times[frame] for frame in wanted]
 
     @cached_property
+    def _frames(self) -> tuple[list[float], list[int]]:
+        """Times of all frames of the video, and which of them are stored."""
+        times, indices = self._tensor("video_seconds").tolist(), self._tensor("frame_indices").tolist()
+        rising = all(a < b for a, b in pairwise(times)) and all(a < b for a, b in pairwise(indices))
+        if (
+            not rising
+            or times[0] != 0
+            or not math.isfinite(times[-1])
+            or not 0 <= indices[0] <= indices[-1] < len(times)
+        ):
+            raise ValueError("a features part whose times or frames do not rise from 0 to the end of the video")
+        if len(indices) != len(self._tensor("features")):
+            raise ValueError(f"a features part without features of its {len(indices)} frames")
+        return times, indices
+
+    @cached_property
     def _header(self) -> dict[str, Any]:
         length = int.from_bytes(self.data[:8], "little")
         try:
-            header = json.loads(self.data[8 : 8 + length])
+            if length > min(len(self.data) - 8, _MOST_HEADER_BYTES):
+                raise ValueError(f"of {length} bytes in {len(self.data)}")
+            header = parse_json(self.data[8 : 8 + length])
         except ValueError as error:
             raise ValueError(f"a features part without a header ({error})") from error
-        if not isinstance(header, dict) or "info" not in header.get("__metadata__", {}):
+        metadata = header.get("__metadata__") if isinstance(header, dict) else None
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("info"), str):
             raise ValueError('a features part whose header has no "info"')
         return header
 
     def _tensor(self, name: str) -> Tensor:
+        dtypes, dimensions = _TENSORS[name]
+        first = 8 + int.from_bytes(self.data[:8], "little")
         try:
             entry = self._header[name]
-            start, end = entry["data_offsets"]
-            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-            offset = 8 + int.from_bytes(self.data[:8], "little") + start
+            (start, end), dtype, shape = entry["data_offsets"], dtypes[entry["dtype"]], entry["shape"]
+            count = math.prod(shape)
+            counted = all(type(number) is int and number >= 0 for number in (start, end, *shape))
+            if not counted or len(shape) != dimensions or count < 1 or count * dtype.itemsize != end - start:
+                raise ValueError(f"shape {short(shape)} in bytes {short([start, end])}")
             with warnings.catch_warnings():
                 # Bytes cannot be written to. Nobody writes to features: they are sliced, moved or projected.
                 warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                flat = torch.frombuffer(self.data, dtype=dtype, count=(end - start) // dtype.itemsize, offset=offset)
-            return flat.view(shape)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                return torch.frombuffer(self.data, dtype=dtype, count=count, offset=first + start).view(shape)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"a features part without {name} ({error!r})") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,10 +9,14 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from hybridprune_megatron.config.json_text import read_json
+from hybridprune_megatron.config.outputs import check_output, mark_folder
 from hybridprune_megatron.data.needles import load_backgrounds
 from hybridprune_megatron.data.shards import ShardWriter
 
 DESCRIPTION_FILE = "needles.json"
+#: What the marker of such a data set says, whichever script made it.
+MADE_BY = "scripts/make_demo_data.py or scripts/make_bench_data.py"
 
 
 class SamplePlan(Protocol):
@@ -51,11 +54,10 @@ def write_split[PlanT: SamplePlan](
         ValueError: the folder holds something else.
     """
     present = folder / DESCRIPTION_FILE
-    if present.is_file() and json.loads(present.read_text()) == description:
+    if present.is_file() and read_json(present) == description:
         print(f"{folder}: already there")
         return
-    if folder.exists() and not present.is_file():
-        raise ValueError(f"{folder} exists and holds something else: choose another --out")
+    check_output(folder, MADE_BY)
     # Energon's reader asks for train and val parts; "val" is its own word for what is held out.
     writer = ShardWriter(folder, "val" if held_out else "train", replace=True)
     load_backgrounds(size)
@@ -65,3 +67,4 @@ def write_split[PlanT: SamplePlan](
         for plan, clip in zip(tqdm(plans, desc=folder.name, unit="clip"), renderers.map(render, plans)):
             writer.add(plan.key, plan.conversation(), [("mp4", clip)], plan.meta())
         writer.add_file(DESCRIPTION_FILE, description)
+    mark_folder(folder, MADE_BY)

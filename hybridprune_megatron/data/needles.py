@@ -21,6 +21,8 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from hybridprune_megatron.data.media import open_video
+
 #: The corners of the RGB cube, as far apart as eight colours can be.
 COLOURS = {
     "red": (235, 20, 20),
@@ -242,8 +244,7 @@ def load_backgrounds(size: int) -> tuple[np.ndarray, ...]:
     """Decodes the clips once, a little larger than the crops: uint8 [frames, height, width, 3] each."""
     clips = []
     for path in clip_paths():
-        with av.open(str(path)) as container:
-            stream = container.streams.video[0]
+        with open_video(path) as (container, stream):
             scale = _BACKGROUND_MARGIN * size / min(stream.width, stream.height)
             width, height = round(stream.width * scale), round(stream.height * scale)
             frames = [

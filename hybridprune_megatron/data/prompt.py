@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from hybridprune_megatron.config.json_text import short
 from hybridprune_megatron.data.batch import IGNORE_LABEL
 from hybridprune_megatron.data.conversation import (
     END_TOKEN,
@@ -24,13 +25,15 @@ from hybridprune_megatron.data.conversation import (
     RESERVED_TOKENS,
     SYSTEM_TOKEN,
     TURN_TOKEN,
-    VIDEO_TOKEN,
     Conversation,
+    check_videos,
     read_conversation,
 )
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 
 CONVERSATION_MODES = ("first_question", "split_turns", "all_turns")
+#: Characters of a text that may repeat from sample to sample.
+_MOST_REPEATED = 200
 DEFAULT_FRAME_TEXT = "Frame {index} sampled at {seconds:.2f} seconds: "
 
 
@@ -75,8 +78,27 @@ class PromptEncoder:
         self.tokens_per_frame = tokens_per_frame
         self.frame_text = frame_text
         self._special = {token: special_token_id(tokenizer, token) for token in RESERVED_TOKENS}
+        self._reserved = {number: token for token, number in self._special.items()}
+        self._tokenizer = tokenizer
         # Frame texts and role names repeat in every sample; tokenizing them again would dominate short samples.
-        self._tokenize = lru_cache(maxsize=4096)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
+        self._repeated = lru_cache(maxsize=4096)(self._text_ids)
+
+    def _tokenize(self, text: str) -> tuple[int, ...]:
+        return self._repeated(text) if len(text) <= _MOST_REPEATED else self._text_ids(text)
+
+    def _text_ids(self, text: str) -> tuple[int, ...]:
+        """Tokens of text, which never are those that the prompt format writes.
+
+        Compared here and not as text alone: a normalizer or an added token may make one of them of other text.
+        """
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        if not self._reserved.keys().isdisjoint(ids):
+            token = next(self._reserved[each] for each in ids if each in self._reserved)
+            raise ValueError(
+                f"text {short(text)} holds what the tokenizer reads as {token}: reserved for the prompt format; remove "
+                "it from the text"
+            )
+        return ids
 
     def encode_prompt(
         self, conversation: Conversation, timestamps: Sequence[Sequence[float] | None], mode: str = "first_question"
@@ -156,8 +178,7 @@ class PromptEncoder:
         scoring_turns: range,
         loss_turns: range,
     ) -> EncodedPrompt:
-        if conversation.num_videos != len(timestamps):
-            raise ValueError(f"{conversation.num_videos} {VIDEO_TOKEN} placeholders but {len(timestamps)} videos")
+        check_videos(conversation, len(timestamps))
         pieces = _Pieces()
         if conversation.system is not None:
             self._special_token(pieces, SYSTEM_TOKEN)

@@ -14,14 +14,19 @@ import torch
 
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.batch import EncodedSample, join_features, no_pixels
-from hybridprune_megatron.data.conversation import Conversation, read_conversation
+from hybridprune_megatron.data.batch import EncodedSample, FrameFeatures, join_features, no_pixels
+from hybridprune_megatron.data.conversation import Conversation, check_videos, read_conversation
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder
+from hybridprune_megatron.data.tokenizer import load_tokenizer
 from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
 
 #: Why a sample may be left out.
 BAD_REASONS = ("malformed", "video", "too_long", "shard")
+#: Characters of a text for one token that it becomes at least; more are refused before the tokenizer, which takes
+#: seconds for a megabyte, has seen them.
+_MOST_CHARACTERS = 16
+_MOST_MESSAGE = 500
 
 
 class BadSampleError(ValueError):
@@ -33,8 +38,12 @@ class BadSampleError(ValueError):
 
     def __init__(self, reason: str, key: str, message: str) -> None:
         assert reason in BAD_REASONS, reason
-        super().__init__(f"sample {key}: {message}")
+        super().__init__(f"sample {key}: {' '.join(message.split())[:_MOST_MESSAGE]}")
         self.reason = reason
+
+
+class MisfitError(BadSampleError, ConfigError):
+    """A sample of features that is whole, for another model or sampling than the configured ones."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class SampleEncoder:
 
     def __init__(self, cfg: Config) -> None:
         data, vision = cfg.data, cfg.model.vision
-        self.tokenizer = _load_tokenizer(data.tokenizer)
+        self.tokenizer = load_tokenizer(data.tokenizer)
         self.model = cfg.model
         self.mode = data.conversation
         self.sequence_length = data.sequence_length
@@ -97,21 +106,27 @@ class SampleEncoder:
         """The samples that a conversation becomes: one, or one a turn with ``split_turns``.
 
         Raises:
-            ConfigError: features are for another model, or lack frames that the sampling takes.
+            MisfitError: features are for another model, or lack frames that the sampling takes.
             BadSampleError: the conversation is malformed, a video unreadable, or a sample longer than a sequence.
         """
-        seconds = self._probe(key, videos)
         try:
             conversation = read_conversation(messages)
+            self._check_size(key, conversation, len(videos))
+            check_videos(conversation, len(videos))
+            seconds = self._probe(key, videos)
+            if self.mode == "split_turns":
+                # The last part is the whole conversation; the others are made only if that is short enough.
+                self._check_length(key, len(self.prompts.encode_samples(conversation, seconds)[0].input_ids))
             prompts = self.prompts.encode_samples(conversation, seconds, self.mode)
+        except BadSampleError:
+            raise
         except ValueError as error:
             raise BadSampleError("malformed", key, str(error)) from error
         drafts = []
         for part, prompt in enumerate(prompts):
             part_key = key if len(prompts) == 1 else f"{key}.{part}"
-            draft = SampleDraft(part_key, conversation, part, prompt, seconds, tuple(videos))
-            self._check_length(draft)
-            drafts.append(draft)
+            self._check_length(part_key, len(prompt.input_ids))
+            drafts.append(SampleDraft(part_key, conversation, part, prompt, seconds, tuple(videos)))
         return drafts
 
     def finish(self, draft: SampleDraft) -> EncodedSample:
@@ -122,18 +137,19 @@ class SampleEncoder:
         """
         prompt = draft.prompt
         frames, features, seconds = [], [], list(draft.seconds)
-        for index in range(prompt.num_videos):
-            assert self.sampling is not None, "videos without a sampling are refused by draft()"
-            video = draft.videos[index]
-            try:
+        try:
+            for index in range(prompt.num_videos):
+                assert self.sampling is not None, "videos without a sampling are refused by draft()"
+                video = draft.videos[index]
                 if isinstance(video, StoredFeatures):
-                    features.append(video.read(self.sampling)[0])
+                    features.append(self._features(video, self.sampling))
                     continue
                 decoded = decode_video(video, self.sampling, self.frame_size, f"video {index}")
-            except ValueError as error:
-                raise BadSampleError("video", draft.key, str(error)) from error
-            frames.append(decoded.frames)
-            seconds[index] = decoded.seconds
+                frames.append(decoded.frames)
+                seconds[index] = decoded.seconds
+            frame_features = join_features(features)
+        except (ValueError, MemoryError) as error:
+            raise BadSampleError("video", draft.key, str(error)) from error
         if seconds != draft.seconds:
             # The container's index was wrong; what was decoded counts.
             prompts = self.prompts.encode_samples(draft.conversation, seconds, self.mode)
@@ -144,9 +160,9 @@ class SampleEncoder:
             labels=torch.tensor(prompt.labels, dtype=torch.int64),
             layout=prompt.layout,
             pixel_values=torch.cat(frames) if frames else no_pixels(),
-            frame_features=join_features(features),
+            frame_features=frame_features,
         )
-        self._check_length(sample)
+        self._check_length(sample.key, sample.layout.num_tokens)
         return sample
 
     def encode(
@@ -155,7 +171,7 @@ class SampleEncoder:
         """Both steps at once.
 
         Raises:
-            BadSampleError, ConfigError: as ``draft`` and ``finish`` do.
+            BadSampleError: as ``draft`` and ``finish`` do.
         """
         return [self.finish(draft) for draft in self.draft(key, messages, videos)]
 
@@ -167,8 +183,8 @@ class SampleEncoder:
         try:
             return [self._times(video, self.sampling, f"video {i}") for i, video in enumerate(videos) if self.sampling]
         except ConfigError as error:
-            raise ConfigError(f"sample {key}: {error}") from error
-        except ValueError as error:
+            raise MisfitError("video", key, str(error)) from error
+        except (ValueError, MemoryError) as error:
             raise BadSampleError("video", key, str(error)) from error
 
     def _times(self, video: bytes | StoredFeatures, sampling: FrameSampling, name: str) -> list[float]:
@@ -178,20 +194,32 @@ class SampleEncoder:
         video.info.check(self.model, name)
         return video.seconds(sampling)
 
-    def _check_length(self, sample: SampleDraft | EncodedSample) -> None:
-        length = sample.num_tokens if isinstance(sample, SampleDraft) else sample.layout.num_tokens
+    def _features(self, stored: StoredFeatures, sampling: FrameSampling) -> FrameFeatures:
+        """The features that a sampling takes, as the projector takes them."""
+        features = stored.read(sampling)[0]
+        shape, expected = list(features.values.shape[1:]), [stored.info.tokens_per_frame, stored.info.channels]
+        if shape != expected:
+            raise ValueError(f"features of {shape} a frame, their header says {expected}")
+        if not features.values.isfinite().all():
+            raise ValueError("features that are not finite numbers")
+        return features
+
+    def _check_size(self, key: str, conversation: Conversation, num_videos: int) -> None:
+        """Refuses what cannot fit, before it is tokenized and its videos are opened."""
+        texts = (conversation.system or "", *conversation.questions, *conversation.answers)
+        characters, most = sum(map(len, texts)), _MOST_CHARACTERS * self.sequence_length
+        if characters > most:
+            raise BadSampleError(
+                "too_long",
+                key,
+                f"{characters} characters; {_MOST_CHARACTERS} times data.sequence_length={self.sequence_length} is the "
+                "most",
+            )
+        # A video has a frame at least.
+        self._check_length(key, num_videos * self.prompts.tokens_per_frame)
+
+    def _check_length(self, key: str, length: int) -> None:
         if length > self.sequence_length:
             raise BadSampleError(
-                "too_long", sample.key, f"{length} tokens; data.sequence_length={self.sequence_length} is the most"
+                "too_long", key, f"{length} tokens; data.sequence_length={self.sequence_length} is the most"
             )
-
-
-def _load_tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"data.tokenizer={folder!r} cannot be read: give a folder with a Hugging Face tokenizer"
-        ) from error

@@ -10,21 +10,31 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import re
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+import yaml  # type: ignore[import-untyped]  # the package ships no types
+from megatron.energon.epathlib import EPath
+from megatron.energon.flavors.webdataset.indexing import DuplicateSampleKeyError, SqliteIndexWriter
+from megatron.energon.flavors.webdataset.prepare import IndexSample, IndexSamplePart
 
 from hybridprune_megatron.data.features import FEATURES_EXTENSION, StoredFeatures
+from hybridprune_megatron.data.tar_samples import Place, Shard, index_path, read_samples, write_index
 
-VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "gif")
+logger = logging.getLogger(__name__)
+
+VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "ogv", "gif")
 CONVERSATION_PART = "json"
-_VIDEO_PART = re.compile(r"(?:(\d+)\.)?(" + "|".join((*VIDEO_EXTENSIONS, FEATURES_EXTENSION)) + ")")
+_VIDEO_PART = re.compile(r"(?:([0-9]{1,6})\.)?(" + "|".join((*VIDEO_EXTENSIONS, FEATURES_EXTENSION)) + ")")
 
 
 class ShardWriter:
@@ -40,25 +50,30 @@ class ShardWriter:
         replace: whether an existing folder is replaced.
 
     Raises:
-        ValueError: the folder exists and ``replace`` is not set.
+        ValueError: the folder exists and ``replace`` is not set, or a shard would hold no sample.
     """
 
     def __init__(self, folder: Path, split: str, samples_per_shard: int = 500, replace: bool = False) -> None:
         if folder.exists() and not replace:
             raise ValueError(f"{folder} exists: choose another folder, or remove it first")
+        if samples_per_shard < 1:
+            raise ValueError(f"{samples_per_shard} samples in a shard: at least 1")
         self.folder = folder
         self.split = split
         self.samples_per_shard = samples_per_shard
         self.num_samples = 0
-        self._partial = folder.with_name(f".{folder.name}.partial")
+        # Made when the writing begins; nobody else's folder has its name.
+        self._partial = folder
         self._tar: tarfile.TarFile | None = None
         self._names: list[str] = []
         self._keys: set[str] = set()
 
     def __enter__(self) -> ShardWriter:
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(
+            tempfile.mkdtemp(prefix=f".{self.folder.name}.", suffix=".partial", dir=self.folder.parent)
+        )
+        self._partial.chmod(0o755)
         return self
 
     def add(
@@ -84,11 +99,11 @@ class ShardWriter:
         for extension, _ in videos:
             if extension not in VIDEO_EXTENSIONS:
                 raise ValueError(f"video of type {extension!r}: choose one of {', '.join(VIDEO_EXTENSIONS)}")
+        content = json.dumps({"conversation": list(conversation), "meta": meta or {}}, ensure_ascii=False).encode()
         if self._tar is None or self.num_samples % self.samples_per_shard == 0:
             self._next_shard()
         self._keys.add(key)
-        content = json.dumps({"conversation": list(conversation), "meta": meta or {}}, ensure_ascii=False)
-        self._write(f"{key}.{CONVERSATION_PART}", content.encode())
+        self._write(f"{key}.{CONVERSATION_PART}", content)
         for index, (extension, data) in enumerate(videos):
             part = extension if len(videos) == 1 else f"{index}.{extension}"
             self._write(f"{key}.{part}", data)
@@ -142,25 +157,36 @@ def write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
     partial.replace(path)
 
 
-def read_shard(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Keys and parts of the samples of a tar file, one sample in memory at a time."""
-    key = ""
-    parts: dict[str, bytes] = {}
-    with tarfile.open(path) as tar:
-        for entry in tar:
-            stream = tar.extractfile(entry)
-            if stream is None:
-                continue
-            # A folder in front belongs to the key, and may hold dots.
-            folder, slash, file = entry.name.rpartition("/")
-            name, _, part = file.partition(".")
-            if folder + slash + name != key and parts:
-                yield key, parts
-                parts = {}
-            key = folder + slash + name
-            parts[part] = stream.read()
-    if parts:
-        yield key, parts
+def read_shard(
+    path: Path, left_out: Callable[[str], object] = logger.warning
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Keys and parts of the samples of a tar file, one sample in memory at a time.
+
+    Args:
+        path: the file; its index says where samples begin, so that one that cannot be read is left out alone.
+        left_out: is told what cannot be read.
+    """
+    if not index_path(path).is_file():
+        with path.open("rb") as file:
+            try:
+                yield from read_samples(file, 0, path.stat().st_size, bool)
+            except ValueError as error:
+                left_out(f"{path}: the rest cannot be read ({error})")
+        return
+    shard = Shard(path)
+    with contextlib.closing(shard):
+        for number in range(len(shard)):
+            try:
+                sample = shard.sample(number, bool)
+            except ValueError as error:
+                left_out(f"{path}: sample number {number} cannot be read ({error})")
+            else:
+                yield sample
+
+
+def is_sample_part(part: str) -> bool:
+    """Whether training reads a part: the conversation, a video or its features."""
+    return part == CONVERSATION_PART or _VIDEO_PART.fullmatch(part) is not None
 
 
 def video_parts(parts: Iterable[str]) -> list[str]:
@@ -184,14 +210,44 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def prepare_dataset(folder: Path, shard_names: Iterable[str], split: str) -> None:
-    """Writes Energon's index and description of a folder of shards, as its interactive ``energon prepare`` would."""
-    # The preparator reports on standard output, where the caller has a progress bar.
-    with contextlib.redirect_stdout(io.StringIO()):
-        WebdatasetPreparator.prepare_dataset(
-            folder,
-            list(shard_names),
-            split_parts_patterns=[(part, ".*" if part == split else "(?!)") for part in ("train", "val", "test")],
-            workers=1,
-        )
-    # Crude: samples are handed on as bytes, and our task encoder makes sense of them.
-    (folder / ".nv-meta" / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+    """Writes Energon's description of a folder of shards and their indices, as ``energon prepare`` would.
+
+    Energon's own way forks, which a process that has decoded videos must not do: the child may wait for ever.
+
+    Raises:
+        ValueError: two samples share a key, or a shard has none.
+    """
+    meta = folder / ".nv-meta"
+    meta.mkdir(exist_ok=True)
+    counts = {}
+    with SqliteIndexWriter(EPath(meta / "index.sqlite")) as index:
+        for shard, name in enumerate(shard_names):
+            places = write_index(folder / name)
+            if not places:
+                raise ValueError(f"{folder / name} has no samples")
+            counts[name] = len(places)
+            try:
+                _index_samples(index, shard, places)
+            except DuplicateSampleKeyError as error:
+                raise ValueError(f"{folder / name}: two samples have the key {error.sample_key}") from None
+    info = {"energon_version": version("megatron-energon"), "shard_counts": counts}
+    (meta / ".info.json").write_text(json.dumps(info, indent=2))
+    parts = {part: list(counts) if part == split else [] for part in ("train", "val", "test")}
+    (meta / "split.yaml").write_text(yaml.safe_dump({"split_parts": parts, "exclude": []}, sort_keys=False))
+    (meta / "index.uuid").write_text(str(uuid.uuid4()))
+    # Crude: samples are passed on as bytes, and our task encoder makes sense of them.
+    (meta / "dataset.yaml").write_text("__module__: megatron.energon\n__class__: CrudeWebdataset\n")
+
+
+def _index_samples(index: SqliteIndexWriter, shard: int, places: Sequence[Place]) -> None:
+    """Writes where the samples of a shard and their parts lie."""
+    samples, parts = [], []
+    for number, place in enumerate(places):
+        where = {"tar_file_id": shard, "sample_index": number}
+        span = {"byte_offset": place.start, "byte_size": place.end - place.start}
+        samples.append(IndexSample(**where, **span, sample_key=place.key))
+        for part, (offset, size) in place.parts.items():
+            content = {"content_byte_offset": offset, "content_byte_size": size}
+            parts.append(IndexSamplePart(**where, **content, part_name=part))
+    index.append_samples(samples)
+    index.append_parts(parts)

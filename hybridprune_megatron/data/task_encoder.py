@@ -7,11 +7,9 @@ it is by remembering which samples its buffers hold, so every stage depends on n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,16 +22,18 @@ from megatron.energon import (
     basic_sample_keys,
     edataclass,
     get_savable_loader,
-    get_train_dataset,
-    get_val_dataset,
     stateless,
 )
 from megatron.energon.errors import FatalSampleError, reraise_exception
 
 from hybridprune_megatron.checks import ConfigError
+from hybridprune_megatron.config.data_sets import DataSet, features_of, read_data_sets
+from hybridprune_megatron.config.features import FeaturesInfo
+from hybridprune_megatron.config.json_text import parse_json
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.bad_samples import BadSampleTally, count_broken_shards, fatal, fatal_line
+from hybridprune_megatron.data.bad_samples import BadSampleTally, changed_data, count_broken_shards, fatal, fatal_line
 from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
+from hybridprune_megatron.data.energon_sets import blend_mode, energon_sets
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
 from hybridprune_megatron.data.packing import samples_by_pack
@@ -44,6 +44,8 @@ from hybridprune_megatron.data.worker_signals import obey_parent_only
 
 #: Samples in a row from one place of a shard before another place is read; the shuffle buffer mixes further.
 _MAX_SAMPLES_PER_SEQUENCE = 100
+#: Bytes of a conversation with what is known about it.
+_MOST_CONVERSATION_BYTES = 2**24
 #: A long video decodes for a while; Energon warns when a batch takes longer.
 _SLOW_BATCH_SECONDS = 600
 
@@ -102,14 +104,22 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
         encoder: makes tokens and pixels.
         max_bad_share: share of bad samples that is skipped before the job ends.
         pad_to_multiple_of: of the length of a packed sequence.
+        features: what the data sets say about the features they hold in the place of videos, None if they hold videos.
     """
 
     # Parts are decoded here, from bytes. Energon's decoder would also unpickle parts with certain names.
     decoder = None
     cookers = (Cooker(cook_sample),)
 
-    def __init__(self, encoder: SampleEncoder, max_bad_share: float, pad_to_multiple_of: int = 1) -> None:
+    def __init__(
+        self,
+        encoder: SampleEncoder,
+        max_bad_share: float,
+        pad_to_multiple_of: int = 1,
+        features: FeaturesInfo | None = None,
+    ) -> None:
         self.encoder = encoder
+        self.features = features
         self.pad_to_multiple_of = pad_to_multiple_of
         self.tally = BadSampleTally(max_bad_share)
         # Padding must not push a full sequence over its length.
@@ -120,11 +130,10 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
         """Tokens of a conversation; one draft, or one a turn."""
         self.tally.seen += 1
         try:
+            _check_kind(sample, self.features)
             drafts = self.encoder.draft(sample.__key__, _read_messages(sample), sample.videos)
         except BadSampleError as error:
             raise self.tally.skip(error) from error
-        except ConfigError as error:
-            raise fatal(str(error)) from error
         for draft in drafts:
             yield DraftSample.derive_from(sample, draft=draft)
 
@@ -176,18 +185,17 @@ class _Stream:
             the samples of its buffers again, and counts them again).
     """
 
-    def __init__(self, cfg: Config, encoder: SampleEncoder, number: int, pad_to_multiple_of: int) -> None:
+    def __init__(self, cfg: Config, sets: list[DataSet], number: int, task_encoder: VideoTaskEncoder) -> None:
         data, num_streams = cfg.data, cfg.trainer.global_batch_size
         self._shape = {"num_streams": num_streams, "num_workers": data.num_workers}
-        task_encoder = VideoTaskEncoder(encoder, data.max_bad_share, pad_to_multiple_of)
-        dataset = get_train_dataset(
-            _dataset_path(data.train, "data.train"),
-            worker_config=_worker_config(number, num_streams, data.num_workers, cfg.trainer.seed),
+        worker_config = _worker_config(number, num_streams, data.num_workers, cfg.trainer.seed)
+        dataset = task_encoder.build_train_datasets(
+            datasets=energon_sets(sets, True, worker_config, max_samples_per_sequence=_MAX_SAMPLES_PER_SEQUENCE),
+            blend_mode=blend_mode(sets),
+            worker_config=worker_config,
             batch_size=None,
             packing_buffer_size=data.packing_buffer,
             shuffle_buffer_size=-(-data.shuffle_buffer // num_streams),
-            max_samples_per_sequence=_MAX_SAMPLES_PER_SEQUENCE,
-            task_encoder=task_encoder,
         )
         count_broken_shards(dataset, task_encoder.tally)
         self._loader = _savable_loader(dataset)
@@ -215,6 +223,14 @@ class _Stream:
                 )
         self._earlier = dict(state["counts"])
         self._loader.restore_state_rank(from_plain(state["energon"]))
+
+
+def _next(batches: Iterator[PackedBatch]) -> PackedBatch:
+    try:
+        return next(batches)
+    except SkipSample as error:
+        # Energon skips samples everywhere but where it makes those of a saved state anew.
+        changed_data(error)
 
 
 def _sum_counts(parts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -245,24 +261,29 @@ class TrainLoader:
 
     def __init__(self, cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> None:
         multiple = pad_to_multiple_of or cfg.length_multiple
+        sets = _data_sets(cfg.data.train, "data.train", "train")
+        features = features_of(sets, f"data.train={cfg.data.train}")
         encoder = SampleEncoder(cfg)
-        numbers = streams_of(rank, world_size, cfg.trainer.global_batch_size)
-        self._streams = {number: _Stream(cfg, encoder, number, multiple) for number in numbers}
+        self._streams = {
+            number: _Stream(cfg, sets, number, VideoTaskEncoder(encoder, cfg.data.max_bad_share, multiple, features))
+            for number in streams_of(rank, world_size, cfg.trainer.global_batch_size)
+        }
 
     def __iter__(self) -> Iterator[PackedBatch]:
         """Batches without end, from the rank's streams in turn.
 
         Raises:
-            ValueError: more samples were bad than ``data.max_bad_share`` allows, or features do not fit the model or
+            ConfigError: more samples were bad than ``data.max_bad_share`` allows, or features do not fit the model or
                 the sampling.
         """
         iterators = [iter(stream) for stream in self._streams.values()]
         try:
             while True:
                 for iterator in iterators:
-                    yield next(iterator)
+                    yield _next(iterator)
         except FatalSampleError as error:
-            raise ValueError(fatal_line(error)) from error
+            # Without its cause, which is a page of what loader processes and Energon wrote around the line.
+            raise ConfigError(fatal_line(error)) from None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -294,25 +315,25 @@ def build_eval_loader(cfg: Config, rank: int = 0, world_size: int = 1) -> Iterat
     Raises:
         ValueError: as iterating a ``TrainLoader`` does.
     """
-    dataset = get_val_dataset(
-        _dataset_path(cfg.data.validation, "data.validation"),
-        worker_config=_worker_config(rank, world_size, 0, cfg.trainer.seed),
-        batch_size=None,
-        task_encoder=VideoTaskEncoder(SampleEncoder(cfg), cfg.data.max_bad_share),
+    sets = _data_sets(cfg.data.validation, "data.validation", "val")
+    features = features_of(sets, f"data.validation={cfg.data.validation}")
+    task_encoder = VideoTaskEncoder(SampleEncoder(cfg), cfg.data.max_bad_share, features=features)
+    worker_config = _worker_config(rank, world_size, 0, cfg.trainer.seed)
+    dataset = task_encoder.build_val_datasets(
+        datasets=energon_sets(sets, False, worker_config), worker_config=worker_config, batch_size=None
     )
+    count_broken_shards(dataset, task_encoder.tally)
     try:
         for finished in _savable_loader(dataset):
             yield finished.sample
     except FatalSampleError as error:
-        raise ValueError(fatal_line(error)) from error
+        raise ConfigError(fatal_line(error)) from None
 
 
-def _dataset_path(path: str | None, key: str) -> Path:
+def _data_sets(path: str | None, key: str, part: str) -> list[DataSet]:
     if path is None:
-        raise ValueError(f"{key}=null: give an Energon data set folder; scripts/make_shards.py writes one")
-    if not (Path(path) / ".nv-meta").is_dir() and not Path(path).is_file():
-        raise ValueError(f"{key}={path} is no Energon data set: give a folder with .nv-meta or a metadataset .yaml")
-    return Path(path)
+        raise ConfigError(f"{key}=null: give an Energon data set folder; scripts/make_shards.py writes one")
+    return read_data_sets(path, part, key)
 
 
 def _worker_config(rank: int, world_size: int, num_workers: int, seed: int) -> WorkerConfig:
@@ -323,6 +344,7 @@ def _worker_config(rank: int, world_size: int, num_workers: int, seed: int) -> W
         num_workers=num_workers,
         seed_offset=seed,
         global_error_handler=reraise_exception,
+        restore_error_handler=changed_data,
     )
 
 
@@ -335,7 +357,29 @@ def _savable_loader(dataset: Any) -> Any:
 
 
 def _read_messages(sample: RawSample) -> list[dict[str, Any]]:
+    if len(sample.conversation) > _MOST_CONVERSATION_BYTES:
+        message = f"its .{CONVERSATION_PART} has {len(sample.conversation)} bytes, above {_MOST_CONVERSATION_BYTES}"
+        raise BadSampleError("malformed", sample.__key__, message)
     try:
-        return json.loads(sample.conversation)["conversation"]
+        return parse_json(sample.conversation)["conversation"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadSampleError("malformed", sample.__key__, f"its .{CONVERSATION_PART} has no conversation") from error
+        message = f"its .{CONVERSATION_PART} has no conversation ({error})"
+        raise BadSampleError("malformed", sample.__key__, message) from error
+
+
+def _check_kind(sample: RawSample, features: FeaturesInfo | None) -> None:
+    """A packed sequence shows either frames or features of one tower: those that its data set is said to hold.
+
+    Raises:
+        BadSampleError: the sample has others.
+    """
+    for video in sample.videos:
+        if isinstance(video, bytes) != (features is None):
+            kinds = ("a video", "features") if features is not None else ("features", "videos")
+            raise BadSampleError("video", sample.__key__, f"{kinds[0]} in a data set of {kinds[1]}")
+        try:
+            other = isinstance(video, StoredFeatures) and features is not None and video.info.tower != features.tower
+        except ValueError as error:
+            raise BadSampleError("video", sample.__key__, str(error)) from error
+        if other:
+            raise BadSampleError("video", sample.__key__, "features of another tower than its data set's")

@@ -1,22 +1,26 @@
 """Decoding a video into a few square frames with their times, through PyAV.
 
-A frame is resized straight to ``frame_size`` x ``frame_size`` (bicubic, which low-passes when it shrinks): one tile
-a frame, its aspect ratio given up, as the vision tower of Nemotron Nano V2 VL takes video frames.
+A frame becomes RGB at its own size, is turned upright, and is then scaled to ``frame_size`` x ``frame_size``: one tile
+per frame, its aspect ratio given up, as the vision tower of Nemotron Nano V2 VL takes video frames. So frames that
+somebody else decoded (``frame.to_ndarray(format="rgb24")``) give the same pixels.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
 from torch import Tensor
+
+from hybridprune_megatron.data.frame_times import listed_seconds, seconds, timed_packets
+from hybridprune_megatron.data.images import to_square, turned
+from hybridprune_megatron.data.media import MAX_FRAME_PIXELS, MAX_FRAMES, MIN_SIDE, MediaError, check_size, open_video
 
 SAMPLING_MODES = ("uniform", "fps")
 
@@ -101,31 +105,43 @@ def decode_video(
         name: what to call the video in an error.
 
     Raises:
-        ValueError: the video cannot be read or has no frames.
+        ValueError: the video cannot be read, is cut, has no frames, or is larger than videos that are read.
     """
     with _one_error(source, name):
-        return _decode(source, sampling, frame_size)
+        # The container's times come without decoding, but some containers are wrong about them: those of the decoded
+        # frames have the last word, and where they choose other frames, these are fetched in a second pass.
+        times = _listed(source)
+        times, frames = _decode(source, sampling.choose(times), frame_size)
+        chosen = sampling.choose(times)
+        if not frames.keys() >= set(chosen):
+            times, frames = _decode(source, chosen, frame_size)
+        return _decoded([frames[index] for index in chosen], chosen, times)
 
 
 def sample_frames(
-    frames: np.ndarray, seconds: Sequence[float], sampling: FrameSampling, frame_size: int
+    frames: Sequence[np.ndarray], seconds: Sequence[float], sampling: FrameSampling, frame_size: int
 ) -> DecodedVideo:
     """The chosen ones of frames that were decoded elsewhere, scaled as ``decode_video`` scales.
 
     Args:
-        frames: uint8 [F, H, W, 3], RGB, upright, F of at least 1.
+        frames: F pictures, at least one, each uint8 [H, W, 3], RGB, upright.
         seconds: F times, rising.
         sampling: which frames.
         frame_size: side of the output frames, in pixels.
+
+    Raises:
+        ValueError: more frames than are read, smaller ones, or infinite times.
     """
-    seconds = [float(time - seconds[0]) for time in seconds]
-    chosen = sampling.choose(seconds)
-    pictures = [
-        _picture(av.VideoFrame.from_ndarray(np.ascontiguousarray(frames[index]), format="rgb24"), frame_size)
-        for index in chosen
-    ]
-    stack = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return DecodedVideo(stack, [seconds[index] for index in chosen], seconds)
+    height, width = frames[0].shape[:2]
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"frames of {width} x {height} pixels; at least {MIN_SIDE} on a side are read: scale them up")
+    if len(frames) > MAX_FRAMES:
+        raise ValueError(f"{len(frames)} frames; at most {MAX_FRAMES} are read: leave some out")
+    times = [float(time - seconds[0]) for time in seconds]
+    if not math.isfinite(times[-1]):
+        raise ValueError(f"frames up to {times[-1]} s: times must be finite")
+    chosen = sampling.choose(times)
+    return _decoded([to_square(frames[index], frame_size) for index in chosen], chosen, times)
 
 
 def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str = "video") -> list[float]:
@@ -134,122 +150,84 @@ def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str =
     They come from the container's index, which some files get wrong; compare with the times of the decoded video.
 
     Raises:
-        ValueError: the video cannot be read or has no frames.
+        ValueError: the video cannot be read, is cut, has no frames, or is larger than videos that are read.
     """
     with _one_error(source, name):
-        times = _listed_times(source) or _decode_chosen(source, set(), 2)[0]
-        if not times:
-            raise _NoFrames("no frame in the video stream")
-        return _from_first(times[0], sorted(_choose(times, sampling)))
+        times = _listed(source)
+        return [times[index] for index in sampling.choose(times)]
+
+
+def check_video(source: bytes | str | Path, name: str = "video") -> None:
+    """Decodes all of a video as training does, whatever frames it takes there.
+
+    Raises:
+        ValueError: training cannot use it.
+    """
+    decode_video(source, FrameSampling(num_frames=2), 16, name)
 
 
 @contextmanager
 def _one_error(source: bytes | str | Path, name: str) -> Iterator[None]:
     """Makes one line of whatever FFmpeg has to say."""
     if isinstance(source, str | Path):
-        name = str(source)
+        name = " ".join(str(source).split())
     try:
         yield
-    except (av.error.FFmpegError, OSError, IndexError, EOFError, _NoFrames) as error:
-        reason = " ".join(str(error).split())
+    except MediaError as error:
+        raise ValueError(f"{name} cannot be decoded: {error}") from error
+    except av.error.ArgumentError as error:
+        # A decoder's whole answer to both.
+        reason = f"broken, or frames of more than {MAX_FRAME_PIXELS} pixels, the most that are read"
+        raise ValueError(f"{name} cannot be decoded: {reason}") from error
+    except (av.error.FFmpegError, OSError, EOFError, ArithmeticError, IndexError, MemoryError, ValueError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"{name} cannot be decoded ({reason}): expected a readable video file with frames") from error
 
 
-class _NoFrames(Exception):
-    """The file has no video stream, or its stream holds no frame."""
-
-
-def _decode(source: bytes | str | Path, sampling: FrameSampling, frame_size: int) -> DecodedVideo:
-    # The container's index gives the frame times without decoding. It can be wrong (edit lists, damaged packets), so
-    # the decoded times have the last word: if they differ, the choice is made again from them, in a second pass.
-    listed = _listed_times(source)
-    times, frames = _decode_chosen(source, _choose(listed, sampling), frame_size)
+def _listed(source: bytes | str | Path) -> list[float]:
+    with open_video(source) as (container, stream):
+        times = listed_seconds(container, stream)
     if not times:
-        raise _NoFrames("no frame in the video stream")
-    if times != listed:
-        times, frames = _decode_chosen(source, _choose(times, sampling), frame_size)
-    chosen = sorted(frames)
-    stack = torch.from_numpy(np.stack([frames[time] for time in chosen])).permute(0, 3, 1, 2).contiguous()
-    return DecodedVideo(stack, _from_first(times[0], chosen), _from_first(times[0], times))
+        raise MediaError("no frame in it")
+    return times
 
 
-def _choose(times: Sequence[Fraction], sampling: FrameSampling) -> set[Fraction]:
-    if not times:
-        return set()
-    return {times[index] for index in sampling.choose(_from_first(times[0], times))}
-
-
-def _from_first(first: Fraction, times: Sequence[Fraction]) -> list[float]:
-    """Seconds since the first frame of the video."""
-    return [float(time - first) for time in times]
-
-
-def _open(source: bytes | str | Path) -> av.container.InputContainer:
-    if isinstance(source, bytes):
-        return av.open(io.BytesIO(source), mode="r")
-    # Only real files: FFmpeg would also take URLs and device names.
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError("no such file")
-    return av.open(str(path.resolve()), mode="r")
-
-
-def _video_stream(container: av.container.InputContainer) -> av.VideoStream:
-    if not container.streams.video:
-        raise _NoFrames("no video stream")
-    return container.streams.video[0]
-
-
-def _listed_times(source: bytes | str | Path) -> list[Fraction]:
-    """Frame times in seconds from the packets, rising; an empty list where a packet has none."""
-    with _open(source) as container:
-        stream = _video_stream(container)
-        packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        if stream.time_base is None or any(packet.pts is None for packet in packets):
-            return []
-        return sorted({packet.pts * stream.time_base for packet in packets})
-
-
-def _decode_chosen(
-    source: bytes | str | Path, chosen: set[Fraction], frame_size: int
-) -> tuple[list[Fraction], dict[Fraction, np.ndarray]]:
-    """Decodes the whole stream and keeps the pictures of the chosen times.
+def _decode(
+    source: bytes | str | Path, chosen: Collection[int], frame_size: int
+) -> tuple[list[float], dict[int, Tensor]]:
+    """Decodes the whole video and keeps the chosen pictures.
 
     Returns:
-        The times of all frames, and uint8 [S, S, 3] pictures by time.
+        The times of all frames in seconds, and uint8 [3, S, S] pictures by their number.
     """
-    times: list[Fraction] = []
-    pictures: dict[Fraction, np.ndarray] = {}
-    with _open(source) as container:
-        stream = _video_stream(container)
-        # Slice threads only: frame threads buy little on short clips and a loader has processes of its own.
-        stream.thread_type = "SLICE"
-        for time, frame in _timed_frames(container, stream):
-            if times and time <= times[-1]:
-                continue
-            times.append(time)
-            if time in chosen:
-                pictures[time] = _picture(frame, frame_size)
-    return times, pictures
+    wanted = set(chosen)
+    ticks: list[int | None] = []
+    pictures: dict[int, Tensor] = {}
+    with open_video(source) as (container, stream):
+        for packet in timed_packets(container, stream):
+            for frame in packet.decode():
+                if len(ticks) in wanted:
+                    pictures[len(ticks)] = to_square(_upright(frame), frame_size)
+                ticks.append(frame.pts)
+                check_size(len(ticks), frame.width, frame.height)
+        if not ticks:
+            raise MediaError("no frame in it")
+        return seconds(ticks, stream), pictures
 
 
-def _timed_frames(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    rate = stream.average_rate or Fraction(25)
-    for index, frame in enumerate(container.decode(stream)):
-        if frame.pts is None:
-            # Raw streams carry no times; the nominal rate is all there is.
-            yield Fraction(index) / rate, frame
-        else:
-            yield frame.pts * frame.time_base, frame
+def _decoded(pictures: Sequence[Tensor], chosen: Sequence[int], times: list[float]) -> DecodedVideo:
+    return DecodedVideo(torch.stack(list(pictures)), [times[index] for index in chosen], times)
 
 
-def _picture(frame: av.VideoFrame, frame_size: int) -> np.ndarray:
-    """uint8 [S, S, 3]: resized, then turned upright, which commute for a square target and right angles."""
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """uint8 [H, W, 3], RGB, as players turn and mirror it."""
     # One thread: the scaler's thread pool does not survive a fork, and a loader process would wait for it forever.
-    small = frame.reformat(width=frame_size, height=frame_size, format="rgb24", interpolation="BICUBIC", threads=1)
-    picture = small.to_ndarray()
-    quarters = round(frame.rotation / 90) % 4
-    # rotation counts counterclockwise degrees, as rot90 does.
-    return np.ascontiguousarray(np.rot90(picture, quarters)) if quarters else picture
+    picture = frame.to_ndarray(format="rgb24", threads=1)
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    # A pixel at (x, y) is shown at (a x + c y, b x + d y), up to where the picture starts; y points down.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return turned(picture, False, a < 0, d < 0)
+    return turned(picture, True, c < 0, b < 0)

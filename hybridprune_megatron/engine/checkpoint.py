@@ -10,15 +10,17 @@ stream (:mod:`hybridprune_megatron.data.streams`), which no layout changes. Gene
 layout continues them digit for digit, another one seeds them anew from the run's seed and the step.
 
 What is stored how (megatron-core 0.19.2): tensors as raw shards; everything else is ``torch.save``d bytes.
-The common part is read back with ``weights_only``, but per-rank objects and the ``.metadata`` index go
-through pickle. So resuming trusts the run's own folder, and :mod:`hybridprune_megatron.engine.weights`, which
-reads other people's weights, takes tensors only.
+Megatron reads these bytes, and the ``.metadata`` index, through pickle. A run's folder may come from somebody else too,
+so :func:`load_checkpoint` looks first: the index is made of an index's types, and every stored object of plain values
+and tensors, which pickle reads without running anything. :mod:`hybridprune_megatron.engine.weights`, which reads other
+people's weights, takes tensors only.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -45,6 +47,7 @@ from hybridprune_megatron.config.checkpoint_folder import (
     latest_checkpoint,
     read_run_file,
 )
+from hybridprune_megatron.engine.checkpoint_index import read_index
 from hybridprune_megatron.engine.optimization import TrainState, allocate_state, load_optimizer_state
 from hybridprune_megatron.engine.rng_state import rng_state
 
@@ -132,8 +135,9 @@ def _reason(error: BaseException) -> str:
         dist.broadcast_object_list(said, src=0)
     else:
         said = [str(error)]
-    # Megatron's writer passes on the type of an error only.
-    return " ".join(said[0].replace("<class 'OSError'>", "OSError, disk full, over quota or not writable").split())
+    # Megatron's writer passes on the type of an error only. On a full disk torch raises a RuntimeError.
+    why = r"\1, disk full, over quota or not writable"
+    return re.sub(r"<class '(OSError|RuntimeError)'>", why, " ".join(said[0].split()))
 
 
 class CheckpointSaver:
@@ -272,6 +276,19 @@ class CheckpointSaver:
         )
 
 
+def _check_stored(path: Path) -> None:
+    """Refuses a checkpoint that could run code when it is unpickled; one rank looks for all."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            read_index(path).check_objects()
+        except ValueError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise ValueError(problem[0])
+
+
 def load_checkpoint(path: Path, state: TrainState, streams: Iterable[int] = ()) -> dict[str, Any]:
     """Loads a complete checkpoint into ``state``. Every rank calls it.
 
@@ -298,6 +315,7 @@ def load_checkpoint(path: Path, state: TrainState, streams: Iterable[int] = ()) 
             f"{path} was written before checkpoints fitted any layout; start a new run from its weights with "
             f"model.init_checkpoint={path} and another output_dir"
         )
+    _check_stored(path)
     same = saved_layout == layout()
     # fp32 parameters are the optimizer's own tensors: copying into them must not be recorded.
     with torch.no_grad():

@@ -108,7 +108,7 @@ class HybridPruneModule(LightningModule):
         """Builds and wraps the model; called by the strategy when megatron's groups exist."""
         module = self.build_stage()
         if self.cfg.model.init_checkpoint:
-            load_initial_weights(module, self.cfg.model.init_checkpoint)
+            load_initial_weights(module, self.cfg.model.init_checkpoint, self.cfg.model)
         self.state = build_train_state(module, self.cfg.optim, self.cfg.trainer, self.cfg.parallel, device)
         distillation = self.cfg.tuning.distillation
         if distillation.weight and distillation.teacher == "initial":

@@ -42,16 +42,18 @@ def read_train_log(path: Path) -> list[dict[str, Any]]:
     """Rows of a train_log.jsonl in file order; a broken last line (a killed run) is left out.
 
     Raises:
-        ValueError: if any other line is not JSON.
+        ValueError: if any other line is not a JSON object.
     """
     lines = path.read_text().splitlines()
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path} line {number} is not JSON: {line[:60]!r}; delete the line or the file"
-                ) from None
+            # Not read strictly: a step that was skipped has NaN for its loss.
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise ValueError(f"{path} line {number} is not JSON: {line[:60]!r}; delete the line or the file")
     return rows

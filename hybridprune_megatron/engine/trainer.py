@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
+from omegaconf.errors import OmegaConfBaseException
 
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.checkpoint_folder import resume_point
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
+from hybridprune_megatron.engine.run_lock import hold_folder
 from hybridprune_megatron.engine.strategy import MegatronStrategy
 
 if TYPE_CHECKING:
@@ -67,7 +70,7 @@ def resume_checkpoint(cfg: Config, say: bool) -> Path | None:
 
 
 def start_experiment(trainer: Trainer, cfg: Config) -> Path:
-    """Calls NeMo's exp_manager: loggers, step timing, time limit, and the checkpoint to resume from.
+    """Locks the run's folder and calls NeMo's exp_manager: loggers, step timing, time limit, the checkpoint to resume.
 
     Args:
         trainer: from :func:`build_trainer`; changed in place.
@@ -75,9 +78,14 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
 
     Returns:
         The folder of the logs.
+
+    Raises:
+        ValueError: another run writes the folder, or all checkpoints in it are damaged.
     """
     from nemo.utils.exp_manager import exp_manager
 
+    if trainer.is_global_zero:
+        hold_folder(Path(cfg.output_dir))
     settings: dict[str, Any] = dict(cfg.exp_manager)
     # exp_manager moves every file it finds in its folder into run_<n>/ when a run starts again; the step log,
     # the report and the plots in output_dir must stay where they are.
@@ -85,11 +93,6 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
     if log_dir.resolve() == Path(cfg.output_dir).resolve():
         log_dir = log_dir / "logs"
     settings["explicit_log_dir"] = str(log_dir)
-    if settings.get("create_checkpoint_callback"):
-        raise ValueError(
-            "exp_manager.create_checkpoint_callback=true: NeMo's callback cannot write checkpoints in one move; "
-            "leave it false, the run saves every trainer.save_every_n_steps steps by itself"
-        )
     settings["create_checkpoint_callback"] = False
     if settings.get("resume_if_exists"):
         newest = resume_checkpoint(cfg, trainer.is_global_zero)
@@ -97,7 +100,12 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
         settings["resume_from_checkpoint"] = None if newest is None else str(newest)
         settings["resume_if_exists"] = False
     quiet_libraries()
-    exp_manager(trainer, settings)
+    try:
+        exp_manager(trainer, settings)
+    except OmegaConfBaseException as error:
+        # Its keys are known to NeMo alone.
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"exp_manager.{error.full_key}: {reason}; give a key of NeMo's ExpManagerConfig") from error
     # exp_manager lets megatron log at its own level.
     quiet_libraries()
     return log_dir

@@ -2,64 +2,37 @@
 any parallel layout.
 
 Names are those of the model's sharded state dict, which are the names of ``state_dict()`` of the unsplit
-model. Only tensors are read: from a distributed checkpoint no stored object is unpickled, and its index is
-checked before it is.
+model. Only tensors are read (``checkpoint_index``): weights may come from an untrusted source.
 """
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.transformer.module import MegatronModule
-from safetensors.torch import save_file
-from torch.distributed.checkpoint.api import CheckpointException
 
+from hybridprune_megatron.config.model_schema import ModelConfig
+from hybridprune_megatron.config.outputs import whole_file
+from hybridprune_megatron.config.weight_files import holds_tensors
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
+from hybridprune_megatron.engine.checkpoint_index import Index, StoredTensor, read_index, unused
+from hybridprune_megatron.huggingface.compare import check_same_model
+from hybridprune_megatron.huggingface.files import save_tensors
 from hybridprune_megatron.huggingface.names import CONSTANTS
-from hybridprune_megatron.huggingface.source import INDEX_FILE, WEIGHTS_FILE, open_weights
+from hybridprune_megatron.huggingface.source import TranslatedWeights, check_finite, open_weights
 from hybridprune_megatron.models.lora import is_adapter
 
-# All that a genuine index of torch.distributed.checkpoint is made of. Names in full: a pickle may also ask for
-# "os.system" of a harmless module that happens to import os.
-_DTYPES = (
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "float8_e4m3fn",
-    "float8_e5m2",
-    "int64",
-    "int32",
-    "uint8",
-    "bool",
-)
-_INDEX_TYPES = {
-    "torch": {"Size", *_DTYPES},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "pathlib": {"PosixPath"},
-}
+#: What a file that ``save_weights`` wrote says of itself.
+MADE_BY = "scripts/save_weights.py"
 
 
-def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
+def load_initial_weights(module: MegatronModule, path: str | Path, model: ModelConfig | None = None) -> None:
     """Overwrites the weights of a freshly built model, before it is wrapped for training. Every rank calls
     it.
 
@@ -68,9 +41,10 @@ def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
             some rank's model. Adapters may be missing all together: then they stay as they were built.
         path: a ``.safetensors`` file or a folder of such files (scripts/import_hf.py), a Hugging Face folder of a
             family that ``huggingface.names`` knows, or a distributed checkpoint folder (ours or stock megatron's).
+        model: the module's configuration, which a Hugging Face folder's has to equal; None: only shapes are compared.
 
     Raises:
-        ValueError: if the path does not exist, or names or shapes differ.
+        ValueError: if the path does not exist, names, shapes or settings differ, or a weight is not a finite float.
     """
     path = Path(path)
     if not path.exists():
@@ -78,14 +52,9 @@ def load_initial_weights(module: MegatronModule, path: str | Path) -> None:
             f"model.init_checkpoint={path} does not exist; give a .safetensors file, a checkpoint folder, or null"
         )
     if holds_tensors(path):
-        _load_tensors(module, path)
+        _load_tensors(module, path, model)
     else:
         _load_distributed(module, path)
-
-
-def holds_tensors(path: Path) -> bool:
-    """Bare weights: a ``.safetensors`` file, or a folder of such files (imported, or Hugging Face's)."""
-    return path.is_file() or any((path / name).is_file() for name in ("config.json", INDEX_FILE, WEIGHTS_FILE))
 
 
 def save_weights(module: MegatronModule, path: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -111,10 +80,8 @@ def save_weights(module: MegatronModule, path: str | Path, dtype: torch.dtype | 
         key: value.to(dtype if dtype is not None and value.dim() > 1 else value.dtype).contiguous()
         for key, value in weights.items()
     }
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    save_file(weights, partial)
-    partial.replace(path)
+    with whole_file(Path(path)) as scratch:
+        save_tensors(weights, scratch, {"made_by": MADE_BY})
 
 
 def whole_weights(module: MegatronModule) -> dict[str, torch.Tensor]:
@@ -159,9 +126,11 @@ def _assign(module: MegatronModule, loaded: dict[str, Any], partly: bool = False
     assert not unexpected, f"values without a weight: {unexpected[:5]}"
 
 
-def _load_tensors(module: MegatronModule, path: Path) -> None:
+def _load_tensors(module: MegatronModule, path: Path, model: ModelConfig | None) -> None:
     try:
         weights = open_weights(path)
+        if isinstance(weights, TranslatedWeights) and model is not None:
+            check_same_model(weights, model)
     except ValueError as error:
         raise ValueError(f"model.init_checkpoint={path}: {error}") from None
     names = weights.names
@@ -170,24 +139,31 @@ def _load_tensors(module: MegatronModule, path: Path) -> None:
         # One after the other, so that no more than one whole weight is held beside the model.
         for name, entry in _tensors_to_load(module, names, path).items():
             if entry.key in names:
-                _assign(module, {name: _local_part(entry, weights.read(entry.key), path)}, partly=True)
+                value = weights.read(entry.key)
+                if not isinstance(weights, TranslatedWeights):
+                    # That of a Hugging Face folder is checked as it is read.
+                    _check_value(entry.key, value, path)
+                _assign(module, {name: _local_part(entry, value, path)}, partly=True)
                 used.add(entry.key)
             elif not entry.key.endswith(CONSTANTS):
                 raise ValueError(
                     f"model.init_checkpoint={path} has no weight {entry.key!r}; it is of another model, check model=..."
                 )
-    _refuse_unused(set(names) - used, path)
+    _refuse_unused(names - _used_anywhere(used), path)
 
 
-def _refuse_unused(unused: set[str], path: Path) -> None:
-    """A weight that no rank's model has means that the file is of another model."""
+def _used_anywhere(used: set[str]) -> set[str]:
+    """What any rank's model has used."""
     everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, unused)
-    nowhere = sorted(set.intersection(*everywhere))
-    if nowhere:
-        raise ValueError(
-            f"model.init_checkpoint={path} holds weights that the model has not: {nowhere[0]}, ...; check model=..."
-        )
+    dist.all_gather_object(everywhere, used)
+    return set.union(*everywhere)
+
+
+def _refuse_unused(left: Iterable[str], path: Path) -> None:
+    """A weight that no rank's model has means that the file is of another model."""
+    first = min(left, default=None)
+    if first is not None:
+        raise ValueError(f"model.init_checkpoint={path} holds weights that the model has not: {first}; check model=...")
 
 
 def _local_part(entry: ShardedTensor | ShardedTensorFactory, full: torch.Tensor, path: Path) -> torch.Tensor:
@@ -226,42 +202,72 @@ def _slice(entry: ShardedTensor, full: torch.Tensor, path: Path) -> torch.Tensor
     return full
 
 
+def _check_value(key: str, value: torch.Tensor, path: Path) -> None:
+    """Refuses what no weight can be: quantized numbers without their scales, NaN and infinity."""
+    wanted = () if key.endswith(CONSTANTS) else (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    if wanted and value.dtype not in wanted:
+        raise ValueError(
+            f"model.init_checkpoint={path}: {key} is {str(value.dtype).removeprefix('torch.')}, which needs scales; "
+            "give weights in bf16, fp16 or fp32"
+        )
+    try:
+        check_finite(key, value)
+    except ValueError as error:
+        raise ValueError(f"model.init_checkpoint={path}: {error}") from None
+
+
 def _load_distributed(module: MegatronModule, path: Path) -> None:
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+    if not (path / "metadata.json").is_file():
         raise ValueError(
             f"model.init_checkpoint={path} is a folder without metadata.json; name a complete checkpoint's folder"
         )
-    check_index(path / ".metadata")
+    index = read_index(path)
+    used: set[str] = set()
     with torch.no_grad():
-        wanted = _tensors_to_load(module, dist_checkpointing.load_tensors_metadata(str(path)), path)
-        try:
-            loaded = dist_checkpointing.load(dict(wanted), str(path))
-        except CheckpointException as error:
-            # torch wraps what a rank's plan raised, a missing or misshapen weight; it is no Exception itself.
-            reasons = [reason for reason, _ in error.failures.values()]
-            raise ValueError(
-                f"model.init_checkpoint={path} is of another model: {reasons[0]}; check model=..."
-            ) from None
-        _assign(module, {name: loaded[name] for name in wanted})
+        for name, entry in _tensors_to_load(module, index.tensors, path).items():
+            # One after the other, as above.
+            value = _read_entry(entry, lambda part: _stored_part(index, part, used))
+            _check_value(entry.key, value, path)
+            _assign(module, {name: value}, partly=True)
+    _refuse_unused(unused(index, _used_anywhere(used)), path)
 
 
-class _IndexReader(pickle.Unpickler):
-    """Reads a checkpoint index without importing anything but the index's own types."""
+def _read_entry(
+    entry: ShardedTensor | ShardedTensorFactory, read: Callable[[ShardedTensor], torch.Tensor]
+) -> torch.Tensor:
+    """This rank's part of a weight, whose entry may consist of several that are stored under names of their own."""
+    if isinstance(entry, ShardedTensor):
+        return read(entry)
+    return entry.merge_fn(_each_leaf(entry.build(), read))
 
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _INDEX_TYPES.get(module, ()):
-            return super().find_class(module, name)
-        raise ValueError(f"it would import {module}.{name}, which no checkpoint index needs")
+
+def _each_leaf(tree: Any, read: Callable[[ShardedTensor], torch.Tensor]) -> Any:
+    if isinstance(tree, ShardedTensor):
+        return read(tree)
+    if isinstance(tree, dict):
+        return {name: _each_leaf(branch, read) for name, branch in tree.items()}
+    return [_each_leaf(branch, read) for branch in tree]
 
 
-def check_index(path: Path) -> None:
-    """Refuses a checkpoint index that would import anything but the index's own types when it is unpickled.
-
-    Raises:
-        ValueError: naming what it would import.
-    """
-    with path.open("rb") as stream:
-        try:
-            _IndexReader(stream).load()
-        except (ValueError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is not a checkpoint index: {error}; do not load this checkpoint") from None
+def _stored_part(index: Index, part: ShardedTensor, used: set[str]) -> torch.Tensor:
+    """This rank's part of a stored tensor, whose key joins ``used``."""
+    named = f"model.init_checkpoint={index.folder}"
+    if part.key in index.objects:
+        raise ValueError(
+            f"{named} stores {part.key} as bytes that would be unpickled, not as a tensor; do not load this checkpoint"
+        )
+    stored: StoredTensor | None = index.tensors.get(part.key)
+    if stored is None:
+        raise ValueError(f"{named} is of another model: it has no weight {part.key!r}; check model=...")
+    if stored.shape != tuple(part.global_shape):
+        raise ValueError(
+            f"{named} is of another model: mismatch of {part.key}, {stored.shape} there and "
+            f"{tuple(part.global_shape)} in the model; check model=..."
+        )
+    sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+    try:
+        value = stored.read(part.key, tuple(part.global_offset), sizes)
+    except ValueError as error:
+        raise ValueError(f"{named}: {error}; do not load this checkpoint") from None
+    used.add(part.key)
+    return value.view(tuple(part.local_shape))

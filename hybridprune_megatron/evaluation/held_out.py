@@ -6,19 +6,21 @@ and none of a training loader's shuffling, packing and state.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.json_text import parse_json, short
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.conversation import VIDEO_TOKEN
+from hybridprune_megatron.data.conversation import VIDEO_TOKEN, read_conversation
 from hybridprune_megatron.data.features import StoredFeatures
-from hybridprune_megatron.data.sample_encoder import SampleEncoder
+from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
 from hybridprune_megatron.data.shards import CONVERSATION_PART, read_shard, stored_videos
 from hybridprune_megatron.evaluation.questions import Question
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,32 @@ class StoredSample:
 
 
 def read_samples(folder: Path) -> Iterator[StoredSample]:
-    """All samples of an Energon data set that ``ShardWriter`` wrote, in order.
+    """All samples of an Energon data set that ``ShardWriter`` wrote, in order; those that cannot be read are named.
 
     Raises:
-        ValueError: the folder holds no shards, or a sample without a conversation.
+        ValueError: the folder holds no shards of its own, or no sample can be read.
     """
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise ValueError(f"data.validation={folder}: no shards there; scripts/make_demo_data.py writes them")
+    count = 0
     for shard in shards:
+        if shard.is_symlink() or not shard.is_file():
+            raise ValueError(f"{shard} is not a file but a link or a device: put the file itself there")
         for key, parts in read_shard(shard):
-            if CONVERSATION_PART not in parts:
-                raise ValueError(f"{shard}: sample {key} has no '{CONVERSATION_PART}'; ShardWriter writes one a sample")
-            content = json.loads(parts[CONVERSATION_PART])
-            yield StoredSample(key, content["conversation"], content.get("meta", {}), stored_videos(parts), shard)
+            try:
+                content = parse_json(parts.get(CONVERSATION_PART, b""))
+                messages, meta = content["conversation"], content.get("meta", {})
+                read_conversation(messages)
+                if not isinstance(meta, dict):
+                    raise ValueError(f"its meta is {short(meta)}")
+            except (ValueError, KeyError, TypeError) as error:
+                logger.warning("left out (malformed): sample %s of %s: %s", key, shard, error)
+                continue
+            count += 1
+            yield StoredSample(key, messages, meta, stored_videos(parts), shard)
+    if not count:
+        raise ValueError(f"data.validation={folder}: none of its samples can be read; write it anew")
 
 
 def read_clips(folder: Path) -> Iterator[Clip]:
@@ -102,16 +116,30 @@ def read_clips(folder: Path) -> Iterator[Clip]:
 
 
 def load_questions(cfg: Config, count: int) -> list[Question]:
-    """The first samples of ``data.validation``, encoded as in training.
+    """The first samples of ``data.validation`` that can be used, encoded as in training.
 
     Args:
         cfg: uses ``data`` and ``model.vision``.
         count: how many at most.
+
+    Raises:
+        ValueError: none can be used.
     """
     assert cfg.data.validation is not None, "data.validation is not set"
     encoder = SampleEncoder(cfg)
-    questions = []
-    for clip in islice(read_clips(Path(cfg.data.validation)), count):
-        (sample,) = encoder.encode(clip.key, clip.messages, [clip.video])
+    questions: list[Question] = []
+    for clip in read_clips(Path(cfg.data.validation)):
+        if len(questions) == count:
+            break
+        try:
+            (sample,) = encoder.encode(clip.key, clip.messages, [clip.video])
+        except BadSampleError as error:
+            logger.warning("left out (%s): %s", error.reason, error)
+            last = error
+            continue
         questions.append(Question(sample, clip.kind, clip.answer, clip.choices))
+    if count and not questions:
+        raise ValueError(
+            f"data.validation={cfg.data.validation}: none of its samples can be used; the last one: {last}"
+        )
     return questions

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hybridprune_megatron.evaluation.forward import device_of, measuring
 from hybridprune_megatron.evaluation.timing import in_turn
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.reduction_pass import ReductionPass
-from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.method.scorer import Scorer
 from hybridprune_megatron.method.signals import Signals
@@ -136,9 +136,7 @@ class _Catch(Scorer):
         return torch.zeros(len(layout.visual_index), device=layout.visual_index.device)
 
 
-def _score(
-    reduction: Reduction, layer: torch.nn.Module, hidden: Tensor, layout: TokenLayout
-) -> Callable[[], object]:
+def _score(reduction: Reduction, layer: torch.nn.Module, hidden: Tensor, layout: TokenLayout) -> Callable[[], object]:
     """The score of one layer, ready to be timed on what the layer computes."""
     catch = _Catch()
     _run_layers([layer], hidden, pack_for_layer(layout, catch, reduction.dt_filter, None))

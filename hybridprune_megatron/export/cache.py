@@ -86,7 +86,7 @@ class MambaCache:
 
 
 class HybridCache:
-    """The caches of a model; what ``generate`` calls ``past_key_values``.
+    """The caches of a model; what ``generate`` calls ``past_key_values`` or ``cache``.
 
     Each layer holds the tokens that entered it, and Mamba's states what they wrote. A dropped token stays dropped for
     whatever comes later: layers in front of the drop remember it, those behind it never saw it.
@@ -98,9 +98,11 @@ class HybridCache:
         reduction: what was dropped, if prefill was asked for it (``output_reduction``).
     """
 
-    # Asked for by transformers' generate.
+    # Asked for by transformers' generate. is_linear: caches whose layers are all "linear" are taken to hold any number
+    # of columns, so that a second question would come with all of them; ours know how many they have seen.
     is_compileable = False
     is_croppable = False
+    is_linear = (False,)
 
     def __init__(self) -> None:
         self.layers: dict[int, AttentionCache | MambaCache] = {}

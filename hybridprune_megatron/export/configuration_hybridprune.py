@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+import transformers
 
 from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.legacy import nested
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
+from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE, check_transformers
 from hybridprune_megatron.method.schedule import Listed, layer_symbols
+
+# Before anything is asked of transformers that older ones lack: this is the first file of an export that is read.
+check_transformers(TRANSFORMERS_RANGE)
 
 # Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
 TRAINING_ONLY = {"multiple_of", "local_choice"}
@@ -30,7 +34,7 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
     """
     if reduction is None:
         return None
-    given = {"budget": 1.0, **nested(reduction)}
+    given = {"budget": 1.0, **nested(_group(reduction))}
     stored = given.pop("retention", None)
     settings = ReductionConfig.of(given)
     plain = settings.plain()
@@ -44,20 +48,22 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
 def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The saved reduction with some settings replaced; None turns it off.
 
-    A part (score, schedule, front) that is given by another name replaces the saved one, keys alone change it. The saved
-    retention goes if anything is replaced that it was solved from.
+    A part (score, schedule, front) that is given by another name replaces the saved one, keys alone change it. The
+    saved retention goes if anything is replaced that it was solved from.
 
     Raises:
         ValueError: what is given is not a mapping.
     """
     if given is None:
         return None
-    if not isinstance(given, Mapping):
-        raise fail("reduction", given, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
-    merged, changes = nested(saved or {}), nested(given)
+    merged, changes = nested(_group(saved or {})), nested(_group(given))
     for name, value in changes.items():
         before = merged.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping) and value.get("name") in (None, before.get("name")):
+        if (
+            isinstance(value, Mapping)
+            and isinstance(before, Mapping)
+            and value.get("name") in (None, before.get("name"))
+        ):
             value = {**before, **value}
         merged[name] = value
     if "retention" not in changes and set(changes) & {"budget", "layers", "front", "schedule"}:
@@ -65,7 +71,7 @@ def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | 
     return merged
 
 
-class HybridPruneConfig(PreTrainedConfig):
+class HybridPruneConfig(transformers.PreTrainedConfig):
     """Configuration of ``HybridPruneForCausalLM``.
 
     ``from_pretrained(folder, reduction=None)`` turns the reduction off; ``reduction={"budget": 0.5}`` keeps the other
@@ -100,10 +106,11 @@ class HybridPruneConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output layer is the embedding.
         eos_token_id, pad_token_id: end of an answer, and padding.
         num_hidden_layers: length of the pattern; what is given is not read.
+        transformers_range: versions of transformers that the code runs under, as pip writes them.
     """
 
     model_type = "hybridprune_vl"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
 
     hybrid_override_pattern: str = "M-M*-"
     vocab_size: int = 1024
@@ -135,13 +142,15 @@ class HybridPruneConfig(PreTrainedConfig):
     eos_token_id: int | None = None
     pad_token_id: int | None = None
     num_hidden_layers: int = 0
+    transformers_range: str = TRANSFORMERS_RANGE
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Checks and completes what depends on other fields.
 
         Raises:
-            ValueError: a pattern, a reduction or a limit of dt that is not allowed.
+            ValueError: an older transformers, or a pattern, a reduction or a limit of dt that is not allowed.
         """
+        check_transformers(self.transformers_range)
         self.num_hidden_layers = len(layer_symbols(self.hybrid_override_pattern))
         self.time_step_limit = _checked_limit(self.time_step_limit)
         self.special_token_ids = list(self.special_token_ids)
@@ -161,6 +170,12 @@ class HybridPruneConfig(PreTrainedConfig):
             merged = merge_reduction(config_dict.get("reduction"), kwargs.pop("reduction"))
             config_dict = {**config_dict, "reduction": merged}
         return super().from_dict(config_dict, **kwargs)
+
+
+def _group(reduction: Any) -> Mapping[str, Any]:
+    if not isinstance(reduction, Mapping):
+        raise fail("reduction", reduction, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
+    return reduction
 
 
 def _checked_limit(limit: Sequence[float | str]) -> list[float | str]:

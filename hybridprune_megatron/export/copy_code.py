@@ -79,13 +79,13 @@ def copy_code(folder: Path, score: Score | None = None) -> list[str]:
     """
     sources: dict[str, str] = {}
     own = score is None or type(score).__module__.partition(".")[0] == _PACKAGE
-    brought = "" if own else _source_of(type(score))
+    brought = "" if score is None or own else _source_of(type(score))
     for module in needed_modules(brought):
         name = module.split(".")[-1]
         if name in sources:
             raise ValueError(f"exported modules share the file name {name}.py: rename one of them")
         sources[name] = relative_source(module)
-    if not own:
+    if score is not None and not own:
         module = type(score).__module__
         name = module.split(".")[-1]
         if name in sources:
@@ -107,13 +107,13 @@ def _source_of(kind: type[Score]) -> str:
     package = kind.__module__.partition(".")[0]
     for node in ast.walk(ast.parse(text)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        relative = isinstance(node, ast.ImportFrom) and node.level > 0
-        if isinstance(node, ast.ImportFrom) and node.module is not None:
-            names.append(node.module)
-        if relative or any(name.partition(".")[0] == package for name in names):
+        if isinstance(node, ast.ImportFrom):
+            # A relative import is of its package.
+            names.append(package if node.level else node.module or "")
+        if package in (name.partition(".")[0] for name in names):
             raise ValueError(
-                f"reduction.score={kind.name}: its file imports from its own package (line {node.lineno}), and an export "
-                "takes this one file along; put what the score needs into it"
+                f"reduction.score={kind.name}: its file imports from its own package, {package}, and an export takes "
+                "this one file along; put what the score needs into it"
             )
     return text
 

@@ -18,10 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedConfig
+
+from hybridprune_megatron.export.cache_name import cache_argument, given_cache
 
 # Of the prompt whose tokens the caches hold already.
 _PREFILL_INPUTS = ("pixel_values", "token_kinds", "frames_per_video")
+# What generate reads for itself and passes on all the same, for models whose forward takes anything.
+_OF_GENERATE = ("tokenizer", "assistant_tokenizer", "return_dict")
+# Outputs that transformers has a name for and this model does not make.
+_NOT_MADE = {
+    "output_attentions": "attention is computed without its weights",
+    "output_hidden_states": "layers hold different tokens (output_reduction=True says which)",
+}
 
 
 class HybridGenerationMixin(GenerationMixin):
@@ -32,6 +41,10 @@ class HybridGenerationMixin(GenerationMixin):
         """Generation starts without caches; prefill makes our own."""
         return False
 
+    def generate(self, *args: Any, past_key_values: Any = None, cache: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, with the caches under either of its names."""
+        return super().generate(*args, **cache_argument(given_cache(past_key_values, cache)), **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
@@ -39,23 +52,47 @@ class HybridGenerationMixin(GenerationMixin):
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; a call that goes on over filled caches is checked and needs no frames.
+        """As in transformers; a call that continues over filled caches is checked and needs no frames.
 
         Raises:
             ValueError: the columns are not those that the caches have seen and more.
         """
-        if is_first_iteration and past_key_values is not None and past_key_values.get_seq_length():
-            _check_continuation(input_ids, next_sequence_length, past_key_values.seen(), attention_mask)
-            kwargs = {name: value for name, value in kwargs.items() if name not in _PREFILL_INPUTS}
+        cache = given_cache(past_key_values, cache)
+        dropped: tuple[str, ...] = _OF_GENERATE
+        if is_first_iteration and cache is not None and cache.get_seq_length():
+            if kwargs.get("use_cache") is False:
+                raise ValueError("use_cache=False with past_key_values: generate continues over them; leave one out")
+            _check_continuation(input_ids, next_sequence_length, cache.seen(), attention_mask)
+            dropped += _PREFILL_INPUTS
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             is_first_iteration=is_first_iteration,
-            **kwargs,
+            **cache_argument(cache),
+            **{name: value for name, value in kwargs.items() if name not in dropped},
+        )
+
+    def heal_tokens(self, input_ids: Tensor, tokenizer: Any = None) -> Tensor:
+        """Refused: it takes the special tokens out of a prompt.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("token_healing=True: a prompt without its special tokens has no frames; leave it out")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, and with it ``generate_batch``: prompts without frames, over paged caches.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            'continuous batching (generate_batch, cache_implementation="paged"): this model drops tokens from caches '
+            "of its own; use generate"
         )
 
     def _expand_inputs_for_generation(
@@ -76,6 +113,23 @@ class HybridGenerationMixin(GenerationMixin):
         if pixels is not None:
             model_kwargs["pixel_values"] = pixels
         return input_ids, model_kwargs
+
+
+def refuse_other_arguments(config: PreTrainedConfig, others: dict[str, Any]) -> None:
+    """Arguments of ``forward`` that other models take; generate passes some on unseen.
+
+    Args:
+        config: may ask for outputs, too.
+        others: by name; None and False ask for nothing.
+
+    Raises:
+        ValueError: one of them asks for something.
+    """
+    asked = {name: getattr(config, name) for name in _NOT_MADE} | others
+    for name, value in asked.items():
+        if value is not None and value is not False:
+            shown = f"{name}={value}" if isinstance(value, bool | int | float | str) else name
+            raise ValueError(f"{shown}: {_NOT_MADE.get(name, 'this model does not take it')}; leave {name} out")
 
 
 def _check_continuation(input_ids: Tensor, num_new: int | None, seen: Tensor, attention_mask: Tensor | None) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.export.run_facts import RunFacts
+from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE
 
 _HEAD = """---
 library_name: transformers
@@ -67,7 +67,7 @@ def model_card(cfg: Config, facts: RunFacts, dt_limit: str, reduced: bool = True
     vision = cfg.model.vision
     frames = f" with a RADIO vision tower, {vision.tokens_per_frame} tokens a frame" if vision is not None else ""
     pattern = cfg.model.hybrid_pattern.replace("|", "")
-    card = _HEAD.format(name=cfg.model.name, pattern=pattern, vision=frames)
+    card = _HEAD.format(name=_cell(cfg.model.name), pattern=pattern, vision=frames)
     card += _REDUCED if reduced else _PLAIN
     reduction = {
         "budget (mean share of visual tokens over all layers)": f"{cfg.reduction.budget}",
@@ -78,7 +78,8 @@ def model_card(cfg: Config, facts: RunFacts, dt_limit: str, reduced: bool = True
     card += f"\n{_table('reduction', reduction)}\n{_table('training', _training(cfg, facts))}"
     if reduced:
         card += _REDUCED_USE
-        card += f"The code in this folder needs torch, transformers {version('transformers')} and PyAV (`av`).\n"
+        card += f"The code in this folder needs torch, `transformers{TRANSFORMERS_RANGE}` and PyAV (`av`), "
+        card += "and Pillow for images.\n"
     card += (
         f"\nStep size dt of the Mamba layers: {dt_limit}. transformers' own `nemotron_h` clamps it to 0.001 and more.\n"
     )
@@ -101,4 +102,10 @@ def _training(cfg: Config, facts: RunFacts) -> dict[str, str]:
 
 
 def _table(title: str, rows: dict[str, str]) -> str:
-    return "".join([f"| {title} | |\n| --- | --- |\n", *(f"| {name} | {value} |\n" for name, value in rows.items())])
+    lines = [f"| {_cell(name)} | {_cell(value)} |\n" for name, value in rows.items()]
+    return "".join([f"| {title} | |\n| --- | --- |\n", *lines])
+
+
+def _cell(text: str) -> str:
+    """A text that stays in its place: names come from folders and from other people's runs."""
+    return "".join(each if each.isprintable() and each != "|" else " " for each in text)[:200]

@@ -20,15 +20,16 @@ from transformers import initialization as init
 
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.export.cache import HybridCache
+from hybridprune_megatron.export.cache_name import cache_argument, given_cache
 from hybridprune_megatron.export.configuration_hybridprune import (
     HybridPruneConfig,
     merge_reduction,
     resolve_reduction,
 )
-from hybridprune_megatron.export.generation import HybridGenerationMixin
+from hybridprune_megatron.export.generation import HybridGenerationMixin, refuse_other_arguments
 from hybridprune_megatron.export.layers import HybridLayer, MambaMixer, Packing
 from hybridprune_megatron.export.outputs import HybridPruneOutput, ReductionStatistics
-from hybridprune_megatron.export.padded_batch import PaddedBatch
+from hybridprune_megatron.export.padded_batch import PaddedBatch, kept_columns
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.reduction_pass import ReductionPass
@@ -98,6 +99,8 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
     config_class = HybridPruneConfig
     base_model_prefix = "language_model"
     main_input_name = "input_ids"
+    # The loss is a mean over one call's labels: transformers' Trainer need not say how many a step has.
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _is_stateful = True
     _no_split_modules = ("HybridLayer", "RadioLayer")
@@ -157,6 +160,8 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_reduction: bool = False,
         return_dict: bool | None = None,
+        cache: HybridCache | None = None,
+        **others: Any,
     ) -> HybridPruneOutput | tuple:
         """Prefill, or decoding if ``past_key_values`` holds anything.
 
@@ -168,7 +173,7 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
                 are ANSWER. None: derived from the ids, see ``derive_token_kinds``.
             frames_per_video: int [B, videos] frames of every video of a row, 0 behind its last; None: the frames of a
                 row are one video.
-            past_key_values: caches of an earlier call.
+            past_key_values, cache: caches of an earlier call, under either of transformers' names.
             labels: int64 [B, L] like ``input_ids``, shifted inside; -100: no loss.
             use_cache: whether to return caches; default: ``config.use_cache`` unless training or given labels.
             logits_to_keep: number of last columns, or their indices, whose logits are wanted; 0: all.
@@ -176,31 +181,29 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
                 its caches: ``generate(..., output_reduction=True, return_dict_in_generate=True)`` has it in
                 ``past_key_values.reduction``.
             return_dict: False returns a tuple.
+            others: must be None or False.
 
         Raises:
-            ValueError: frames do not fit the visual tokens, padding on the right with caches, or caches of another
-                kind.
+            ValueError: frames do not fit the visual tokens, padding on the right with caches, caches of another kind,
+                or an argument that this model does not take.
         """
-        if past_key_values is not None and not isinstance(past_key_values, HybridCache):
-            raise ValueError(
-                f"past_key_values of type {type(past_key_values).__name__}: this model makes its own caches; give what "
-                "an earlier call returned, or leave it out"
-            )
-        if past_key_values is not None and past_key_values.get_seq_length():
+        refuse_other_arguments(self.config, others)
+        cache = given_cache(past_key_values, cache)
+        if cache is not None and cache.get_seq_length():
             if pixel_values is not None or labels is not None:
                 raise ValueError("pixel_values or labels together with filled caches: give them in the first call only")
-            output = self._decode(input_ids, attention_mask, past_key_values, logits_to_keep)
+            output = self._decode(input_ids, attention_mask, cache, logits_to_keep)
             return output if return_dict is not False else output.to_tuple()
         batch = PaddedBatch.of(self.config, input_ids, attention_mask, token_kinds, frames_per_video)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None
-        cache = None
+        filled = None
         if use_cache:
             if bool((batch.packed_index[:, -1] < 0).any()):
                 raise ValueError("a row is padded on the right: decoding goes on from the last column; pad on the left")
-            cache = past_key_values if past_key_values is not None else HybridCache()
-            cache.add_columns(input_ids)
-        output = self._forward_prompt(batch, pixel_values, cache, labels, logits_to_keep, output_reduction)
+            filled = cache if cache is not None else HybridCache()
+            filled.add_columns(input_ids)
+        output = self._forward_prompt(batch, pixel_values, filled, labels, logits_to_keep, output_reduction)
         return output if return_dict is not False else output.to_tuple()
 
     def _forward_prompt(
@@ -229,8 +232,8 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         return HybridPruneOutput(
             loss=None if labels is None else _loss(logits, shown, labels),
             logits=logits,
-            past_key_values=cache,
             reduction=statistics,
+            **cache_argument(cache),
         )
 
     def _embed(self, batch: PaddedBatch, pixel_values: Tensor | None) -> Tensor:
@@ -271,9 +274,9 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
             embedded = self.language_model.backbone.embeddings(column)
             outputs.append(self.language_model.backbone.step(embedded, cache))
         cache.add_columns(input_ids)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep = kept_columns(logits_to_keep, columns)
         logits = self.language_model.logits(torch.stack(outputs, 1)[:, keep])
-        return HybridPruneOutput(logits=logits, past_key_values=cache)
+        return HybridPruneOutput(logits=logits, **cache_argument(cache))
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hybridprune_megatron.method.layout import TokenLayout
 
@@ -46,18 +45,16 @@ class ReductionStatistics:
 
 
 @dataclass
-class HybridPruneOutput(ModelOutput):
+class HybridPruneOutput(CausalLMOutputWithPast):
     """Output of ``HybridPruneForCausalLM``.
 
     Attributes:
         loss: mean over the labels whose token in front was not dropped.
         logits: [B, kept columns, vocabulary]; NaN where a token is padding or was dropped (text never is).
-        past_key_values: the ``HybridCache``, with ``use_cache``.
+        past_key_values: with ``use_cache`` the ``HybridCache``. transformers 5.24 calls it ``cache``, and reads this
+            name too.
+        hidden_states, attentions: always None.
         reduction: with ``output_reduction``, of a prefill; the caches carry it too.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    # Any: the cache's module imports this one.
-    past_key_values: Any = None
     reduction: ReductionStatistics | None = None

@@ -76,8 +76,30 @@ class PaddedBatch:
         Returns:
             bool [B, columns], whether the column's token is left, and int64 indices of those that are.
         """
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        keep = kept_columns(logits_to_keep, self.packed_index.shape[1])
         rows = self.packed_index[:, keep].contiguous().to(layout.origin.device)
         where = torch.searchsorted(layout.origin, rows).clamp(max=len(layout.origin) - 1)
         left = layout.origin[where] == rows
         return left, where[left]
+
+
+def kept_columns(logits_to_keep: int | Tensor, columns: int) -> slice | Tensor:
+    """What picks the columns whose logits are wanted.
+
+    Args:
+        logits_to_keep: number of last columns, or their indices; 0: all.
+        columns: how many a call has.
+
+    Raises:
+        ValueError: there are no such columns.
+    """
+    if isinstance(logits_to_keep, int):
+        allowed = logits_to_keep >= 0
+    else:
+        allowed = bool(((logits_to_keep >= -columns) & (logits_to_keep < columns)).all())
+    if not allowed:
+        raise ValueError(
+            f"logits_to_keep={' '.join(str(logits_to_keep).split()):.60} for {columns} columns: give how many last "
+            "ones, 0 for all, or indices of columns"
+        )
+    return slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hybridprune_megatron.config.inside import file_inside
+from hybridprune_megatron.config.outputs import MARKER, check_output, whole_folder
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.engine.weights import whole_weights
+from hybridprune_megatron.export import COMMAND
 from hybridprune_megatron.export.model_card import model_card
 from hybridprune_megatron.export.run_facts import RunFacts
-from hybridprune_megatron.huggingface.files import whole_folder
-from hybridprune_megatron.huggingface.folder import read_config, weight_names
-from hybridprune_megatron.huggingface.source import TensorFiles
+from hybridprune_megatron.huggingface.files import save_tensors
+from hybridprune_megatron.huggingface.source import TranslatedWeights, open_weights
 
 _CARD = "README.md"
 
 
 def export_plain(
-    model: nn.Module, cfg: Config, original: str | Path, out_dir: str | Path, facts: RunFacts | None = None
+    model: nn.Module,
+    cfg: Config,
+    original: str | Path,
+    out_dir: str | Path,
+    facts: RunFacts | None = None,
+    inputs: Iterable[str | Path] = (),
 ) -> Path:
     """Writes the weights of a model in the layout of the folder whose weights it was trained from.
 
@@ -31,37 +38,36 @@ def export_plain(
         model: the unsplit training model.
         cfg: its configuration, for the model card.
         original: a Hugging Face folder of a family that ``huggingface.names`` knows.
-        out_dir: where to write; a folder that is there is replaced.
+        out_dir: where to write; an earlier export that is there is replaced.
         facts: of the run, for the card (``run_facts.read_facts``).
+        inputs: files and folders that the model came from.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the original is of another model, or cannot be read.
+        ValueError: the original is of another model, or cannot be read, or ``out_dir`` holds something else.
     """
     original, out_dir = Path(original), Path(out_dir)
-    if original.resolve() == out_dir.resolve():
-        raise ValueError(f"--out={out_dir} is the original itself: give another folder")
-    files = TensorFiles(original)
-    table = weight_names(read_config(original), files.names)
-    table.check_theirs(files.names, str(original))
-    weights = table.to_theirs(whole_weights(model))
-    with whole_folder(out_dir) as folder:
+    inputs = (*inputs, original)
+    check_output(out_dir, COMMAND, inputs)
+    source = open_weights(original)
+    if not isinstance(source, TranslatedWeights):
+        raise ValueError(f"--plain={original} has no config.json: give the Hugging Face folder of the weights")
+    files = source.files
+    weights = source.table.to_theirs(whole_weights(model))
+    with whole_folder(out_dir, COMMAND, inputs) as folder:
         for entry in original.iterdir():
-            if entry.is_file() and entry.suffix != ".safetensors" and entry.name != _CARD:
-                shutil.copyfile(entry, folder / entry.name)
+            if entry.is_file() and entry.suffix != ".safetensors" and entry.name not in (_CARD, MARKER):
+                shutil.copyfile(file_inside(original, entry.name), folder / entry.name)
         for file in sorted(set(files.files.values())):
             names = [name for name, where in files.files.items() if where == file]
-            save_file(
-                {name: _as_before(files.read(name), name, weights) for name in names},
-                folder / file.name,
-                {"format": "pt"},
-            )
+            tensors = {name: _as_before(files.read(name), name, weights) for name in names}
+            save_tensors(tensors, folder / file.name, {"format": "pt"})
         lowest = cfg.model.time_step_min
         clamp = f"clamped to {lowest} and more" if lowest else "as it comes, not clamped"
         card = model_card(cfg, facts or RunFacts(), clamp, reduced=False)
-        (folder / _CARD).write_text(card, encoding="ascii")
+        (folder / _CARD).write_text(card, encoding="utf-8")
     return out_dir
 
 

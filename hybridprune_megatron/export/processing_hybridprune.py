@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,15 @@ from hybridprune_megatron.data.conversation import (
     read_conversation,
     render_chat,
 )
+from hybridprune_megatron.data.images import read_image
 from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT, EncodedPrompt, PromptEncoder, special_token_id
 from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video, sample_frames
+from hybridprune_megatron.export.media_arguments import check_parts, flat_images, flat_videos, named_media
 from hybridprune_megatron.method.layout import TokenKind
 
 _ASSISTANT = f"{TURN_TOKEN}Assistant\n"
+# Arguments of ``apply_chat_template`` that have nothing to do while it returns text.
+_OF_TOKENS = ("padding", "return_tensors", "conversation_mode", "video_metadata")
 
 
 class HybridPruneProcessor(ProcessorMixin):
@@ -85,22 +88,31 @@ class HybridPruneProcessor(ProcessorMixin):
 
         Args:
             conversation: messages with role and content (text, or parts of type "text", "video" and "image"), or a
-                list of conversations.
+                list of conversations. A part that says more than its type and its text or source is refused.
             add_generation_prompt: whether a last user message is followed by the assistant's marker.
             tokenize: False returns text; True also reads what the parts name (under "video" or "image", "path" or
-                "url").
+                "url"): a path, a file:// URL, or what ``__call__`` takes for one video or image.
             return_dict: with ``tokenize``: whether to return all inputs instead of ``input_ids``.
             processor_kwargs, kwargs: with ``tokenize``: passed to ``__call__``.
+
+        Raises:
+            ValueError: messages, parts or arguments that this format does not have.
         """
         batched = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = list(conversation) if batched else [conversation]
         texts = [render_chat(read_conversation(messages, tuple(MEDIA_TOKENS))) for messages in conversations]
+        check_parts(conversations)
         if not add_generation_prompt and not tokenize:
             texts = [text.removesuffix(_ASSISTANT) for text in texts]
         if not tokenize:
+            _refuse_other_arguments({name: value for name, value in kwargs.items() if name not in _OF_TOKENS})
             return texts if batched else texts[0]
-        videos, images = (_named(conversations, kind) for kind in ("video", "image"))
-        inputs = self(text=texts, videos=videos, images=images, **kwargs, **(processor_kwargs or {}))
+        named: dict[str, Any] = {f"{kind}s": named_media(conversations, kind) for kind in MEDIA_TOKENS}
+        named["text"] = texts
+        settings = {**kwargs, **(processor_kwargs or {})}
+        if twice := sorted(set(named) & set(settings)):
+            raise ValueError(f"{twice[0]} given besides the chat, whose parts name what it shows: leave {twice[0]} out")
+        inputs = self(**named, **settings)
         return inputs if return_dict else inputs["input_ids"]
 
     def __call__(
@@ -119,11 +131,12 @@ class HybridPruneProcessor(ProcessorMixin):
         """Tokenizes rendered conversations and decodes their videos.
 
         Args:
-            images: paths, bytes, PIL images or uint8 [H, W, 3], in the order of the ``<image>`` placeholders; each
-                becomes one frame.
+            images: paths, file:// URLs, bytes, PIL images or uint8 [H, W, 3] (RGB, upright), in the order of the
+                ``<image>`` placeholders; each becomes one frame.
             text: one or several texts from ``apply_chat_template``.
-            videos: paths, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], or a list of PIL
-                images), in the order of the ``<video>`` placeholders of all texts; lists of lists are joined.
+            videos: paths, file:// URLs, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], RGB,
+                upright, or a list of such frames or of PIL images), in the order of the ``<video>`` placeholders of all
+                texts; lists of lists are joined.
             audio, audios: must be empty.
             padding: False refuses texts of different lengths; else they are padded on the left.
             return_tensors: only "pt".
@@ -140,10 +153,7 @@ class HybridPruneProcessor(ProcessorMixin):
         Raises:
             ValueError: inputs this model does not take, unreadable videos, or a text in another format.
         """
-        for name, value in {"audio": audio, "audios": audios, **kwargs}.items():
-            # Callers that serve many processors name what they do not want, too.
-            if value is not None and value is not False and not (isinstance(value, list | tuple) and not value):
-                raise ValueError(f"{name}={value!r:.60}: this processor takes text, videos, images; leave {name} out")
+        _refuse_other_arguments({"audio": audio, "audios": audios, **kwargs})
         if text is None or return_tensors not in (None, "pt"):
             raise ValueError(f"text={text!r:.20}, return_tensors={return_tensors!r}: give text; only 'pt' is returned")
         texts = [text] if isinstance(text, str) else list(text)
@@ -194,7 +204,7 @@ class HybridPruneProcessor(ProcessorMixin):
         Raises:
             ValueError: other numbers of videos or images than placeholders, or of metadata than videos.
         """
-        given = {VIDEO_TOKEN: _videos(videos), IMAGE_TOKEN: _flat(images)}
+        given = {VIDEO_TOKEN: flat_videos(videos), IMAGE_TOKEN: flat_images(images)}
         for token, files in given.items():
             shown = sum(each.count(token) for each in texts)
             if shown != len(files):
@@ -223,14 +233,11 @@ class HybridPruneProcessor(ProcessorMixin):
     def _image(self, source: Any) -> DecodedVideo:
         """Reads an image as a video of one frame, so that both are scaled alike."""
         self._need_tower("image")
-        if hasattr(source, "save"):
-            buffer = io.BytesIO()
-            source.convert("RGB").save(buffer, "PNG")
-            source = buffer.getvalue()
-        if isinstance(source, str | bytes | Path):
-            return decode_video(source, FrameSampling("uniform", 1), self.frame_size, "image")
-        frames = _frames(source, "image", "a path, the bytes of a file, a PIL image or one of uint8 [H, W, 3]")
-        return sample_frames(frames, [0.0] * len(frames), FrameSampling("uniform", 1), self.frame_size)
+        if isinstance(source, str | bytes | Path) or hasattr(source, "getexif"):
+            frames: Sequence[np.ndarray] = [read_image(source)]
+        else:
+            frames = _frames(source, "image", "a path, the bytes of a file, a PIL image or one of uint8 [H, W, 3]")
+        return sample_frames(frames, [0.0], FrameSampling("uniform", 1), self.frame_size)
 
     def _need_tower(self, kind: str) -> None:
         if self.sampling == "none":
@@ -251,17 +258,20 @@ class HybridPruneProcessor(ProcessorMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask, "token_kinds": token_kinds}
 
 
-def _frames(source: Any, kind: str, allowed: str) -> np.ndarray:
-    """Decoded frames as uint8 [F, H, W, 3].
+def _frames(source: Any, kind: str, allowed: str) -> Sequence[np.ndarray]:
+    """Decoded frames, each uint8 [H, W, 3].
 
     Raises:
         ValueError: they are none.
     """
     if isinstance(source, list):
-        source = np.stack([np.asarray(frame.convert("RGB")) for frame in source])
+        return [
+            read_image(frame, f"frame {index}") if hasattr(frame, "getexif") else _frames(frame, "image", allowed)[0]
+            for index, frame in enumerate(source)
+        ]
     if not isinstance(source, np.ndarray | Tensor):
         raise ValueError(f"{kind} of type {type(source).__name__}: give {allowed}")
-    frames = source.cpu().numpy() if isinstance(source, Tensor) else source
+    frames = source.detach().cpu().numpy() if isinstance(source, Tensor) else source
     if kind == "image":
         frames = frames[None]
     if frames.ndim == 4 and frames.shape[-1] != 3 and frames.shape[1] == 3:
@@ -271,7 +281,7 @@ def _frames(source: Any, kind: str, allowed: str) -> np.ndarray:
             f"{kind} of {frames.dtype} {list(source.shape)}: give uint8 RGB, [F, H, W, 3] or [F, 3, H, W], without F "
             "for an image, none of them 0"
         )
-    return frames
+    return list(frames)
 
 
 def _frame_times(count: int, metadata: Any) -> list[float]:
@@ -292,38 +302,13 @@ def _frame_times(count: int, metadata: Any) -> list[float]:
     return [index / fps for index in indices]
 
 
-def _flat(media: Any) -> list[Any]:
-    """What lists of lists hold, in one list."""
-    if media is None:
-        return []
-    return [each for part in media for each in _flat(part)] if isinstance(media, list | tuple) else [media]
+def _refuse_other_arguments(others: Mapping[str, Any]) -> None:
+    """Callers that serve many processors name what they do not want, too: as None, False or an empty list.
 
-
-def _videos(videos: Any) -> list[Any]:
-    """Videos of all texts in one list; a list of PIL images is a video."""
-    if videos is None:
-        return []
-    if not isinstance(videos, list | tuple):
-        return [videos]
-    if videos and all(hasattr(frame, "save") for frame in videos):
-        return [list(videos)]
-    return [video for part in videos for video in _videos(part)]
-
-
-def _named(conversations: Sequence[Sequence[dict[str, Any]]], kind: str) -> list[Any]:
-    """What the parts of a kind ("video" or "image") name."""
-    parts = [
-        part
-        for messages in conversations
-        for message in messages
-        if isinstance(message["content"], list)
-        for part in message["content"]
-        if part["type"] == kind
-    ]
-    found = []
-    for part in parts:
-        named = [part[key] for key in (kind, "path", "url") if part.get(key) is not None]
-        if not named:
-            raise ValueError(f"{kind} part {part!r:.60} names no file: put its path under {kind!r}")
-        found.append(named[0])
-    return found
+    Raises:
+        ValueError: one of them asks for something.
+    """
+    for name, value in others.items():
+        if value is not None and value is not False and not (isinstance(value, list | tuple) and not value):
+            shown = " ".join(repr(value).split())
+            raise ValueError(f"{name}={shown:.60}: this processor takes text, videos, images; leave {name} out")

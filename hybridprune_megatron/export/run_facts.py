@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, read_run_file
+from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.engine.train_log import read_train_log
 
 _LOSSES = 10
@@ -43,16 +45,28 @@ def read_facts(checkpoint: Path) -> RunFacts:
     if not (checkpoint / RUN_FILE).is_file():
         return RunFacts()
     header, run = read_run_file(checkpoint), checkpoint.parent.parent
+    step = header.get("step")
     log, report = run / "train_log.jsonl", run / "report.json"
-    rows = read_train_log(log) if log.is_file() else []
-    losses = [row["loss"] for row in rows if row["step"] <= header["step"]][-_LOSSES:]
-    found = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    rows = read_train_log(log) if log.is_file() and _is_number(step) else []
+    losses = [row["loss"] for row in rows if _is_number(row.get("loss")) and row.get("step", math.inf) <= step]
+    found = read_json(report) if report.is_file() else {}
+    # A report of other steps is of another checkpoint.
+    same = isinstance(found, dict) and step is not None and found.get("steps") == step
     return RunFacts(
-        step=header["step"],
-        samples=header.get("consumed_samples"),
-        commit=header.get("commit"),
-        versions=header.get("versions", {}),
-        loss=sum(losses) / len(losses) if losses else None,
-        # A report of other steps is of another checkpoint.
-        accuracy=found.get("accuracy", {}) if found.get("steps") == header["step"] else {},
+        step=step if _is_number(step) else None,
+        samples=header["consumed_samples"] if _is_number(header.get("consumed_samples")) else None,
+        commit=header["commit"] if isinstance(header.get("commit"), str) else None,
+        versions={name: str(version) for name, version in _group(header, "versions")},
+        loss=sum(losses[-_LOSSES:]) / len(losses[-_LOSSES:]) if losses else None,
+        accuracy={name: share for name, share in _group(found if same else {}, "accuracy") if _is_number(share)},
     )
+
+
+def _group(values: Mapping[str, Any], name: str) -> Iterable[tuple[str, Any]]:
+    """The entries of a group; none where it is something else: a card says what is known."""
+    group = values.get(name)
+    return group.items() if isinstance(group, dict) else ()
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

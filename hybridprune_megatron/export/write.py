@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
+from hybridprune_megatron.config.json_text import read_json
+from hybridprune_megatron.config.outputs import check_output, whole_folder
 from hybridprune_megatron.config.schema import Config, ModelConfig
 from hybridprune_megatron.data.chat_template import CHAT_TEMPLATE
 from hybridprune_megatron.data.conversation import (
@@ -26,13 +26,15 @@ from hybridprune_megatron.data.conversation import (
     TURN_TOKEN,
 )
 from hybridprune_megatron.data.prompt import special_token_id
+from hybridprune_megatron.data.tokenizer import load_tokenizer
 from hybridprune_megatron.engine.weights import whole_weights
-from hybridprune_megatron.export.configuration_hybridprune import TRAINING_ONLY, HybridPruneConfig
+from hybridprune_megatron.export import COMMAND
+from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
 from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
 from hybridprune_megatron.export.run_facts import RunFacts
-from hybridprune_megatron.huggingface.files import TOKENIZER_FILES, whole_folder
+from hybridprune_megatron.huggingface.files import copy_tokenizer, save_tensors
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 
 _MODEL_CLASS = "modeling_hybridprune.HybridPruneForCausalLM"
@@ -53,10 +55,11 @@ def export_model(
     out_dir: str | Path,
     max_shard_size: str = "5GB",
     facts: RunFacts | None = None,
+    inputs: Iterable[str | Path] = (),
 ) -> Path:
     """Writes weights, configuration, tokenizer, chat template, processor, code and model card.
 
-    The folder appears whole or not at all; one that is there already is replaced.
+    The folder appears whole or not at all; an earlier export is replaced, anything else that is there is refused.
 
     Args:
         model: the unsplit training model (tensor and pipeline parallel 1).
@@ -64,15 +67,18 @@ def export_model(
         out_dir: where to write.
         max_shard_size: largest weights file, e.g. "5GB".
         facts: of the run, for the card (``run_facts.read_facts``).
+        inputs: files and folders that the model came from.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model is split, its weights do not fit its configuration, or the tokenizer lacks a special
-            token.
+        ValueError: the model is split, its weights do not fit its configuration, the tokenizer lacks a special token,
+            or ``out_dir`` holds something else.
     """
     out_dir = Path(out_dir)
+    inputs = (*inputs, cfg.data.tokenizer)
+    check_output(out_dir, COMMAND, inputs)
     if cfg.parallel.model_parallel_size > 1:
         raise ValueError(
             f"the model is split over {cfg.parallel.model_parallel_size} processes: build it with parallel.tensor=1, "
@@ -81,16 +87,14 @@ def export_model(
     config = hf_config(cfg)
     weights = hf_weights(model, cfg)
     _check_against_model(weights, config)
-    with whole_folder(out_dir) as folder:
+    with whole_folder(out_dir, COMMAND, inputs) as folder:
         _write_weights(folder, weights, max_shard_size)
         config.dtype = weights["language_model.backbone.embeddings.weight"].dtype
         config.save_pretrained(folder)
-        pad = _tokenizer(cfg).pad_token_id
-        end = special_token_id(_tokenizer(cfg), END_TOKEN)
+        tokenizer = load_tokenizer(cfg.data.tokenizer)
+        pad, end = tokenizer.pad_token_id, special_token_id(tokenizer, END_TOKEN)
         GenerationConfig(eos_token_id=end, pad_token_id=pad, do_sample=False).save_pretrained(folder)
-        for name in TOKENIZER_FILES:
-            if (Path(cfg.data.tokenizer) / name).is_file():
-                shutil.copyfile(Path(cfg.data.tokenizer) / name, folder / name)
+        copy_tokenizer(Path(cfg.data.tokenizer), folder)
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="ascii")
         _end_with_the_answer(folder)
         _write_json(folder / "processor_config.json", processor_settings(cfg))
@@ -98,13 +102,13 @@ def export_model(
         low, high = config.time_step_limit
         clamp = "as it comes, not clamped" if (low, high) == (0.0, "inf") else f"clamped to [{low}, {high}]"
         card = model_card(cfg, facts or RunFacts(), f"{clamp} (`time_step_limit`)")
-        (folder / "README.md").write_text(card, encoding="ascii")
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return out_dir
 
 
 def hf_config(cfg: Config) -> HybridPruneConfig:
     """The export's configuration of a run."""
-    model, tokenizer = cfg.model, _tokenizer(cfg)
+    model, tokenizer = cfg.model, load_tokenizer(cfg.data.tokenizer)
     vision = asdict(model.vision) if model.vision is not None else None
     reduction = cfg.reduction.plain()
     special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
@@ -195,10 +199,6 @@ def processor_settings(cfg: Config) -> dict[str, Any]:
     }
 
 
-def _tokenizer(cfg: Config) -> Any:
-    return AutoTokenizer.from_pretrained(cfg.data.tokenizer, local_files_only=True)
-
-
 def _end_with_the_answer(folder: Path) -> None:
     """Makes an answer's end the tokenizer's end of text.
 
@@ -206,7 +206,7 @@ def _end_with_the_answer(folder: Path) -> None:
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings = read_json(path) if path.is_file() else {}
         if name == "tokenizer_config.json" or "eos_token" in settings:
             _write_json(path, settings | {"eos_token": END_TOKEN})
 
@@ -230,7 +230,7 @@ def _write_weights(folder: Path, weights: dict[str, Tensor], max_shard_size: str
         weights, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     for filename, names in split.filename_to_tensors.items():
-        save_file({name: weights[name] for name in names}, folder / filename, metadata={"format": "pt"})
+        save_tensors({name: weights[name] for name in names}, folder / filename, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)

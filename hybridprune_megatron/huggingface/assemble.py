@@ -12,10 +12,8 @@ from torch import Tensor
 
 from hybridprune_megatron.huggingface.folder import read_config
 from hybridprune_megatron.huggingface.source import TranslatedWeights, open_weights
+from hybridprune_megatron.huggingface.towers import tower_vision
 
-# Of the projector's weights, as Nemotron Nano V2 VL has it: as wide inside as an MLP of its language model.
-_PROJECTOR_RATIO = 4
-_PIXEL_SHUFFLE = 0.5
 _INIT_STD = 0.02
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 
@@ -39,7 +37,7 @@ class AssembledWeights:
             )
         self.parts = (language, tower)
         _, hidden = language.files.shape(language.table.by_ours[_EMBEDDING].theirs[0])
-        inputs, inner = round(vision["hidden_size"] / _PIXEL_SHUFFLE**2), vision["projector_hidden_size"]
+        inputs, inner = round(vision["hidden_size"] / vision["pixel_shuffle"] ** 2), vision["projector_hidden_size"]
         self.projector = {
             "mlp1.0.weight": (inputs,),
             "mlp1.1.weight": (inner, inputs),
@@ -78,37 +76,19 @@ def open_tower(folder: Path) -> TranslatedWeights:
     """
     weights = open_weights(folder)
     if not isinstance(weights, TranslatedWeights) or weights.table.family != "radio":
-        raise ValueError(f"{folder} is no vision tower: give a folder whose config.json has model_type=radio")
+        raise ValueError(f"{folder} is not a vision tower: give a folder whose config.json has model_type=radio")
     return weights
 
 
-def vision_values(tower: Path, frame_size: int, hidden_size: int) -> dict[str, Any]:
+def vision_values(tower: TranslatedWeights, frame_size: int, hidden_size: int) -> dict[str, Any]:
     """The ``model.vision`` group of a video model with this tower.
 
     Args:
-        tower: a RADIO folder.
+        tower: of a RADIO folder.
         frame_size: side of a frame, pixels.
         hidden_size: of the language model.
 
     Raises:
         ValueError: a tower with other blocks than ours.
     """
-    config = read_config(tower)
-    for key, wanted in (("use_swiglu_ffn", False), ("qkv_bias", True), ("hidden_act", "gelu")):
-        if config.get(key, wanted) != wanted:
-            raise ValueError(f"{tower}/config.json has {key}={config[key]}: only {key}={wanted} is supported")
-    return {
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_attention_heads": config["num_attention_heads"],
-        "intermediate_size": round(config["hidden_size"] * config.get("mlp_ratio", 4.0)),
-        "patch_size": config["patch_size"],
-        "frame_size": frame_size,
-        "position_grid_px": config["max_img_size"],
-        "num_cls_tokens": config["num_cls_tokens"],
-        "num_register_tokens": config["num_registers"],
-        "projector_hidden_size": _PROJECTOR_RATIO * hidden_size,
-        "pixel_shuffle": _PIXEL_SHUFFLE,
-        "image_mean": list(config["norm_mean"]),
-        "image_std": list(config["norm_std"]),
-    }
+    return tower_vision(read_config(tower.path), tower.files.shape, tower.table.blocks, frame_size, hidden_size)

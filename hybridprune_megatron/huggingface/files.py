@@ -1,17 +1,19 @@
-"""Folders and weight files that are there whole or not at all."""
+"""Writes weight files, and copies tokenizers."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybridprune_megatron.config.inside import file_inside
+from hybridprune_megatron.config.outputs import check_apart
 from hybridprune_megatron.huggingface.source import INDEX_FILE, Weights
 
 #: What a tokenizer folder may hold; anything else in it (weights, other configurations) stays behind.
@@ -27,24 +29,52 @@ TOKENIZER_FILES = (
 )
 
 
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A fresh folder beside the target that takes its place at the end; nothing is left of it after an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer.
+
+    Raises:
+        ValueError: one is a link that leads out of its folder.
+    """
+    for name in TOKENIZER_FILES:
+        file = file_inside(source, name)
+        if file.is_file():
+            shutil.copyfile(file, target / name)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """safetensors' ``save_file``.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     try:
-        yield scratch
-        # mkdtemp makes folders that only their owner can read.
-        scratch.chmod(0o755)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            target.rename(old / "old")
-            scratch.rename(target)
-            shutil.rmtree(old)
-        else:
-            scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        save_file(dict(tensors), file, metadata=dict(metadata))
+    except SafetensorError as error:
+        # What the library makes of a full disk, or of a folder that may not be written to.
+        raise OSError(f"{file} cannot be written ({' '.join(str(error).split())})") from None
+
+
+def check_weights_file(out: Path, made_by: str, inputs: Iterable[str | Path]) -> None:
+    """A command may write a .safetensors file: nothing is there, or what the same command wrote.
+
+    Args:
+        out: the file.
+        made_by: the command; the file's metadata name it as ``made_by``.
+        inputs: files and folders that it reads.
+
+    Raises:
+        ValueError: something else is there, or it lies in an input.
+    """
+    check_apart(out, inputs)
+    if not os.path.lexists(out):
+        return
+    try:
+        with safe_open(out, framework="pt") as file:
+            known = (file.metadata() or {}).get("made_by")
+    except (SafetensorError, OSError):
+        known = None
+    if known != made_by:
+        raise ValueError(f"--out={out} exists and was not written by {made_by}: give another file, or remove it first")
 
 
 def copy_weights(
@@ -108,5 +138,5 @@ class ShardWriter:
 
     def _flush(self) -> None:
         self._names.append(list(self._pending))
-        save_file(self._pending, self._folder / self._part(len(self._names)), metadata={"format": "pt"})
+        save_tensors(self._pending, self._folder / self._part(len(self._names)), {"format": "pt"})
         self._pending = {}

@@ -239,7 +239,8 @@ _OWN_TOWER = [
 ]
 #: Constants of the tower, which the configuration holds: never read, and left to their builder.
 CONSTANTS = ("summary_idxs", "input_conditioner.norm_mean", "input_conditioner.norm_std")
-_TOWER_PREFIX = {
+#: Before the names of a tower's tensors, by family.
+TOWER_PREFIX = {
     "radio": "radio_model.model.",
     "nemotron_vl": "vision_model.radio_model.model.",
     "hybridprune": "vision_model.",
@@ -308,7 +309,7 @@ class WeightNames:
         """One rule for each group of tensors, in order of depth."""
         vision, language, projector = [], [], []
         if self.blocks:
-            timm, prefix = [*_TIMM_TOWER, *_ends_of_block(self.layer_scale)], _TOWER_PREFIX[self.family]
+            timm, prefix = [*_TIMM_TOWER, *_ends_of_block(self.layer_scale)], TOWER_PREFIX[self.family]
             tower = [*_OWN_TOWER, *_CONSTANT_RULES] if self.family == "hybridprune" else timm
             vision = [rule.below("vision_model.", prefix) for rule in tower]
         if self.pattern:

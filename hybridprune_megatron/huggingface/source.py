@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +11,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hybridprune_megatron.config.inside import file_inside
+from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.huggingface.folder import read_config, weight_names
-from hybridprune_megatron.huggingface.names import WeightNames
+from hybridprune_megatron.huggingface.names import CONSTANTS, Rule, WeightNames
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+# What a quantized folder of NVIDIA's tools has besides its config.json.
+_QUANTIZATION_FILE = "hf_quant_config.json"
+# Numbers that are looked at together, so that looking takes no memory worth mentioning.
+_AT_A_TIME = 2**18
+# By the names of the safetensors format.
+_FLOATS = ("BF16", "F16", "F32", "F64")
 
 
 class Weights(Protocol):
@@ -40,6 +48,10 @@ def open_weights(path: str | Path) -> Weights:
     path = Path(path)
     files = TensorFiles(path)
     if path.is_dir() and (path / "config.json").is_file():
+        if (path / _QUANTIZATION_FILE).exists():
+            raise ValueError(
+                f"{path} has {_QUANTIZATION_FILE}: its weights are quantized, give the folder that they were made from"
+            )
         return TranslatedWeights(files, weight_names(read_config(path), files.names), path)
     return files
 
@@ -72,6 +84,19 @@ class TensorFiles:
         """Of a tensor, from its header."""
         return tuple(self._file(name).get_slice(name).get_shape())
 
+    def check_float(self, name: str) -> None:
+        """Refuses a tensor of another number format, from its header.
+
+        Raises:
+            ValueError: naming it.
+        """
+        dtype = self._file(name).get_slice(name).get_dtype()
+        if dtype not in _FLOATS:
+            raise ValueError(
+                f"{name} in {self.path} is {dtype}: weights in {', '.join(_FLOATS)} can be read; quantized ones need "
+                "their scales, so give the folder that they were made from"
+            )
+
     def _file(self, name: str) -> safe_open:
         file = self.files[name]
         if self._open is None or self._open[0] != file:
@@ -90,12 +115,15 @@ class TranslatedWeights:
         path: for messages.
 
     Raises:
-        ValueError: the folder has tensors that the table lacks, or lacks some of the table's.
+        ValueError: the folder has tensors that the table lacks, or lacks some of the table's, or one is not of floats.
     """
 
     def __init__(self, files: TensorFiles, table: WeightNames, path: Path) -> None:
         table.check_theirs(files.names, str(path))
-        self.files, self.table = files, table
+        for name in table.by_theirs:
+            if not name.endswith(CONSTANTS):
+                files.check_float(name)
+        self.files, self.table, self.path = files, table, path
         # What is left of the last rule's tensors, for one rule gives several of ours.
         self._converted: dict[str, Tensor] = {}
 
@@ -105,11 +133,17 @@ class TranslatedWeights:
         return self.table.by_ours.keys()
 
     def read(self, name: str) -> Tensor:
-        """One tensor."""
+        """One tensor.
+
+        Raises:
+            ValueError: it has values that are not finite, or another size than config.json gives it.
+        """
         if name not in self._converted:
             rule = self.table.by_ours[name]
             tensors = [self.files.read(other) for other in rule.theirs]
-            self._converted = dict(zip(rule.ours, rule.to_ours(tensors, self.table.heads)))
+            for other, value in zip(rule.theirs, tensors):
+                check_finite(other, value)
+            self._converted = self._to_ours(rule, tensors)
         # Handed out, not kept: a whole layer of a large model would wait here for nothing.
         return self._converted.pop(name)
 
@@ -118,27 +152,41 @@ class TranslatedWeights:
         found: dict[str, tuple[int, ...]] = {}
         for rule in self.table.rules:
             tensors = [torch.empty(self.files.shape(name), device="meta") for name in rule.theirs]
-            try:
-                ours = rule.to_ours(tensors, self.table.heads)
-            except RuntimeError:
-                sizes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in zip(rule.theirs, tensors))
-                raise ValueError(f"{sizes}: not the sizes of config.json") from None
-            found |= {name: tuple(value.shape) for name, value in zip(rule.ours, ours)}
+            found |= {name: tuple(value.shape) for name, value in self._to_ours(rule, tensors).items()}
         return found
+
+    def _to_ours(self, rule: Rule, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        try:
+            ours = rule.to_ours(tensors, self.table.heads)
+        except (RuntimeError, IndexError):
+            ours = []
+        if len(ours) != len(rule.ours):
+            sizes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in zip(rule.theirs, tensors))
+            raise ValueError(f"{sizes}: not the sizes of config.json")
+        return dict(zip(rule.ours, ours))
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Refuses a weight with values that are NaN or infinite: it is broken, and a model with it computes nothing.
+
+    Raises:
+        ValueError: naming it.
+    """
+    wrong = sum(int((~part.isfinite()).sum()) for part in value.reshape(-1).split(_AT_A_TIME))
+    if wrong:
+        raise ValueError(
+            f"{name} has {wrong} values that are NaN or infinite: the weights are broken, fetch them again"
+        )
 
 
 def _files_by_name(path: Path) -> dict[str, Path]:
     index = path / INDEX_FILE
     if path.is_dir() and index.is_file():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{index} is no index of safetensors files ({error!r}): fetch it again") from None
-        missing = sorted({file for file in weight_map.values() if not (path / file).is_file()})
-        if missing:
-            raise ValueError(f"{path} lacks {len(missing)} of its weight files, first {missing[0]}: fetch them again")
-        return {name: path / file for name, file in weight_map.items()}
-    file = path / WEIGHTS_FILE if path.is_dir() else path
+        if (path / WEIGHTS_FILE).exists():
+            # transformers reads the one, other programs the other.
+            raise ValueError(f"{path} has both {WEIGHTS_FILE} and {INDEX_FILE}: remove the one that is not the model's")
+        return _indexed(path, index)
+    file = file_inside(path, WEIGHTS_FILE) if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
             f"{path} holds no weights: give a .safetensors file, a folder with {WEIGHTS_FILE} or {INDEX_FILE}, or a "
@@ -147,11 +195,30 @@ def _files_by_name(path: Path) -> dict[str, Path]:
     return dict.fromkeys(_opened(file).keys(), file)
 
 
+def _indexed(folder: Path, index: Path) -> dict[str, Path]:
+    content = read_json(file_inside(folder, index.name))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} is not an index of safetensors files (no weight_map): fetch it again")
+    paths = {file: file_inside(folder, file) for file in {str(file) for file in weight_map.values()}}
+    files = {name: paths[str(file)] for name, file in weight_map.items()}
+    missing = sorted(name for name, file in paths.items() if not file.is_file())
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of its weight files, first {missing[0]}: fetch them again")
+    held = {file: set(_opened(file).keys()) for file in paths.values()}
+    lost = sorted(name for name, file in files.items() if name not in held[file])
+    if lost:
+        raise ValueError(
+            f"{index} looks for {lost[0]} in {files[lost[0]].name}, which does not hold it: fetch both again"
+        )
+    return files
+
+
 def _opened(file: Path) -> safe_open:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is no complete safetensors file ({error}): fetch it again") from None
+        raise ValueError(f"{file} is not a complete safetensors file ({error}): fetch it again") from None
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Query-agnostic reduction before the language model: who enters layer 0.
 
-A front sees the projected frames (and their pixels), no question and no layer. What it passes on counts against the same
-budget as what is dropped inside. The formulas are in ``front_ranking``; torch is imported only there, as in ``scorer``.
+A front sees the projected frames (and their pixels), no question and no layer. What it passes on counts against the
+same budget as what is dropped inside. The formulas are in ``front_ranking``; torch is imported only there, as in
+``scorer``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from hybridprune_megatron.checks import above_zero, at_least, within
+from hybridprune_megatron.bounds import PositiveShare, Seed
 from hybridprune_megatron.layers.operations import WIDTH, Cost, elementwise, most_similar_cost
 from hybridprune_megatron.method.score_agnostic import RandomScorer, UniformScorer
 from hybridprune_megatron.plugins import Plugin, Registry
@@ -34,11 +35,7 @@ class Front(Plugin):
 
     needs_pixels: ClassVar[bool] = False
     keeps_first_frames: ClassVar[bool] = False
-    retention: float = 1.0
-
-    def __post_init__(self) -> None:
-        within(KEY, self, 0, 1, "retention")
-        above_zero(KEY, self, "retention")
+    retention: PositiveShare = 1.0
 
     def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
         """Who is passed on; with partners, the others are averaged into them.
@@ -78,11 +75,7 @@ class RandomFront(Front):
     """
 
     name: ClassVar[str] = "random"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(KEY, self, 0, "seed")
+    seed: Seed = 0
 
     def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
         from hybridprune_megatron.method.merge import Ranking

@@ -41,8 +41,8 @@ def local_quotas(
         multiple_of: of the packed length in every layer; a multiple of K.
 
     Returns:
-        Quotas for every layer, with the same packed lengths, but for layers in which some chunk holds more text than a chunk would be
-        long: there all chunks keep more.
+        Quotas for every layer, with the same packed lengths, but for layers in which some chunk holds more text than a
+        chunk would be long: there all chunks keep more.
     """
     text, present = _composition(samples, num_chunks)
     unit = multiple_of // num_chunks

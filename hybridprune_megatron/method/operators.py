@@ -1,7 +1,7 @@
 """The native operators of ``kernels/`` on our own structures: scores, and the choice of tokens.
 
-They equal the plain torch of ``query_formula`` and ``plan`` but for the rounding of float32 sums; of equal scores they
-keep the same. Shape letters as in ``query_formula``.
+They equal the plain torch of ``query_formula`` and ``plan`` but for the rounding of float32 sums; what plain torch sums
+in float64 they do, too, to the same bits. Of equal scores they keep the same. Shape letters as in ``query_formula``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from hybridprune_megatron.method.signals import AttentionSignals, HeldKeys, Mamb
 
 
 def attention_scores(
-    ops: Any, signals: AttentionSignals, layout: TokenLayout, samples: Sequence[ScoredSample], causal: bool, pooling: str
+    ops: Any,
+    signals: AttentionSignals,
+    layout: TokenLayout,
+    samples: Sequence[ScoredSample],
+    causal: bool,
+    pooling: str,
 ) -> Tensor:
     """float32 [J] ``attention_mass`` over the heads, for the keys that are here; 0 where nobody asks.
 
@@ -77,8 +82,9 @@ def mamba_scores(
     device = signals.B.device
     log_decay = None
     if decay:
-        # Only differences within a sample count, so the sum may run through all of them.
-        log_decay = torch.cumsum(signals.dt.double() * signals.A.double(), 0)
+        log_decay = torch.zeros_like(signals.dt, dtype=torch.float64)
+        for sample in samples:
+            log_decay[sample.first : sample.last] = sample.log_decay(signals)
     return ops.mamba_score(
         signals.B,
         signals.C,

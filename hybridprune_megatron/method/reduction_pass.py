@@ -104,7 +104,9 @@ class ReductionPass:
         if reduction is None:
             return ReductionPass(None, ())
         visual = layout.original_visual_counts
-        retentions = [tuple(each) for each in by_sample] if by_sample is not None else [reduction.retention] * len(visual)
+        retentions = (
+            [tuple(each) for each in by_sample] if by_sample is not None else [reduction.retention] * len(visual)
+        )
         if reduction.front is not None:
             fewest = reduction.front.fewest(layout)
             retentions = [at_least(*each) for each in zip(retentions, fewest, visual, strict=True)]

@@ -3,8 +3,8 @@
 Plain python on the host, as ``counts``.
 
 Words: the retention ``r_l`` is the share of a sample's original visual tokens that *enter* layer ``l``; the budget is
-the mean of ``r_l`` over all layers. A layer that scores (Mamba ``M`` or attention ``*``) drops tokens *after* it has run,
-so its decision shows in the retention of the next layer; layers that cannot score keep what they were given.
+the mean of ``r_l`` over all layers. A layer that scores (Mamba ``M`` or attention ``*``) drops tokens *after* it has
+run, so its decision shows in the retention of the next layer; layers that cannot score keep what they were given.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from hybridprune_megatron.checks import ConfigError, above_zero, at_least, fail, within
+from hybridprune_megatron.bounds import Positive, Range, Share, Whole
+from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.plugins import Plugin, Registry
 
@@ -189,14 +190,9 @@ class Sigmoid(_Curve):
     """
 
     name: ClassVar[str] = "sigmoid"
-    midpoint: float = 0.2
-    slope: float = 10.0
-    floor: float | None = None
-
-    def __post_init__(self) -> None:
-        within(KEY, self, 0, 1, "midpoint")
-        above_zero(KEY, self, "slope")
-        _check_floor(self.floor)
+    midpoint: Share = 0.2
+    slope: Positive = 10.0
+    floor: Share | None = None
 
     def curve(self, depth: float) -> float:
         # Beyond the exponent's bound the share is 0 in any precision that matters.
@@ -214,10 +210,7 @@ class Linear(_Curve):
     """
 
     name: ClassVar[str] = "linear"
-    floor: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_floor(self.floor)
+    floor: Share | None = None
 
     def curve(self, depth: float) -> float:
         return max(0.0, 1.0 - depth)
@@ -232,10 +225,7 @@ class Cosine(_Curve):
     """
 
     name: ClassVar[str] = "cosine"
-    floor: float | None = None
-
-    def __post_init__(self) -> None:
-        _check_floor(self.floor)
+    floor: Share | None = None
 
     def curve(self, depth: float) -> float:
         return (1 + math.cos(math.pi * min(depth, 1.0))) / 2
@@ -251,10 +241,7 @@ class Step(Schedule):
 
     name: ClassVar[str] = "step"
     earlier: ClassVar[str] = f"lower {KEY}.layer"
-    layer: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(KEY, self, 0, "layer")
+    layer: Whole = 0
 
     def families(self, num_layers: int, reducing: set[int], first: float) -> list[Family]:
         return [(lambda share: lambda layer: first if layer <= self.layer else share, 0.0, first)]
@@ -270,10 +257,7 @@ class Stages(Schedule):
 
     name: ClassVar[str] = "stages"
     earlier: ClassVar[str] = f"raise {KEY}.stages, or name earlier layers"
-    stages: int | None = None
-
-    def __post_init__(self) -> None:
-        at_least(KEY, self, 2, "stages")
+    stages: Annotated[int, Range(2, 2**20)] | None = None
 
     def families(self, num_layers: int, reducing: set[int], first: float) -> list[Family]:
         if self.stages is None:
@@ -292,7 +276,7 @@ class Listed(Schedule):
     """
 
     name: ClassVar[str] = "listed"
-    retention: tuple[float, ...] = ()
+    retention: tuple[Share, ...] = ()
 
     def solved(self, num_layers: int, reducing: set[int], budget: float, first: float) -> tuple[float, ...]:
         """The list.
@@ -313,9 +297,6 @@ class Listed(Schedule):
             if now > before:
                 allowed = f"rises from {before} of layer {layer - 1}, and dropped tokens do not come back"
                 raise fail(f"{key}[{layer}]", now, allowed, f"use at most {before} from layer {layer} on")
-            if not now >= 0:
-                fix = "use 0 to keep reduction.select.min_tokens only"
-                raise fail(f"{key}[{layer}]", now, "must be from 0 to 1", fix)
             if now < before and layer - 1 not in reducing:
                 allowed = f"falls from {before}, but the layer before, {layer - 1}, may not drop"
                 fix = "let it fall only after a layer that scores and that reduction.layers names"
@@ -355,15 +336,12 @@ def retention_by_layer(
     if not 0.0 < budget <= 1.0:
         raise ValueError(f"reduction.budget={budget}: must be above 0 and at most 1 (1 turns reduction off)")
     if budget > first:
-        raise ValueError(f"reduction.budget={budget}: is above reduction.front.retention={first}, and dropped tokens "
-                         "do not come back")
+        raise ValueError(
+            f"reduction.budget={budget}: is above reduction.front.retention={first}, and dropped tokens "
+            "do not come back"
+        )
     num_layers, reducing = len(layer_symbols(pattern)), set(reducing_layers(pattern, layers))
     return (schedule or Sigmoid()).solved(num_layers, reducing, budget, first)
-
-
-def _check_floor(floor: float | None) -> None:
-    if floor is not None and not 0 <= floor <= 1:
-        raise fail(f"{KEY}.floor", floor, "must be from 0 to 1", f"set {KEY}.floor inside that range")
 
 
 def _bisect(function: Callable[[float], float], target: float, low: float, high: float) -> float:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from hybridprune_megatron.checks import at_least
+from hybridprune_megatron.bounds import Seed
 from hybridprune_megatron.layers.operations import Cost, elementwise
-from hybridprune_megatron.method.scorer import FP32, KEY, Scorer, ScoreSizes
+from hybridprune_megatron.method.scorer import FP32, Scorer, ScoreSizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +48,7 @@ class RandomScorer(AgnosticScorer):
     """
 
     name: ClassVar[str] = "random"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(KEY, self, 0, "seed")
+    seed: Seed = 0
 
     def draw(self, layout: TokenLayout, layer: int) -> Tensor:
         """float32 [V] from 0 to 1, the same for the same position in a sample."""

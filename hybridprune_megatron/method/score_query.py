@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from hybridprune_megatron.checks import fail, one_of
+from hybridprune_megatron.bounds import OneOf
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.layers.operations import Cost
 from hybridprune_megatron.method.scorer import FP32, KEY, Scorer, ScoreSizes
 
@@ -14,14 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hybridprune_megatron.method.layout import TokenLayout
-    from hybridprune_megatron.method.signals import ScoredSample, Signals
-
-_WORDS = {
-    "query_rows": ("question", "last"),
-    "attention_pooling": ("mean", "max"),
-    "mamba_function": ("identity", "abs", "relu", "softmax"),
-    "mamba_pooling": ("mean", "max_groups", "max_heads"),
-}
+    from hybridprune_megatron.method.signals import ScoredSample
 
 
 @dataclass(frozen=True)
@@ -41,17 +35,13 @@ class QueryScorer(Scorer):
     """
 
     name: ClassVar[str] = "query"
-    query_rows: str = "question"
-    attention_pooling: str = "mean"
+    query_rows: Annotated[str, OneOf("question", "last")] = "question"
+    attention_pooling: Annotated[str, OneOf("mean", "max")] = "mean"
     attention_causal: bool = True
     mamba_decay: bool = False
     mamba_dt: bool = True
-    mamba_function: str = "identity"
-    mamba_pooling: str = "mean"
-
-    def __post_init__(self) -> None:
-        for name, words in _WORDS.items():
-            one_of(KEY, self, name, words)
+    mamba_function: Annotated[str, OneOf("identity", "abs", "relu", "softmax")] = "identity"
+    mamba_pooling: Annotated[str, OneOf("mean", "max_groups", "max_heads")] = "mean"
 
     def can_score(self, kind: str) -> bool:
         return kind in ("attention", "mamba")
@@ -108,7 +98,7 @@ class QueryScorer(Scorer):
         if self.mamba_function == "identity" and not self.mamba_decay:
             return decay_free_score(sizes, rows)
         softmax = self.mamba_function == "softmax"
-        return implicit_attention_score(sizes, rows, softmax, softmax or self.mamba_decay)
+        return implicit_attention_score(sizes, rows, softmax, self.mamba_decay)
 
 
 def attention_score(sizes: ScoreSizes, rows: int) -> Mapping[str, Cost]:
@@ -131,17 +121,17 @@ def decay_free_score(sizes: ScoreSizes, rows: int) -> Mapping[str, Cost]:
     return {"score": Cost(2 * sizes.visual * numbers, 0, read)}
 
 
-def implicit_attention_score(sizes: ScoreSizes, rows: int, two_passes: bool, every_head: bool) -> Mapping[str, Cost]:
+def implicit_attention_score(sizes: ScoreSizes, rows: int, softmax: bool, decay: bool) -> Mapping[str, Cost]:
     """``f(C_i . B_j dt_j [exp(a_i - a_j)])``: T x V products per group; with decay or softmax T x V numbers per head.
 
     Args:
         sizes: of the layer.
         rows: T.
-        two_passes: the softmax takes two, as in attention.
-        every_head: whether there are T x V numbers for every head.
+        softmax: f is the softmax, which takes two passes, as in attention.
+        decay: whether the bracket is there; numbers are float64 then.
     """
-    passes = 2 if two_passes else 1
+    passes = 2 if softmax else 1
     flops = 2 * rows * sizes.visual * sizes.groups * sizes.channels * passes
-    numbers = rows * sizes.visual * (sizes.groups + (sizes.heads if every_head else 0)) * passes
+    numbers = rows * sizes.visual * (sizes.groups + (sizes.heads if softmax or decay else 0)) * passes
     read = sizes.width * (sizes.visual * passes + rows) * sizes.groups * sizes.channels
-    return {"score": Cost(flops, flops, read + 2 * FP32 * numbers)}
+    return {"score": Cost(flops, flops, read + 2 * (2 * FP32 if decay else FP32) * numbers)}

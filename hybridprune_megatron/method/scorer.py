@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hybridprune_megatron.layers.operations import Cost, elementwise
 from hybridprune_megatron.plugins import Plugin
@@ -180,7 +180,7 @@ class Scorer(Score):
         if scores is None:
             scores = signals.empty(layout)
             for place, values in self.values(signals, samples, layer):
-                scores[place] = pooled(values.float(), self.pooling(signals.kind))
+                scores[place] = pooled(values, self.pooling(signals.kind)).float()
         return signals.of_visual(scores, layout)
 
     def values(
@@ -202,12 +202,13 @@ class Scorer(Score):
 
 
 def pooled(per_head: Tensor, pooling: str) -> Tensor:
-    """[J] from [J], [J, heads] or [J, groups, heads of a group]."""
-    heads: Any = tuple(range(1, per_head.dim()))
-    if not heads:
+    """[J] from [J], [J, heads] or [J, groups, heads of a group]; equal rows give equal numbers, bitwise."""
+    from hybridprune_megatron.method.sums import averaged
+
+    if per_head.dim() == 1:
         return per_head
     if pooling == "mean":
-        return per_head.mean(heads)
+        return averaged(per_head.flatten(1), 1)
     if pooling == "max_groups":
-        return per_head.mean(-1).amax(heads[:-1])
-    return per_head.amax(heads)
+        return averaged(per_head, -1).flatten(1).amax(1)
+    return per_head.flatten(1).amax(1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from hybridprune_megatron.checks import at_least, one_of, within
+from hybridprune_megatron.bounds import Count, OneOf, Share, Size, Whole, check_bounds
 
 KEY = "reduction.select"
 
@@ -23,16 +24,13 @@ class Select:
         local_choice: each context-parallel rank drops among the tokens it holds: no row moves, another choice.
     """
 
-    min_tokens: int = 1
-    min_tokens_per_frame: int = 0
-    smoothing_frames: int = 0
-    frame_share: float = 0.0
-    dropped: str = "discard"
-    multiple_of: int = 1
+    min_tokens: Count = 1
+    min_tokens_per_frame: Whole = 0
+    smoothing_frames: Whole = 0
+    frame_share: Share = 0.0
+    dropped: Annotated[str, OneOf("discard", "merge")] = "discard"
+    multiple_of: Size = 1
     local_choice: bool = False
 
     def __post_init__(self) -> None:
-        one_of(KEY, self, "dropped", ("discard", "merge"))
-        within(KEY, self, 0, 1, "frame_share")
-        at_least(KEY, self, 1, "min_tokens", "multiple_of")
-        at_least(KEY, self, 0, "min_tokens_per_frame", "smoothing_frames")
+        check_bounds(KEY, self)

@@ -43,6 +43,10 @@ class ScoredSample:
         """bool [T, J]: which of some positions lie after which row."""
         return columns > self.rows.unsqueeze(1)
 
+    def log_decay(self, signals: MambaSignals) -> Tensor:
+        """float64 [tokens of the sample, H] running sum of dt A from its start; differences of it are what counts."""
+        return torch.cumsum(signals.dt[self.first : self.last].double() * signals.A.double(), 0)
+
 
 def scored_samples(
     layout: TokenLayout, rows: Callable[[int], int] = int, need_question: bool = True
@@ -187,7 +191,9 @@ class AttentionSignals:
     def keys(self, sample: ScoredSample) -> list[Tensor]:
         """All rows of k of a sample that are here, in blocks."""
         rows = [slice(sample.first, sample.last)] if self.held is None else self.held.rows(sample.first, sample.last)
-        return [keys for each in rows for keys in torch.arange(each.start, each.stop, device=self.k.device).split(BLOCK)]
+        return [
+            keys for each in rows for keys in torch.arange(each.start, each.stop, device=self.k.device).split(BLOCK)
+        ]
 
     def positions(self, keys: Tensor) -> Tensor:
         """Where rows of k stand in the packed sequence."""

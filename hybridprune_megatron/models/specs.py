@@ -7,7 +7,6 @@ other and into stock.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from hybridprune_megatron.config.files import missing_gpu_packages
 from hybridprune_megatron.config.tuning_schema import LoraConfig
 from hybridprune_megatron.models.experts import backend_experts_spec, torch_experts_spec
 from hybridprune_megatron.models.lora import adapted
@@ -35,8 +35,6 @@ from hybridprune_megatron.models.mixers import ReductionMambaMixer, scoring_atte
 from hybridprune_megatron.models.stack import ReductionStack
 from hybridprune_megatron.models.torch_layers import NormColumnParallelLinear, PackedAttention, RMSNorm
 
-_GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
-
 
 def resolve_spec(name: str) -> str:
     """ "auto" becomes "te" where a GPU and its packages are there, else "torch".
@@ -44,7 +42,7 @@ def resolve_spec(name: str) -> str:
     Raises:
         ValueError: "te" is asked for and cannot be had.
     """
-    missing = [package for package in _GPU_PACKAGES if importlib.util.find_spec(package) is None]
+    missing = missing_gpu_packages()
     if name == "te" and (missing or not torch.cuda.is_available()):
         reason = f"{', '.join(missing)} not installed" if missing else "no CUDA device"
         raise ValueError(f"model.spec=te: {reason}; install the gpu extra on a GPU machine or set model.spec=torch")
@@ -87,9 +85,7 @@ def stack_spec(name: str, mamba: Mapping[str, Any], lora: LoraConfig | None = No
     else:
         experts = torch_experts_spec(RMSNorm)
         ops = TorchMambaOps()
-        parts = Parts(
-            NormColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm, ops, experts, mamba, lora
-        )
+        parts = Parts(NormColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm, ops, experts, mamba, lora)
     layers = {place: build(parts) for place, build in LAYER_SPECS.values()}
     return ModuleSpec(
         module=ReductionStack, params={"final_norm": parts.norm}, submodules=HybridStackSubmodules(**layers)
@@ -122,13 +118,13 @@ class Parts:
 
     def column(self, target: str) -> type[nn.Module]:
         """The linear into a layer's inside."""
-        wanted = self.lora is not None and target in self.lora.targets
-        return adapted(self.norm_linear, self.lora, 0) if wanted else self.norm_linear
+        lora = self.lora
+        return adapted(self.norm_linear, lora, 0) if lora is not None and target in lora.targets else self.norm_linear
 
     def row(self, target: str) -> type[nn.Module]:
         """The linear out of it."""
-        wanted = self.lora is not None and target in self.lora.targets
-        return adapted(self.row_linear, self.lora, 1) if wanted else self.row_linear
+        lora = self.lora
+        return adapted(self.row_linear, lora, 1) if lora is not None and target in lora.targets else self.row_linear
 
 
 def mamba_layer(parts: Parts) -> ModuleSpec:

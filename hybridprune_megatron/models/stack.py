@@ -18,6 +18,7 @@ from hybridprune_megatron.method.plan import Plan
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.method.scorer import Scorer
+from hybridprune_megatron.method.sums import averaged
 from hybridprune_megatron.models.context import ContextShard
 from hybridprune_megatron.models.fp8 import layer_context, pass_context, recomputed, row_tile
 from hybridprune_megatron.models.packed import LayerPacking, pack_for_layer
@@ -188,12 +189,26 @@ class ReductionStack(HybridStack):
 
 
 def _over_heads(packing: LayerPacking, group: torch.distributed.ProcessGroup) -> Tensor | None:
-    """Scores over all heads from those over each rank's heads, of which all have as many: one all-reduce."""
+    """Scores over all heads from those over each rank's heads, of which all have as many."""
     scores = packing.scores
     if scores is None or group.size() == 1:
         return scores
     if packing.pooling != "mean":
         torch.distributed.all_reduce(scores, torch.distributed.ReduceOp.MAX, group=group)
         return scores
-    torch.distributed.all_reduce(scores, group=group)
-    return scores / group.size()
+    return _mean_over_ranks(scores, group) if len(scores) else scores
+
+
+def _mean_over_ranks(scores: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """[V] mean of what every rank has, as many bytes as an all-reduce.
+
+    A ring adds the ranks up in an order that changes from place to place, and equal tokens would no longer score alike.
+    Here every rank adds up a share of the places, all in the same order.
+    """
+    size = group.size()
+    share = -(-len(scores) // size)
+    filled = torch.nn.functional.pad(scores, (0, share * size - len(scores)))
+    parts = torch.empty_like(filled)
+    torch.distributed.all_to_all_single(parts, filled, group=group)
+    torch.distributed.all_gather_into_tensor(filled, averaged(parts.view(size, share), 0), group=group)
+    return filled[: len(scores)]

@@ -77,13 +77,18 @@ METHODS = (
         ours=True,
     ),
     Method("query", "ours, all layers", ("reduction=query",), ours=True),
-    Method("query_floor", "ours, all layers, floor 0.1", ("reduction=query", "reduction.schedule.floor=0.1"), ours=True),
+    Method(
+        "query_floor", "ours, all layers, floor 0.1", ("reduction=query", "reduction.schedule.floor=0.1"), ours=True
+    ),
     Method("query_with_decay", "ours, all layers, with decay", ("reduction=query_with_decay",), ours=True),
     Method("attention_only", "ours, attention layers only, no floor", ("reduction=attention_only",), ours=True),
     Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
     Method("constant", "ours, constant from layer 1 on", ("reduction=constant",), ours=True),
     Method(
-        "one_shot", "ours, early one-shot after layer 1", ("reduction=constant", "reduction.schedule.layer=1"), ours=True
+        "one_shot",
+        "ours, early one-shot after layer 1",
+        ("reduction=constant", "reduction.schedule.layer=1"),
+        ours=True,
     ),
     # Against ours, the schedule alone.
     Method(

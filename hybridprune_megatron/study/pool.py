@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Callable
 from queue import Empty
 from typing import Any
@@ -47,7 +48,8 @@ def run_all(
         for queue in tasks:
             queue.put(None)
         for process in processes:
-            process.join(timeout=30)
+            # An error, or Ctrl-C, does not wait for units that are half done: they are measured again.
+            process.join(timeout=0 if sys.exception() else 30)
             if process.is_alive():
                 process.terminate()
 

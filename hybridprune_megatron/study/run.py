@@ -154,13 +154,23 @@ def work(runner: Runner, tasks: Any, results: Any) -> None:
     # A study that is killed takes its workers along.
     threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     quiet_libraries()
-    while (task := tasks.get()) is not None:
+    while (task := _next(tasks)) is not None:
         unit, budgets = task
         try:
             runner.measure(unit, budgets, lambda row: results.put(("row", row)))
             results.put(("done", unit))
+        except KeyboardInterrupt:
+            # The parent got it too, and says so.
+            return
         except Exception as error:  # one broken unit must not end the others; the parent counts and names it
             results.put(("failed", (unit, f"{type(error).__name__}: {error}")))
+
+
+def _next(tasks: Any) -> Any:
+    try:
+        return tasks.get()
+    except KeyboardInterrupt:
+        return None
 
 
 def _end_with(parent: Any) -> None:

@@ -25,10 +25,12 @@ def test_own_keys_are_told_from_the_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("samples=0", "samples=0: must be at least 1; set samples to 1 or more"),
-        ("samples=many", "'many' of type 'str' could not be converted to Integer"),
+        ("samples=0", "samples=0: must be at least 1; set e.g. samples=64"),
+        ("samples=many", "samples=many: must be a whole number; set e.g. samples=64"),
         ("top=1", "top=1.0: must be above 0 and below 1"),
         ("probe_samples=5", "probe_samples=5: must be 0 (no probe) or at least 20"),
+        ("top=nan", "top=nan: must be above 0 and below 1"),
+        ("out=", "out='': is empty, as an unset shell variable is; give it a value, or out=null"),
         ("data=nowhere", "data=nowhere: is not there"),
     ],
 )

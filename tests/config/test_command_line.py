@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hybridprune_megatron.config import load_config, parse_command_line
 from hybridprune_megatron.checks import ConfigError
+from hybridprune_megatron.config import load_config, parse_command_line
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.fields import key_help, leaf_keys
 from hybridprune_megatron.config.help import COMMON_KEYS, GROUPS

@@ -114,8 +114,14 @@ VALUE_CASES = {
         ["reduction.schedule=sigmod"],
         r".*allowed are cosine, linear, listed, sigmoid, stages, step; did you mean sigmoid\?",
     ),
-    "flat sigmoid": (["reduction.schedule.slope=0"], r"reduction.schedule.slope=0.0: must be a finite number above 0.*"),
-    "midpoint outside": (["reduction.schedule.midpoint=1.2"], r"reduction.schedule.midpoint=1.2: must be from 0 to 1.*"),
+    "flat sigmoid": (
+        ["reduction.schedule.slope=0"],
+        r"reduction.schedule.slope=0.0: must be a finite number above 0.*",
+    ),
+    "midpoint outside": (
+        ["reduction.schedule.midpoint=1.2"],
+        r"reduction.schedule.midpoint=1.2: must be from 0 to 1.*",
+    ),
     "no tokens": (["reduction.select.min_tokens=0"], r"reduction.select.min_tokens=0: must be at least 1.*"),
     "unknown scorer": (["reduction.score=querry"], r"reduction.score=querry: allowed are query,.*query\?"),
     "unknown layers word": (["reduction.layers=attn"], r"reduction.layers=attn: allowed.*did you mean attention\?"),
@@ -132,7 +138,10 @@ VALUE_CASES = {
         ["reduction.schedule={name: listed, retention: [1,0.5,0.6,0.1,0.1,0.1,0.1,0.1,0.1,0.1]}"],
         r"reduction.schedule.retention\[2\]=0.6: rises from 0.5 of layer 1.*use at most 0.5 from layer 2 on",
     ),
-    "schedule too short": (["reduction.schedule={name: listed, retention: [1,0.5]}"], r"reduction.schedule.retention=2 numbers: .*has 10 layers.*"),
+    "schedule too short": (
+        ["reduction.schedule={name: listed, retention: [1,0.5]}"],
+        r"reduction.schedule.retention=2 numbers: .*has 10 layers.*",
+    ),
     "schedule starts below 1": (
         [f"reduction.schedule={{name: listed, retention: [0.9,{FALLING[2:]}]}}"],
         r"reduction.schedule.retention\[0\]=0.9: every visual token enters.*",
@@ -149,7 +158,10 @@ VALUE_CASES = {
         ["reduction.schedule=linear", "reduction.schedule.floor=0.3"],
         r"reduction.schedule.floor=0.3: must lie below reduction.budget=0.25.*",
     ),
-    "floor of a step": (["reduction.schedule=step", "reduction.schedule.floor=0.1"], r".*floor=0.1: reduction.schedule=step has the keys layer; .*"),
+    "floor of a step": (
+        ["reduction.schedule=step", "reduction.schedule.floor=0.1"],
+        r".*floor=0.1: reduction.schedule=step has the keys layer; .*",
+    ),
     "step too late": (
         ["reduction.schedule=step", "reduction.schedule.layer=3"],
         r".*keeps a mean of 0.400; raise the budget or lower reduction.schedule.layer",
@@ -165,7 +177,10 @@ VALUE_CASES = {
         r"reduction.score.mamba_pooling=max: allowed are mean, max_groups, max_heads.*",
     ),
     "unknown function": (["reduction.score.mamba_function=rellu"], r".*did you mean relu\?"),
-    "negative smoothing": (["reduction.select.smoothing_frames=-1"], r"reduction.select.smoothing_frames=-1: must be at least 0.*"),
+    "negative smoothing": (
+        ["reduction.select.smoothing_frames=-1"],
+        r"reduction.select.smoothing_frames=-1: must be at least 0.*",
+    ),
     "share without a front": (["reduction.front.retention=0.5"], r".*reduction.front=none passes on everything; .*=1"),
     "front without a share": (["reduction.front=evs"], r"reduction.front.retention=1.0: .*; set e.g. .*=0.5"),
     "front below the budget": (
@@ -173,7 +188,11 @@ VALUE_CASES = {
         r"reduction.front.retention=0.2: must be at least reduction.budget=0.25.*",
     ),
     "schedule starts beside the front": (
-        [f"reduction.schedule={{name: listed, retention: [1.0,{FALLING[2:]}]}}", "reduction.front=evs", "reduction.front.retention=0.5"],
+        [
+            f"reduction.schedule={{name: listed, retention: [1.0,{FALLING[2:]}]}}",
+            "reduction.front=evs",
+            "reduction.front.retention=0.5",
+        ],
         r"reduction.schedule.retention\[0\]=1.0: reduction.front.retention=0.5; set .*=\[0.5,...\]",
     ),
     "schedule off the budget": (
@@ -250,7 +269,7 @@ VALUE_CASES = {
     "micro batches of 2": (["trainer.micro_batch_size=2"], r".*must be 1 .*make data.sequence_length longer.*"),
     "precision": (["trainer.precision=fp16"], r"trainer.precision=fp16: allowed are fp32, bf16.*"),
     "no frames": (["data.num_frames=0"], r"data.num_frames=0: must be at least 1.*"),
-    "negative frame rate": (["data.sampling=fps", "data.fps=-1"], r"data.fps=-1.0: must be a finite number above 0.*"),
+    "negative frame rate": (["data.sampling=fps", "data.fps=-1"], r"data.fps=-1.0: must be above 0 and at most 1000.*"),
     "video longer than a pack": (
         ["data.num_frames=128"],
         r"data.num_frames=128: .*fills 2048 tokens.*lower data.num_frames.*",
@@ -273,7 +292,10 @@ VALUE_CASES = {
         r".*something must be trained.*",
     ),
     "learning rates": (["optim.min_lr=1"], r"optim.min_lr=1.0: must be from 0 to optim.lr=2e-05.*"),
-    "endless warmup": (["optim.warmup_steps=100"], r"optim.warmup_steps=100: must be below trainer.max_steps=100.*"),
+    "endless warmup": (
+        ["optim.warmup_steps=50", "optim.decay_steps=50"],
+        r"optim.warmup_steps=50: must be below optim.decay_steps=50.*",
+    ),
     "beta": (["optim.beta2=1"], r"optim.beta2=1.0: must be from 0 to below 1.*"),
 }
 
@@ -363,7 +385,10 @@ def test_a_score_of_somebody_elses_is_one_file_and_one_option(tmp_path, monkeypa
     for overrides, line in (
         (["reduction.score.weight=heavy"], r"reduction.score.weight='heavy': must be a number; .*"),
         (["reduction.score.wieght=1"], r"reduction.score.wieght=1: .* has the keys weight; did you mean .*weight\?"),
-        (["reduction.layers=all"], r"reduction.layers=all: layer 0 is to drop, and .* has no formula for mamba layers.*"),
+        (
+            ["reduction.layers=all"],
+            r"reduction.layers=all: layer 0 is to drop, and .* has no formula for mamba layers.*",
+        ),
     ):
         with pytest.raises(ConfigError, match=line):
             load_config(["reduction=mine", *overrides])
@@ -381,7 +406,11 @@ def test_flat_keys_of_saved_runs_are_read() -> None:
     assert read["score"] == {"name": "random", "seed": 7}
     assert read["schedule"] == {"name": "step", "layer": 2}
     assert read["front"] == {"name": "random", "retention": 0.5, "seed": 7}
-    assert (read["select"]["min_tokens"], read["select"]["multiple_of"], read["select"]["smoothing_frames"]) == (2, 4, 1)
+    assert (read["select"]["min_tokens"], read["select"]["multiple_of"], read["select"]["smoothing_frames"]) == (
+        2,
+        4,
+        1,
+    )
     assert read["budget"] == 0.3
     listed = ReductionConfig.of(flat | {"front": "none", "front_retention": 1.0, "retention": [1.0, 0.5]}).plain()
     assert listed["schedule"] == {"name": "listed", "retention": (1.0, 0.5)}

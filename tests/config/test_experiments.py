@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from statistics import fmean
@@ -10,8 +10,9 @@ from statistics import fmean
 import pytest
 
 from hybridprune_megatron.config import Config, ConfigError, load_config
-from hybridprune_megatron.config.compose import CONF_DIR, check_files
+from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.explain import group_options
+from hybridprune_megatron.config.files import check_files
 from hybridprune_megatron.config.reduction_schema import PARTS
 from hybridprune_megatron.config.schema import ModelConfig
 from tests.tracked import tracked
@@ -189,7 +190,8 @@ def test_every_score_schedule_and_front_has_an_option() -> None:
 def test_checkpoint_and_data_must_exist(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "train").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.model").touch()
+    (tmp_path / "train" / ".nv-meta").mkdir(parents=True)
     paths = ["data.train=train", "data.validation=null", "data.tokenizer=tokenizer"]
     check_files(load_config(paths))
     weights = [*paths, "model.init_checkpoint=base.safetensors"]

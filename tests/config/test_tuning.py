@@ -45,7 +45,7 @@ ERRORS = {
     "no choice": (["tuning.budget.distribution=choice"], r"tuning.budget.choices=\[\]: must name at least one .*"),
     "wrong choice": (
         ["tuning.budget.distribution=choice", "tuning.budget.choices=[0.5,1.5]"],
-        r"tuning.budget.choices=\[0.5, 1.5\]: .*each above 0 and at most 1; .*",
+        r"tuning.budget.choices\[1\]=1.5: must be above 0 and at most 1; .*",
     ),
     "unreachable": (
         ["tuning=random_budget", "tuning.budget.low=0.05"],
@@ -60,7 +60,10 @@ ERRORS = {
         r"tuning.budget.distribution=uniform: reduction.schedule.retention is one fixed schedule.*",
     ),
     "weight": (["tuning.distillation.weight=1.5"], r"tuning.distillation.weight=1.5: must be from 0 to 1; .*"),
-    "temperature": (["tuning.distillation.temperature=0"], r"tuning.distillation.temperature=0.0: .*above 0; .*"),
+    "temperature": (
+        ["tuning.distillation.temperature=0"],
+        r".*temperature=0.0: must be from 0.01 to 100; .*",
+    ),
     "random teacher": (
         ["tuning=distillation", "model.init_checkpoint=null"],
         r"tuning.distillation.teacher=initial: model.init_checkpoint=null, so .* random; .*teacher=self",

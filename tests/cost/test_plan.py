@@ -118,9 +118,9 @@ def test_largest_budget_is_what_trying_all_finds():
     [
         (["target.speedup=40"], "target.speedup=40: the best that this schedule reaches is 13."),
         (["target.memory_gib=20"], "target.memory_gib=20: the least that this schedule needs is "),
-        (["target.speedup=1"], "target.speedup=1.0: must be above 1; set e.g. target.speedup=4"),
+        (["target.speedup=1"], "target.speedup=1.0: must be a finite number above 1; set e.g. target.speedup=4"),
         (["target.sped=4"], "target.sped=4: unknown key; target has speedup, "),
-        (["target.speedup=fast"], "target.speedup=fast: has the wrong type; give e.g. target.speedup=4"),
+        (["target.speedup=fast"], "target.speedup=fast: must be a number; set e.g. target.speedup=4"),
         (["target.frames=0"], "target.frames=0: must be at least 1"),
         (["target.frames=8", "target.visual_tokens=8"], "target.visual_tokens=8: target.frames is set too"),
         (["target.question_tokens=300"], "target.question_tokens=300: must not exceed target.text_tokens=200"),

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.explain import group_options
-from hybridprune_megatron.layers.operations import sum_costs
 from hybridprune_megatron.cost.prefill import Prompt, prefill_cost
 from hybridprune_megatron.cost.scoring import drop_operations, front_operations, scoring_operations
+from hybridprune_megatron.layers.operations import sum_costs
 from hybridprune_megatron.method.front import build_front
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.reduction import Reduction

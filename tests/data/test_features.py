@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hybridprune_megatron.config import Config
 from hybridprune_megatron.checks import ConfigError
+from hybridprune_megatron.config import Config
 from hybridprune_megatron.config.features import FEATURES_FILE, FeaturesInfo, check_features
 from hybridprune_megatron.data.batch import FrameFeatures, no_pixels, pack
 from hybridprune_megatron.data.features import StoredFeatures, features_part

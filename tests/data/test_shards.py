@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hybridprune_megatron.config.outputs import MARKER
 from hybridprune_megatron.data.shards import ShardWriter
 from scripts.make_demo_data import main as make_demo_data
 from scripts.make_shards import main as make_shards
@@ -46,7 +47,8 @@ def test_demo_data_is_left_alone_when_it_is_there(tmp_path: Path, capsys: pytest
     make_demo_data([*command.split(), "--seed", "9"])
     assert json.loads((tmp_path / "train" / "needles.json").read_text())["seed"] == 9
     (tmp_path / "train" / "needles.json").unlink()
-    with pytest.raises(SystemExit, match="holds something else"):
+    (tmp_path / "train" / MARKER).unlink()
+    with pytest.raises(SystemExit, match="was not written by"):
         make_demo_data(command.split())
 
 
@@ -69,15 +71,17 @@ def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writer_starts_over_what_a_killed_run_left(tmp_path: Path) -> None:
-    left = tmp_path / ".set.partial"
-    left.mkdir()
-    (left / "shard-00007.tar").write_bytes(b"half")
+def test_writer_takes_no_folder_of_anybody_elses(tmp_path: Path) -> None:
+    theirs = tmp_path / ".set.partial"
+    theirs.mkdir()
+    (theirs / "shard-00007.tar").write_bytes(b"half")
     with ShardWriter(tmp_path / "set", "train", samples_per_shard=2) as writer:
         for key in "abc":
             writer.add(key, TURNS, [("mp4", key.encode())])
     assert sorted(path.name for path in (tmp_path / "set").glob("*.tar")) == ["shard-00000.tar", "shard-00001.tar"]
     assert list(read_tars(tmp_path / "set")) == ["a.json", "a.mp4", "b.json", "b.mp4", "c.json", "c.mp4"]
+    assert [path.name for path in theirs.iterdir()] == ["shard-00007.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.partial", "set"]
 
 
 def test_writer_checks_keys_types_and_target(tmp_path: Path) -> None:
@@ -123,13 +127,13 @@ def test_make_shards_keeps_good_rows_and_counts_the_others(tmp_path: Path, capsy
     arguments = f"--conversations {tmp_path}/rows.jsonl --videos {videos} --out {tmp_path}/set".split()
     make_shards(arguments)
     report = json.loads((tmp_path / "set" / "report.json").read_text())
-    assert report["samples"] == 4
-    assert report["left_out"] == {"json": 1, "conversation": 2, "video": 5, "key": 1}
-    assert "4 samples, 9 rows left out" in capsys.readouterr().out
+    assert report["samples"] == 5
+    assert report["left_out"] == {"json": 1, "conversation": 2, "video": 5}
+    assert "5 samples, 8 rows left out (2 conversation, 1 json, 5 video)" in capsys.readouterr().out
     members = read_tars(tmp_path / "set")
     assert list(members) == [
         *("a_1.json", "a_1.mp4", "b.json", "b.mp4", "c.json", "c.0.mp4", "c.1.mp4"),
-        "row-00000004.json",
+        *("row-00000004.json", "a_1-00000014.json", "a_1-00000014.mp4"),
     ]
     assert members["b.mp4"] == clip
     assert json.loads(members["b.json"])["conversation"][0] == {"role": "user", "content": "<video>What?"}

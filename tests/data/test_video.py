@@ -1,4 +1,4 @@
-"""Decoding: the right frames and times from regular, irregular, rotated and broken videos."""
+"""Decoding: the right frames and times from regular, irregular and broken videos."""
 
 import io
 import re
@@ -80,35 +80,6 @@ def test_fps_stops_at_the_cap_and_then_spans_the_whole_video() -> None:
 def test_times_start_at_zero_for_a_video_that_starts_later() -> None:
     clip = encode_clip(grey_frames(5), [3000 + time for time in regular(5)], file_format="matroska")
     assert decode_video(clip, UNIFORM, 8).seconds == pytest.approx([0.0, 0.04, 0.08, 0.12, 0.16], abs=2e-3)
-
-
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_rotation_is_undone(degrees: int) -> None:
-    # Left half red, right half blue, lower half darker: every quarter has its own colour.
-    upright = np.zeros((1, 48, 64, 3), np.uint8)
-    upright[:, :, :32, 0], upright[:, :, 32:, 2] = 220, 220
-    upright[:, 24:] //= 2
-    stored = np.ascontiguousarray(np.rot90(upright, -degrees // 90, axes=(1, 2)))
-    clip = rotate_header(encode_clip(np.repeat(stored, 3, axis=0), regular(3)), degrees)
-    reference = decode_video(encode_clip(np.repeat(upright, 3, axis=0), regular(3)), UNIFORM, 32).frames
-    decoded = decode_video(clip, UNIFORM, 32).frames
-    inner = (decoded.float() - reference.float()).abs()[:, :, 2:14, 2:14]
-    assert inner.max() < 16
-    assert (decoded.float() - reference.float()).abs().mean() < 6
-
-
-def rotate_header(clip: bytes, counterclockwise: int) -> bytes:
-    """Writes a rotation into the track header of an MP4: a player then turns frames by it, counterclockwise."""
-    cos, sin = {90: (0, 1), 180: (-1, 0), 270: (0, -1)}[counterclockwise]
-    # Row-major 3x3 in 16.16 fixed point (last column 2.30), applied to row vectors with y pointing down.
-    values = [cos, -sin, 0, sin, cos, 0, 0, 0, 1]
-    scales = [16, 16, 30] * 3
-    matrix = b"".join((value << scale).to_bytes(4, "big", signed=True) for value, scale in zip(values, scales))
-    header = clip.index(b"tkhd")
-    start = header + 4 + 40
-    identity = b"".join((v << s).to_bytes(4, "big") for v, s in zip([1, 0, 0, 0, 1, 0, 0, 0, 1], scales))
-    assert clip[start : start + 36] == identity, "layout of the track header"
-    return clip[:start] + matrix + clip[start + 36 :]
 
 
 def test_probe_tells_the_times_of_the_decoded_frames() -> None:

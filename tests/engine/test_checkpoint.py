@@ -52,11 +52,14 @@ class _Bomb:
 
 
 def _index(folder: Path) -> None:
-    from hybridprune_megatron.engine.weights import check_index, load_initial_weights
+    from hybridprune_megatron.engine.checkpoint_index import read_index
+    from hybridprune_megatron.engine.weights import load_initial_weights
 
+    (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (folder / ".metadata").write_bytes(pickle.dumps(_Bomb()))
     with pytest.raises(ValueError, match=r"would import posix\.system.*do not load this checkpoint"):
-        check_index(folder / ".metadata")
+        read_index(folder)
+    (folder / "metadata.json").unlink()
     with pytest.raises(ValueError, match=r"model.init_checkpoint=.* does not exist"):
         load_initial_weights(None, folder / "missing")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is a folder without metadata\.json"):

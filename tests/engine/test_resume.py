@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
 from tests.engine.job import run_job, tiny_job
 from tests.worlds import run_world
 
@@ -51,6 +52,16 @@ def test_run_killed_twice(tmp_path: Path, undisturbed: list[tuple]) -> None:
         with pytest.raises(AssertionError, match=_KILLED):
             run_world(1, run_job, job, 0.1, kill_at)
     assert _digits(run_world(1, run_job, job)[0]) == undisturbed
+
+
+def test_a_folder_that_another_process_writes_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    hold_folder(tmp_path)
+    try:
+        with pytest.raises(AssertionError, match="writes this folder; wait for its end"):
+            run_world(1, run_job, tiny_job(tmp_path), 0.1, "", True)
+    finally:
+        release_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def test_two_replicas_and_nemo(tmp_path: Path) -> None:

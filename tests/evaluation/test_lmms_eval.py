@@ -15,6 +15,7 @@ import yaml
 
 from hybridprune_megatron.config import Config, load_config
 from hybridprune_megatron.data.shards import ShardWriter
+from tests.export.conftest import other_transformers
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = (1.0, 0.25)
@@ -64,10 +65,12 @@ def our_scores(data: Path, budget: float, export: Path) -> list[bool]:
 def their_scores(folder: Path, runs: list[dict[str, object]]) -> list[list[bool]]:
     """lmms-eval's score of every sample of every run, in one start of its command."""
     (folder / "runs.yaml").write_text(yaml.safe_dump(runs))
+    packages = os.pathsep.join(other_transformers())
     done = subprocess.run(
         [sys.executable, "-m", "lmms_eval", "--config", "runs.yaml"],
         cwd=folder,
-        env={**os.environ, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        # The transformers of this process, which need not be the installed one; not this checkout.
+        env={**os.environ, "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": packages},
         capture_output=True,
         text=True,
         check=False,

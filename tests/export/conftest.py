@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,12 @@ from hybridprune_megatron.data.conversation import RESERVED_TOKENS, VIDEO_TOKEN
 
 NUM_FRAMES = 7
 BUDGET = 0.5
+
+
+def other_transformers() -> list[str]:
+    """The folders of PYTHONPATH that put another transformers before the installed one, for a process of its own."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [folder for folder in folders if Path(folder, "transformers").is_dir()]
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.export.conftest import row
 
@@ -99,3 +100,40 @@ def test_caches_grow_past_their_first_room(world, inputs) -> None:
             input_ids=ids, token_kinds=single["token_kinds"], pixel_values=single["pixel_values"], use_cache=False
         )
     assert torch.equal(cached, whole.logits[:, -steps - 1 : -1].argmax(-1))
+
+
+def along(model, inputs, answer: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    """Logits [steps, rows, vocabulary] of the columns of an answer, each after those before it."""
+    mask, out, steps = inputs["attention_mask"], [], answer.shape[1]
+    with torch.no_grad():
+        if use_cache:
+            first = model(**inputs, use_cache=True, logits_to_keep=1)
+            rest = model(input_ids=answer[:, :-1], past_key_values=first.past_key_values)
+            return torch.cat([first.logits, rest.logits], 1).transpose(0, 1).float()
+        for step in range(steps):
+            ids = torch.cat([inputs["input_ids"], answer[:, :step]], 1)
+            longer = torch.cat([mask, mask.new_ones(len(mask), step)], 1)
+            given = {**inputs, "input_ids": ids, "attention_mask": longer}
+            out.append(model(**given, use_cache=False, logits_to_keep=1).logits[:, 0].float())
+    return torch.stack(out)
+
+
+def test_in_bf16_caches_round_otherwise_and_are_as_near_to_the_exact_logits(world, inputs) -> None:
+    """So tokens whose logits lie that close may change; docs/export.md says how often."""
+
+    def loaded(dtype: torch.dtype):
+        settings = {"trust_remote_code": True, "reduction": None, "dtype": dtype}
+        return AutoModelForCausalLM.from_pretrained(world.folder, **settings).eval()
+
+    rounded, exact = loaded(torch.bfloat16), loaded(torch.float32)
+    exact.load_state_dict({name: value.float() for name, value in rounded.state_dict().items()})
+    answer = generate(world, inputs)
+    wanted = along(exact, inputs, answer, False)
+    spread = wanted.std()
+    assert (along(exact, inputs, answer, True) - wanted).abs().max() / spread < 1e-5
+    cached, plain = (along(rounded, inputs, answer, use_cache) for use_cache in (True, False))
+    assert torch.equal(cached[0], plain[0]), "both come from the same prefill"
+    errors = [((found - wanted)[1:] / spread).square().mean().sqrt() for found in (cached, plain)]
+    apart = ((cached - plain)[1:] / spread).square().mean().sqrt()
+    assert 0.7 < errors[0] / errors[1] < 1.4
+    assert 1e-3 < apart < 1.5 * errors[1] < 0.03

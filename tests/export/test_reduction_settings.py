@@ -32,3 +32,15 @@ def test_settings_survive_the_folder(option: str) -> None:
         other = resolve_reduction(pattern, merge_reduction(loaded, given))
         assert sum(other["retention"]) / len(other["retention"]) == pytest.approx(0.45)
         assert {name for name in other if other[name] != loaded[name]} <= {*given, "retention"}
+
+
+@pytest.mark.parametrize("wrong", [[1], "query", 0.5, True])
+def test_a_reduction_that_is_no_dictionary_is_refused_in_one_line(wrong) -> None:
+    for call in (
+        lambda: resolve_reduction("M*", wrong),
+        lambda: merge_reduction(wrong, {"budget": 0.5}),
+        lambda: merge_reduction({}, wrong),
+    ):
+        with pytest.raises(ValueError, match="must be a dictionary") as raised:
+            call()
+        assert "\n" not in str(raised.value)

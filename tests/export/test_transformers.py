@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from threading import Thread
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, pipeline
 
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
@@ -44,10 +46,13 @@ def test_streams(world, inputs, answers, capsys) -> None:
 
 
 @pytest.mark.parametrize(("task", "kind"), [("any-to-any", "video"), ("image-text-to-text", "image")])
-def test_a_pipeline_answers_as_the_model_does(world, clips, task: str, kind: str) -> None:
-    # One frame of a video is an image, which the pipeline of images may show as a file.
+def test_a_pipeline_answers_as_the_model_does(world, clips, tmp_path, task: str, kind: str) -> None:
+    shown = clips[0]
+    if kind == "image":
+        shown = tmp_path / "image.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(shown)
     chat = message("What?")
-    chat[0]["content"][0] = {"type": kind, "path": str(clips[0])}
+    chat[0]["content"][0] = {"type": kind, "path": str(shown)}
     inputs = world.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
     alone = world.hf.generate(**inputs, do_sample=False, max_new_tokens=4)[0, inputs["input_ids"].shape[1] :]
     answer = pipeline(task, model=str(world.folder), trust_remote_code=True)

@@ -19,18 +19,27 @@ def run_and_tell(job: Any) -> tuple[list[dict[str, Any]], str]:
     return rows, printed.getvalue()
 
 
-def run_on_full_disk(job: Any, step: int, rank: int) -> list[dict[str, Any]]:
-    """Runs the job; the kernel says ENOSPC to everything that a rank writes of the weights at a step."""
+def run_on_full_disk(job: Any, step: int, rank: int, what: str = "weights") -> list[dict[str, Any]]:
+    """Runs the job; the kernel says ENOSPC to everything that a rank writes at a step of the weights, or ``what``.
+
+    With "torch", the weights are larger than a buffer: then torch hears of it, and says what it says on a full disk.
+    """
     import torch.distributed as dist
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from hybridprune_megatron.engine import checkpoint
 
     save = checkpoint.dist_checkpointing.save
 
+    def fail_as_torch(*_: Any) -> Any:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
     def save_to_full_disk(state: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
-        if state["step"] == step and dist.get_rank() == rank:
-            for number in range(8):
-                Path(folder, f"__{rank}_{number}.distcp").symlink_to("/dev/full")
+        if what == "torch" and state["step"] == step:
+            filesystem_async._write_item = fail_as_torch
+        elif state["step"] == step and dist.get_rank() == rank:
+            for name in [f"__{rank}_{number}.distcp" for number in range(8)] if what == "weights" else [what]:
+                Path(folder, name).symlink_to("/dev/full")
         return save(state, folder, *args, **kwargs)
 
     checkpoint.dist_checkpointing.save = save_to_full_disk

@@ -51,15 +51,28 @@ def test_no_whole_checkpoint_is_no_new_start(tmp_path: Path) -> None:
         resume_point(tmp_path)
 
 
-@pytest.mark.parametrize(("processes", "rank", "background"), [(1, 0, False), (2, 1, False), (1, 0, True)])
-def test_full_disk_leaves_the_former_checkpoint(tmp_path: Path, processes: int, rank: int, background: bool) -> None:
+@pytest.mark.parametrize(
+    ("processes", "rank", "background", "what"),
+    [
+        (1, 0, False, "weights"),
+        (2, 1, False, "weights"),
+        (1, 0, True, "weights"),
+        (1, 0, False, "torch"),
+        (1, 0, True, "torch"),
+        (1, 0, False, "metadata.json"),
+    ],
+)
+def test_full_disk_leaves_the_former_checkpoint(
+    tmp_path: Path, processes: int, rank: int, background: bool, what: str
+) -> None:
     job = tiny_job(tmp_path, async_save=background)
     message = (
-        r"RuntimeError: checkpoint step_00000006 in \S*checkpoints could not be written: .*disk full.*; "
+        r"RuntimeError: checkpoint step_00000006 in \S*checkpoints could not be written: .*"
+        r"(disk full|No space left).*; "
         r"the newest whole one is step_00000003; make room"
     )
     with pytest.raises(AssertionError, match=message):
-        run_world(processes, run_on_full_disk, job, 6, rank)
+        run_world(processes, run_on_full_disk, job, 6, rank, what)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
     rows = run_world(processes, run_job, job)[0]
     assert [row["step"] for row in rows] == list(range(1, 9))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hybridprune_megatron.config.outputs import MARKER
 from hybridprune_megatron.huggingface.names import CONSTANTS
 from hybridprune_megatron.huggingface.source import TensorFiles, open_weights, same_bytes
 from tests.parity.twins import radio_twin, write_language_twin, write_vision_twin
@@ -87,7 +88,9 @@ def test_every_tensor_comes_back_with_its_bytes(folders: dict[str, Path], tmp_pa
     for name in before.names:
         assert same_bytes(after.read(name), before.read(name)), name
     others = {file.name for file in original.iterdir() if file.suffix != ".safetensors"}
-    assert others | {"README.md"} == {p.name for p in (tmp_path / "back").iterdir() if p.suffix != ".safetensors"}
+    assert others | {"README.md", MARKER} == {
+        p.name for p in (tmp_path / "back").iterdir() if p.suffix != ".safetensors"
+    }
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads(
         (original / "config.json").read_text()
     )
@@ -162,7 +165,7 @@ def _config(**values: Any) -> Any:
     [
         (_without("mlp1.1.weight"), r"unknown none, missing mlp1.1.weight; nothing was converted"),
         (_without("language_model.backbone.layers.7.mixer.k_proj.weight"), r"missing .*layers.7.mixer.k_proj.weight"),
-        (_truncated, r"is no complete safetensors file"),
+        (_truncated, r"is not a complete safetensors file"),
         (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), r"lacks 1 of its weight files, first model-"),
         (lambda folder: (folder / "config.json").unlink(), r"config.json cannot be read"),
         (_config(model_type="llama"), r"model_type=llama: models of nemotron_h, .* can be read"),

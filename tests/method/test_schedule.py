@@ -127,9 +127,7 @@ def test_a_floor_that_the_budget_cannot_hold_is_lowered(layers: str):
 def test_published_floors_of_the_sigmoid():
     """The method's notes give these floors for the 12B pattern at a budget of 0.25."""
     for midpoint, slope, floor in ((0.2, 10, 0.006), (0.1, 8, 0.044)):
-        assert retention_by_layer(NANO_12B, 0.25, "all", Sigmoid(midpoint, slope))[-1] == pytest.approx(
-            floor, abs=0.01
-        )
+        assert retention_by_layer(NANO_12B, 0.25, "all", Sigmoid(midpoint, slope))[-1] == pytest.approx(floor, abs=0.01)
 
 
 def test_only_layers_that_score_drop():

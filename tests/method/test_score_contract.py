@@ -1,4 +1,4 @@
-"""What every score must keep, ours and anybody's: packing, ranks with a share of heads or keys, dtypes, settings, cost."""
+"""What every score must keep, ours or not: packing, ranks with a share of heads or keys, dtypes, settings, cost."""
 
 from __future__ import annotations
 

@@ -40,6 +40,8 @@ STRUCTURES: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 22,
         "routed_scaling_factor": 1.5,
     },
+    # Mamba's gated norm has one epsilon here, so only a model without one may have another.
+    "no Mamba, another epsilon": {"hybrid_override_pattern": "*-*-", "layer_norm_epsilon": 1e-2},
     # transformers does not tie the embeddings of this family, though its configuration can say so.
     "one group, one key-value head": {
         "hybrid_override_pattern": "M-*M",

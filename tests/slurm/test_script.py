@@ -115,3 +115,44 @@ def test_overrides_python_and_options_of_srun(tmp_path: Path) -> None:
         "experiment=demo",
         "data.train=a folder",
     ]
+
+
+def _overrides(folder: Path, *overrides: str, **environment: str) -> list[str]:
+    """What the ranks are started with."""
+    folder.mkdir()
+    assert Script(folder, *overrides, RANKS_STATUS="0", PYTHON="python", **environment).ended() == (0, [])
+    lines = (folder / "srun").read_text().splitlines()
+    return lines[lines.index("recipes/finetune.py") + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        (["experiment=demo"], "runs/${name}/task_3"),
+        (["name=sweep"], "runs/${name}/task_3"),
+        (["output_dir=/data/a run"], "/data/a run/task_3"),
+        (["++output_dir=/data/a", "experiment=demo"], "/data/a/task_3"),
+        (["output_dir='/data/a (1)'"], "'/data/a (1)/task_3'"),
+        # Already one folder per task.
+        (["name=sweep_${oc.env:SLURM_ARRAY_TASK_ID}"], "runs/${name}"),
+        (["output_dir=/data/${oc.env:SLURM_ARRAY_TASK_ID}"], "/data/${oc.env:SLURM_ARRAY_TASK_ID}"),
+        # The number only chooses a seed.
+        (["trainer.seed=${oc.env:SLURM_ARRAY_TASK_ID}"], "runs/${name}/task_3"),
+    ],
+)
+def test_every_task_of_an_array_has_a_folder_of_its_own(tmp_path: Path, given: list[str], folder: str) -> None:
+    kept = [override for override in given if "output_dir=" not in override]
+    assert _overrides(tmp_path / "third", *given, SLURM_ARRAY_TASK_ID="3") == [*kept, f"output_dir={folder}"]
+    assert _overrides(tmp_path / "alone", *given) == given
+
+
+def test_all_groups_of_a_heterogeneous_job_are_started(tmp_path: Path) -> None:
+    # As in such a job, where the numbers of all groups have other names.
+    job = {"SLURM_HET_SIZE": "3", "SLURM_JOB_NUM_NODES": "", "SLURM_NTASKS": ""}
+    for folder, options, expected in (
+        ("all", "", "--het-group=0-2"),
+        ("chosen", "--het-group=1", "--het-group=1"),
+    ):
+        _overrides(tmp_path / folder, SRUN_OPTIONS=options, **job)
+        lines = (tmp_path / folder / "srun").read_text().splitlines()
+        assert [line for line in lines if "het-group" in line] == [expected]

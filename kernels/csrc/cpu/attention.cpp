@@ -1,11 +1,9 @@
-// Attention scores on the CPU: blocks of logits by matrix products, everything behind them in vector loops.
+// Attention scores on the CPU: blocks of logits, everything after them in vector loops.
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/full.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -13,15 +11,17 @@
 
 #include "../checks.h"
 #include "log_sums.h"
+#include "products.h"
 
 namespace hybridprune {
 namespace {
 
 // Keys of a share of the first pass, keys of a block of logits and rows of it: a block and its keys fit a core's cache.
-constexpr int64_t kShare = 4096, kBlock = 512, kRows = 128;
+constexpr int64_t kShare = 4096, kBlock = 512, kRows = 4 * kRowPack;
 
 struct Attention {
-  at::Tensor q, k;  // q: float32 [K, T * R, E], scaled; k: [J, K, E].
+  at::Tensor k, rows;  // k: [J, K, E]; rows: q, scaled and packed: float32 [K, packs of rows, E * kRowPack].
+  std::vector<int64_t> first_pack;  // of the rows of every sample
   int64_t heads_of_key;
   const int64_t *query_positions, *key_positions, *query_offsets, *key_offsets;
   const bool* always_seen;
@@ -40,8 +40,6 @@ struct Attention {
     const int64_t key_heads = k_in.size(1);
     heads_of_key = q_in.size(1) / key_heads;
     k = k_in.contiguous();
-    q = q_in.to(at::kFloat).mul(1.0 / std::sqrt(static_cast<double>(q_in.size(2))));
-    q = q.unflatten(1, {key_heads, heads_of_key}).transpose(0, 1).contiguous().flatten(1, 2);
     query_positions = query_positions_.const_data_ptr<int64_t>();
     key_positions = key_positions_.const_data_ptr<int64_t>();
     query_offsets = query_offsets_.const_data_ptr<int64_t>();
@@ -54,53 +52,76 @@ struct Attention {
       TORCH_CHECK(last <= end && std::is_sorted(first, last), "key_positions falls within sample ", sample,
                   ": expected them to rise");
     }
+    pack_rows(q_in.to(at::kFloat).mul(1.0 / std::sqrt(static_cast<double>(q_in.size(2)))).contiguous());
   }
 
-  // Calls visit(row of the sample times R plus head, keys, logits, n) for every row of a sample and every block of its
-  // keys [begin, end): the first n logits count, what a row does not see among them is -inf.
+  int64_t num_rows(int64_t sample) const { return (query_offsets[sample + 1] - query_offsets[sample]) * heads_of_key; }
+
+  // Calls visit(row of the sample times R plus head, logits, n) for every row of a sample and every block of its keys
+  // [begin, end): the first n logits count, what a row does not see among them is -inf; n is a multiple of kKeyPack.
   template <typename Visit>
   void for_each_row(const Share& share, const Visit& visit) const {
-    const int64_t width = k.size(2), key_heads = k.size(1), R = heads_of_key;
-    const int64_t first_row = query_offsets[share.sample] * R, num_rows = query_offsets[share.sample + 1] * R - first_row;
-    const at::Tensor keys = at::empty({kBlock, width}, at::kFloat);
-    const at::Tensor logits = at::empty({kRows, kBlock}, at::kFloat);
-    const at::Tensor q_head = q.select(0, share.head);
+    const int64_t width = k.size(2), R = heads_of_key, count = num_rows(share.sample);
+    const at::Tensor keys = at::empty({kBlock * width}, at::kFloat), logits = at::empty({kRows * kBlock}, at::kFloat);
+    const float* packed = rows.const_data_ptr<float>() +
+                          (share.head * rows.size(1) + first_pack[share.sample]) * kRowPack * width;
     for (int64_t begin = share.begin; begin < share.end; begin += kBlock) {
       const int64_t n = std::min(kBlock, share.end - begin);
-      load(keys.mutable_data_ptr<float>(), begin, n, share.head * width, key_heads * width);
-      const at::Tensor block = keys.narrow(0, 0, n).t();
-      for (int64_t row = 0; row < num_rows; row += kRows) {
-        const int64_t rows = std::min(kRows, num_rows - row);
-        at::Tensor out = at::from_blob(logits.mutable_data_ptr<float>(), {rows, n}, at::kFloat);
-        at::mm_out(out, q_head.narrow(0, first_row + row, rows), block);
-        float* values = out.mutable_data_ptr<float>();
-        for (int64_t i = 0; i < rows; ++i, values += n) {
-          const int64_t position = query_positions[(first_row + row + i) / R];
-          visit(row + i, begin, values, hide(values, begin, n, position));
+      if (k.scalar_type() == at::kFloat) {
+        load<float>(keys.mutable_data_ptr<float>(), begin, n, share.head);
+      } else {
+        load<c10::BFloat16>(keys.mutable_data_ptr<float>(), begin, n, share.head);
+      }
+      for (int64_t row = 0; row < count; row += kRows) {
+        const int64_t some = std::min(kRows, count - row);
+        float* values = logits.mutable_data_ptr<float>();
+        multiply_packed(values, kBlock, packed + row * width, round_up(some, kRowPack) / kRowPack,
+                        keys.const_data_ptr<float>(), round_up(n, kKeyPack) / kKeyPack, width);
+        for (int64_t i = 0; i < some; ++i, values += kBlock) {
+          const int64_t position = query_positions[query_offsets[share.sample] + (row + i) / R];
+          visit(row + i, values, hide(values, begin, n, position));
         }
       }
     }
   }
 
  private:
-  void load(float* out, int64_t begin, int64_t n, int64_t offset, int64_t stride) const {
-    const int64_t width = k.size(2);
-    if (k.scalar_type() == at::kFloat) {
-      const float* from = k.const_data_ptr<float>() + begin * stride + offset;
-      for (int64_t j = 0; j < n; ++j) to_float(out + j * width, from + j * stride, width);
-    } else {
-      const auto* from = k.const_data_ptr<c10::BFloat16>() + begin * stride + offset;
-      for (int64_t j = 0; j < n; ++j) to_float(out + j * width, from + j * stride, width);
+  void pack_rows(const at::Tensor& q) {
+    const int64_t R = heads_of_key, key_heads = k.size(1), width = k.size(2);
+    first_pack = {0};
+    for (int64_t sample = 0; sample < samples; ++sample) {
+      first_pack.push_back(first_pack.back() + round_up(num_rows(sample), kRowPack) / kRowPack);
+    }
+    rows = at::empty({key_heads, first_pack.back(), width * kRowPack}, at::kFloat);
+    const float* from = q.const_data_ptr<float>();
+    for (int64_t head = 0; head < key_heads; ++head) {
+      for (int64_t sample = 0; sample < samples; ++sample) {
+        float* out = rows.mutable_data_ptr<float>() + (head * rows.size(1) + first_pack[sample]) * kRowPack * width;
+        const float* first = from + (query_offsets[sample] * key_heads + head) * R * width;
+        pack<kRowPack>(out, num_rows(sample), width,
+                       [&](int64_t row) { return first + (row / R * key_heads * R + row % R) * width; });
+      }
     }
   }
 
-  // How many of n logits of a row count; positions rise, so what is behind the row is the end of the block.
+  template <typename scalar_t>
+  void load(float* out, int64_t begin, int64_t n, int64_t head) const {
+    const int64_t stride = k.size(1) * k.size(2);
+    const scalar_t* first = k.const_data_ptr<scalar_t>() + begin * stride + head * k.size(2);
+    pack<kKeyPack>(out, n, k.size(2), [&](int64_t j) { return first + j * stride; });
+  }
+
+  // How many of n logits of a row count; those that the row does not see become -inf. Positions rise, so what comes
+  // after the row is the end of the block.
   int64_t hide(float* logits, int64_t begin, int64_t n, int64_t position) const {
     const int64_t* keys = key_positions + begin;
-    const int64_t seen = std::upper_bound(keys, keys + n, position) - keys;
-    if (always_seen == nullptr) return seen;
-    for (int64_t j = seen; j < n; ++j) logits[j] = always_seen[begin + j] ? logits[j] : kNegInf;
-    return n;
+    int64_t seen = std::upper_bound(keys, keys + n, position) - keys;
+    if (always_seen != nullptr) {
+      for (; seen < n; ++seen) logits[seen] = always_seen[begin + seen] ? logits[seen] : kNegInf;
+    }
+    const int64_t counted = round_up(seen, kKeyPack);
+    std::fill(logits + seen, logits + counted, kNegInf);
+    return counted;
   }
 };
 
@@ -112,17 +133,13 @@ at::Tensor attention_log_sum(const at::Tensor& q, const at::Tensor& k, const at:
   const int64_t heads = q.size(1), R = attention.heads_of_key;
   const auto shares =
       shares_of(attention.key_offsets, attention.query_offsets, attention.samples, kShare, k.size(1));
-  std::vector<RowSums> sums;
+  std::vector<RowSums<float>> sums;
   sums.reserve(shares.size());
-  for (const Share& share : shares) {
-    sums.emplace_back((attention.query_offsets[share.sample + 1] - attention.query_offsets[share.sample]) * R);
-  }
+  for (const Share& share : shares) sums.emplace_back(attention.num_rows(share.sample));
   at::parallel_for(0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
     const at::NoGradGuard no_grad_here;
     for (int64_t i = first; i < last; ++i) {
-      attention.for_each_row(shares[i], [&](int64_t row, int64_t, const float* logits, int64_t n) {
-        sums[i].add(row, logits, n);
-      });
+      attention.for_each_row(shares[i], [&](int64_t row, const float* logits, int64_t n) { sums[i].add(row, logits, n); });
     }
   });
   const at::Tensor out = at::full({q.size(0), heads}, kNegInf, at::kFloat);
@@ -161,9 +178,9 @@ at::Tensor attention_mass(const at::Tensor& q, const at::Tensor& k, const at::Te
       float* scores = out.mutable_data_ptr<float>() + block.begin;
       for (block.head = 0; block.head < key_heads; ++block.head) {
         std::fill(column, column + R * kBlock, 0.0f);
-        attention.for_each_row(block, [&](int64_t row, int64_t, const float* logits, int64_t seen) {
+        attention.for_each_row(block, [&](int64_t row, const float* logits, int64_t count) {
           const int64_t head = block.head * R + row % R;
-          add_exp(column + row % R * kBlock, logits, seen, row_sums[(first_query + row / R) * heads + head]);
+          add_exp(column + row % R * kBlock, logits, count, row_sums[(first_query + row / R) * heads + head]);
         });
         for (int64_t r = 0; r < R; ++r) {
           by_max ? take_max(scores, column + r * kBlock, n) : add(scores, column + r * kBlock, n);

@@ -34,19 +34,20 @@ inline std::vector<Share> shares_of(const int64_t* key_offsets, const int64_t* q
 }
 
 // Maximum and sum of the rows of one share, [T of the sample, heads of a group] each.
+template <typename value_t>
 class RowSums {
  public:
   explicit RowSums(int64_t rows)
-      : values_(at::full({2, rows}, kNegInf, at::kFloat)), rows_(rows), max_(values_.mutable_data_ptr<float>()),
-        sum_(max_ + rows) {}
+      : values_(at::full({2, rows}, kNegInf, c10::CppTypeToScalarType<value_t>::value)), rows_(rows),
+        max_(values_.template mutable_data_ptr<value_t>()), sum_(max_ + rows) {}
 
   // Takes in n more logits of a row.
-  void add(int64_t row, const float* logits, int64_t n) {
-    const float best = row_max(logits, n);
+  void add(int64_t row, const value_t* logits, int64_t n) {
+    const value_t best = row_max(logits, n);
     if (best == kNegInf) return;
     if (max_[row] == kNegInf) {
       max_[row] = best;
-      sum_[row] = 0.0f;
+      sum_[row] = 0;
     }
     if (best > max_[row]) {
       sum_[row] *= fast_exp(max_[row] - best);
@@ -56,11 +57,11 @@ class RowSums {
   }
 
   // Joins with what an output holds: out_row = log(exp(out_row) + sum_row exp(max_row)).
-  float joined(int64_t row, float out) const {
+  value_t joined(int64_t row, value_t out) const {
     if (max_[row] == kNegInf) return out;
-    const float own = max_[row] + std::log(sum_[row]);
+    const value_t own = max_[row] + std::log(sum_[row]);
     if (out == kNegInf) return own;
-    const float high = std::max(own, out);
+    const value_t high = std::max(own, out);
     return high + std::log(std::exp(own - high) + std::exp(out - high));
   }
 
@@ -69,8 +70,8 @@ class RowSums {
  private:
   at::Tensor values_;
   int64_t rows_;
-  float* max_;
-  float* sum_;
+  value_t* max_;
+  value_t* sum_;
 };
 
 }  // namespace hybridprune

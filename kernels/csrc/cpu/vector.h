@@ -46,97 +46,129 @@ __attribute__((always_inline)) inline float fast_exp(float x) {
   return x < kLowest ? 0.0f : p * power;
 }
 
-HP_VECTOR float row_max(const float* x, int64_t n) {
-  float best = kNegInf;
+// The same for float64, to 2 units in the last place for x <= 709; 0 below -708.
+__attribute__((always_inline)) inline double fast_exp(double x) {
+  constexpr double kLowest = -708.0;
+  constexpr double kRound = 6755399441055744.0;
+  const double clamped = x < kLowest ? kLowest : x;
+  const double shifted = clamped * 1.4426950408889634074 + kRound;
+  const double n = shifted - kRound;
+  const double r = (clamped - n * 6.93147180369123816490e-1) - n * 1.90821492927058770002e-10;
+  // 1 / k!, down from k = 13.
+  double p = 1.6059043836821614599e-10;
+  p = p * r + 2.0876756987868098979e-9;
+  p = p * r + 2.5052108385441718775e-8;
+  p = p * r + 2.7557319223985890653e-7;
+  p = p * r + 2.7557319223985890653e-6;
+  p = p * r + 2.4801587301587301587e-5;
+  p = p * r + 1.9841269841269841270e-4;
+  p = p * r + 1.3888888888888888889e-3;
+  p = p * r + 8.3333333333333333333e-3;
+  p = p * r + 4.1666666666666666667e-2;
+  p = p * r + 1.6666666666666666667e-1;
+  p = p * r + 0.5;
+  p = p * r * r + r + 1.0;
+  int64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - 0x4338000000000000 + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x < kLowest ? 0.0 : p * power;
+}
+
+// Loops over float or double. Where a place's bits must not depend on where it lies, those with exp get whole vectors
+// (kKeyPack): a compiler may fuse operations at a loop's end in another way.
+
+template <typename T>
+HP_VECTOR T row_max(const T* x, int64_t n) {
+  T best = kNegInf;
 #pragma omp simd reduction(max : best)
   for (int64_t j = 0; j < n; ++j) best = x[j] > best ? x[j] : best;
   return best;
 }
 
 // sum_j exp(x_j - shift)
-HP_VECTOR float sum_exp(const float* x, int64_t n, float shift) {
-  float sum = 0.0f;
+template <typename T>
+HP_VECTOR T sum_exp(const T* x, int64_t n, T shift) {
+  T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) sum += fast_exp(x[j] - shift);
   return sum;
 }
 
 // out_j += exp(x_j - shift)
-HP_VECTOR void add_exp(float* __restrict__ out, const float* __restrict__ x, int64_t n, float shift) {
+template <typename T>
+HP_VECTOR void add_exp(T* __restrict__ out, const T* __restrict__ x, int64_t n, T shift) {
   for (int64_t j = 0; j < n; ++j) out[j] += fast_exp(x[j] - shift);
 }
 
-// out_j = exp(float(a - b_j)); differences of large sums, so float64 until then.
-HP_VECTOR void decay_row(float* __restrict__ out, double a, const double* __restrict__ b, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) out[j] = fast_exp(static_cast<float>(a - b[j]));
+// out_j = exp(a - b_j)
+HP_VECTOR void decay_row(double* __restrict__ out, double a, const double* __restrict__ b, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) out[j] = fast_exp(a - b[j]);
 }
 
-HP_VECTOR void add(float* __restrict__ out, const float* __restrict__ x, int64_t n) {
+template <typename T>
+HP_VECTOR void add(T* __restrict__ out, const T* __restrict__ x, int64_t n) {
   for (int64_t j = 0; j < n; ++j) out[j] += x[j];
 }
 
 // ``out`` may be ``x``.
-HP_VECTOR void multiply(float* out, const float* x, const float* y, int64_t n) {
+template <typename T>
+HP_VECTOR void multiply(T* out, const T* x, const T* y, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) out[j] = x[j] * y[j];
 }
 
-HP_VECTOR void take_max(float* __restrict__ out, const float* __restrict__ x, int64_t n) {
+template <typename T>
+HP_VECTOR void take_max(T* __restrict__ out, const T* __restrict__ x, int64_t n) {
   // Keeps NaN, as torch does.
   for (int64_t j = 0; j < n; ++j) out[j] = out[j] >= x[j] || out[j] != out[j] ? out[j] : x[j];
 }
 
-HP_VECTOR void scale(float* x, int64_t n, float factor) {
+template <typename T>
+HP_VECTOR void scale(T* x, int64_t n, T factor) {
   for (int64_t j = 0; j < n; ++j) x[j] *= factor;
 }
 
-HP_VECTOR void take_abs(float* x, int64_t n) {
+template <typename T>
+HP_VECTOR void take_abs(T* x, int64_t n) {
   for (int64_t j = 0; j < n; ++j) x[j] = std::fabs(x[j]);
 }
 
-HP_VECTOR void take_relu(float* x, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) x[j] = x[j] < 0.0f ? 0.0f : x[j];
+template <typename T>
+HP_VECTOR void take_relu(T* x, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) x[j] = x[j] < 0 ? 0 : x[j];
 }
 
-HP_VECTOR void to_float(float* __restrict__ out, const uint16_t* __restrict__ x, int64_t n) {
-  for (int64_t j = 0; j < n; ++j) {
-    const uint32_t bits = static_cast<uint32_t>(x[j]) << 16;
-    std::memcpy(&out[j], &bits, sizeof bits);
-  }
+__attribute__((always_inline)) inline float widened(float x) { return x; }
+
+// A bfloat16 is the upper half of a float32.
+__attribute__((always_inline)) inline float widened(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
-inline void to_float(float* out, const c10::BFloat16* x, int64_t n) {
-  to_float(out, reinterpret_cast<const uint16_t*>(x), n);
-}
-
-inline void to_float(float* out, const float* x, int64_t n) { std::memcpy(out, x, n * sizeof(float)); }
-
-// For every group, b_g . c_g.
-HP_VECTOR void group_products(float* out, const float* b, const float* c, int64_t groups, int64_t width) {
-  for (int64_t g = 0; g < groups; ++g) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t n = 0; n < width; ++n) sum += b[g * width + n] * c[g * width + n];
-    out[g] = sum;
-  }
-}
-
-HP_VECTOR void group_products(float* out, const uint16_t* b, const float* c, int64_t groups, int64_t width) {
-  for (int64_t g = 0; g < groups; ++g) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t n = 0; n < width; ++n) {
-      const uint32_t bits = static_cast<uint32_t>(b[g * width + n]) << 16;
-      float value;
-      std::memcpy(&value, &bits, sizeof value);
-      sum += value * c[g * width + n];
+// For every group b_g . c_g, the float32 terms summed in float64 and always in the same order: sums of every 16th term,
+// then those by halves. The vectors c_g lie ``stride`` apart.
+template <typename scalar_t>
+HP_VECTOR void group_products(double* __restrict__ out, const scalar_t* __restrict__ b, const float* __restrict__ c,
+                              int64_t stride, int64_t groups, int64_t width) {
+  constexpr int64_t kSums = 16;
+  for (int64_t g = 0; g < groups; ++g, b += width, c += stride) {
+    double sums[kSums] = {};
+    int64_t n = 0;
+    for (; n + kSums <= width; n += kSums) {
+#pragma omp simd
+      for (int64_t i = 0; i < kSums; ++i) sums[i] += static_cast<double>(widened(b[n + i]) * c[n + i]);
     }
-    out[g] = sum;
+    for (int64_t i = 0; n < width; ++i, ++n) sums[i] += static_cast<double>(widened(b[n]) * c[n]);
+    for (int64_t half = kSums / 2; half > 0; half /= 2) {
+      for (int64_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+    }
+    out[g] = sums[0];
   }
-}
-
-inline void group_products(float* out, const c10::BFloat16* b, const float* c, int64_t groups, int64_t width) {
-  group_products(out, reinterpret_cast<const uint16_t*>(b), c, groups, width);
 }
 
 }  // namespace hybridprune

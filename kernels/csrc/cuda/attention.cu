@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   const Tiles<T> tiles(in, piece.sample, blockIdx.y);
   const int i = threadIdx.x / 4, quarter = threadIdx.x % 4;
   for (int row = 0; row < tiles.rows; row += kTile) {
-    float2 running = {kNegInf, 0.0f};
+    RowSum<float> running = {kNegInf, 0.0f};
     for (int64_t key = piece.begin; key < piece.end; key += kTile) {
       // All have read the tile before this one.
       __syncthreads();
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     if (quarter == 0 && row + i < tiles.rows) {
       const int64_t all_rows = in.queries * in.heads;
       float* out = partial + blockIdx.x * all_rows + tiles.place(row + i);
-      out[0] = running.x;
-      out[pieces * all_rows] = running.y;
+      out[0] = running.best;
+      out[pieces * all_rows] = running.sum;
     }
   }
 }
@@ -129,7 +129,7 @@ void attention_log_sum(const AttentionInputs& in, float* partial, float* log_sum
     launch(log_sum_kernel<float>, grid, kThreads, stream, in, size, pieces, partial);
   }
   const int64_t rows = in.queries * in.heads;
-  launch(join_pieces, dim3(static_cast<unsigned>((rows + 255) / 256)), 256, stream, partial, in.query_offsets,
+  launch(join_pieces<float>, dim3(static_cast<unsigned>((rows + 255) / 256)), 256, stream, partial, in.query_offsets,
          in.key_offsets, in.queries, in.samples, size, pieces, in.heads, log_sum);
 }
 

@@ -51,10 +51,10 @@ void attention_mass(const AttentionInputs& in, const float* log_sum, bool by_max
 
 // mean_c: float32 [samples, G, N]; scores: [V].
 void mamba_one_pass(const MambaInputs& in, float* mean_c, float* scores, cudaStream_t stream);
-// partial: as above with visual tokens for keys; log_sum: [T, H].
-void mamba_log_sum(const MambaInputs& in, float* partial, float* log_sum, cudaStream_t stream);
-// per_head: float32 [H, V]; log_sum only for the softmax.
-void mamba_mass(const MambaInputs& in, const float* log_sum, float* per_head, cudaStream_t stream);
+// With log_decay all of these are float64, else float32. partial: as above with visual tokens for keys; log_sum: [T, H].
+void mamba_log_sum(const MambaInputs& in, void* partial, void* log_sum, cudaStream_t stream);
+// per_head: [H, V]; log_sum only for the softmax.
+void mamba_mass(const MambaInputs& in, const void* log_sum, void* per_head, cudaStream_t stream);
 
 void select(const float* scores, const int64_t* offsets, const int64_t* kept_offsets, int64_t runs, int64_t* out,
             cudaStream_t stream);

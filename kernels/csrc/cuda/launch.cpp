@@ -1,5 +1,6 @@
 // The CUDA operators as torch knows them: checks, outputs and scratch memory; the kernels are in the .cu files.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
@@ -7,6 +8,7 @@
 #include <torch/library.h>
 
 #include "../checks.h"
+#include "../sums.h"
 #include "kernels.h"
 
 #ifdef HP_ON_CPU
@@ -28,8 +30,8 @@ struct DeviceOf {
 namespace hybridprune {
 namespace {
 
-at::Tensor scratch(const at::Tensor& like, at::IntArrayRef sizes) {
-  return at::empty(sizes, like.options().dtype(at::kFloat));
+at::Tensor scratch(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType type = at::kFloat) {
+  return at::empty(sizes, like.options().dtype(type));
 }
 
 // What the kernels read, contiguous, and kept alive.
@@ -66,9 +68,12 @@ struct AttentionTensors {
 };
 
 // [2, pieces, T * H] maxima and sums of the shares of a first pass.
-at::Tensor partial_sums(const at::Tensor& like, int64_t keys, int64_t samples, int64_t rows) {
-  return scratch(like, {2, cuda::max_pieces(keys, samples, cuda::share_of(keys)), rows});
+at::Tensor partial_sums(const at::Tensor& like, int64_t keys, int64_t samples, int64_t rows,
+                        at::ScalarType type = at::kFloat) {
+  return scratch(like, {2, cuda::max_pieces(keys, samples, cuda::share_of(keys)), rows}, type);
 }
+
+at::Tensor mean_of_rows(const at::Tensor& rows) { return at::div(sum_of_rows(rows), static_cast<double>(rows.size(0))); }
 
 at::Tensor attention_log_sum(const at::Tensor& q, const at::Tensor& k, const at::Tensor& query_positions,
                              const at::Tensor& key_positions, const std::optional<at::Tensor>& always_seen,
@@ -94,13 +99,13 @@ at::Tensor attention_mass(const at::Tensor& q, const at::Tensor& k, const at::Te
   const at::Tensor per_key_head = at::zeros({k.size(1), k.size(0)}, q.options().dtype(at::kFloat));
   cuda::attention_mass(t.in, sums.const_data_ptr<float>(), by_max, per_key_head.mutable_data_ptr<float>(),
                        device.stream);
-  return by_max ? per_key_head.amax(0) : per_key_head.mean(0);
+  return by_max ? per_key_head.amax(0) : mean_of_rows(per_key_head);
 }
 
 at::Tensor pooled_heads(const at::Tensor& per_head, int64_t groups, Pooling pooling) {
-  if (pooling == Pooling::kMean) return per_head.mean(0);
+  if (pooling == Pooling::kMean) return mean_of_rows(per_head);
   if (pooling == Pooling::kMaxHeads) return per_head.amax(0);
-  return per_head.unflatten(0, {groups, -1}).mean(1).amax(0);
+  return mean_of_rows(per_head.unflatten(0, {groups, -1}).transpose(0, 1)).amax(0);
 }
 
 at::Tensor mamba_score(const at::Tensor& B_in, const at::Tensor& C_in, const std::optional<at::Tensor>& dt_in,
@@ -138,16 +143,17 @@ at::Tensor mamba_score(const at::Tensor& B_in, const at::Tensor& C_in, const std
     cuda::mamba_one_pass(in, mean_c.mutable_data_ptr<float>(), scores.mutable_data_ptr<float>(), device.stream);
     return scores;
   }
+  const at::ScalarType type = log_decay_in ? at::kDouble : at::kFloat;
   at::Tensor log_sum;
   if (in.function == static_cast<int>(Function::kSoftmax)) {
-    log_sum = scratch(B, {in.queries, in.heads});
-    const at::Tensor partial = partial_sums(B, in.visual, in.samples, in.queries * in.heads);
-    cuda::mamba_log_sum(in, partial.mutable_data_ptr<float>(), log_sum.mutable_data_ptr<float>(), device.stream);
+    log_sum = scratch(B, {in.queries, in.heads}, type);
+    const at::Tensor partial = partial_sums(B, in.visual, in.samples, in.queries * in.heads, type);
+    cuda::mamba_log_sum(in, partial.mutable_data_ptr(), log_sum.mutable_data_ptr(), device.stream);
   }
-  const at::Tensor per_head = scratch(B, {in.heads, in.visual});
-  cuda::mamba_mass(in, log_sum.defined() ? log_sum.const_data_ptr<float>() : nullptr,
-                   per_head.mutable_data_ptr<float>(), device.stream);
-  return pooled_heads(per_head, in.groups, pool);
+  const at::Tensor per_head = scratch(B, {in.heads, in.visual}, type);
+  cuda::mamba_mass(in, log_sum.defined() ? log_sum.const_data_ptr() : nullptr, per_head.mutable_data_ptr(),
+                   device.stream);
+  return pooled_heads(per_head, in.groups, pool).to(at::kFloat);
 }
 
 at::Tensor select(const at::Tensor& scores, const at::Tensor& offsets, const at::Tensor& kept_offsets,

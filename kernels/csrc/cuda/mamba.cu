@@ -1,4 +1,6 @@
 // Implicit attention of a Mamba-2 layer: one pass over B where the mean of C suffices, tiles of products elsewhere.
+#include <type_traits>
+
 #include "../names.h"
 #include "kernels.h"
 #include "tile.cuh"
@@ -6,8 +8,8 @@
 namespace hybridprune::cuda {
 namespace {
 
-__device__ __forceinline__ float as_float(float value) { return value; }
-__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+// Identity without decay, and everything with decay, is summed in float64 and rounded at the end, so that plain torch
+// comes to the same bits: one pass waits for B anyway, and decays span hundreds of orders of magnitude.
 
 // mean_c [samples, G * N]: the mean of C over a sample's query rows. Grid: channels / 256, samples.
 template <typename T>
@@ -15,11 +17,11 @@ __global__ void __launch_bounds__(kThreads) mean_rows_kernel(MambaInputs in, flo
   const int size = in.groups * in.width, channel = blockIdx.x * kThreads + threadIdx.x;
   if (channel >= size) return;
   const int64_t first = in.query_offsets[blockIdx.y], last = in.query_offsets[blockIdx.y + 1];
-  float sum = 0.0f;
+  double sum = 0;
   for (int64_t i = first; i < last; ++i) {
     sum += as_float(static_cast<const T*>(in.C)[in.query_index[i] * size + channel]);
   }
-  mean_c[static_cast<int64_t>(blockIdx.y) * size + channel] = sum / static_cast<float>(last - first);
+  mean_c[static_cast<int64_t>(blockIdx.y) * size + channel] = static_cast<float>(sum / static_cast<double>(last - first));
 }
 
 // Four neighbours at once; their addresses divide by four elements.
@@ -33,14 +35,16 @@ __device__ __forceinline__ float4 load_four(const __nv_bfloat16* at) {
 
 // This lane's part of b . c.
 template <typename T>
-__device__ __forceinline__ float lane_product(const T* b, const float* c, int width, int lane) {
-  float sum = 0.0f;
+__device__ __forceinline__ double lane_product(const T* b, const float* c, int width, int lane) {
+  double sum = 0;
   if (width % 4 == 0) {
     // The groups are what is unrolled: their loads are under way together.
 #pragma unroll 1
     for (int n = 4 * lane; n < width; n += 128) {
       const float4 x = load_four(b + n), y = load_four(c + n);
-      sum += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+      const float terms[4] = {x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum += terms[i];
     }
     return sum;
   }
@@ -62,33 +66,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) one_pass_kernel(Mamba
   for (int64_t v = piece.begin + threadIdx.x / 32; v < piece.end; v += kThreads / 32) {
     const int64_t token = in.visual_index[v];
     const T* b = static_cast<const T*>(in.B) + token * size;
-    float best = kNegInf, sum = 0.0f;
+    double best = kNegInf, sum = 0;
     for (int group = 0; group < in.groups; group += kGroupsAtOnce) {
-      float products[kGroupsAtOnce];
+      double products[kGroupsAtOnce];
 #pragma unroll
       for (int g = 0; g < kGroupsAtOnce; ++g) {
         const int offset = (group + g) * in.width;
-        products[g] = group + g < in.groups ? lane_product(b + offset, c + offset, in.width, lane) : 0.0f;
+        products[g] = group + g < in.groups ? lane_product(b + offset, c + offset, in.width, lane) : 0.0;
       }
 #pragma unroll
       for (int g = 0; g < kGroupsAtOnce; ++g) {
         if (group + g >= in.groups) break;
-        const float product = warp_sum(products[g]);
-        float in_group = 0.0f;
+        const double product = warp_sum(products[g]);
+        double in_group = 0;
         for (int r = lane; r < heads_of_group; r += 32) {
           const float step = in.dt != nullptr ? in.dt[token * in.heads + (group + g) * heads_of_group + r] : 1.0f;
           in_group += step;
-          if (in.pooling == static_cast<int>(Pooling::kMaxHeads)) best = fmaxf(best, product * step);
+          if (in.pooling == static_cast<int>(Pooling::kMaxHeads)) best = larger(best, product * step);
         }
         if (in.pooling == static_cast<int>(Pooling::kMaxGroups)) {
-          best = fmaxf(best, product * warp_sum(in_group) / static_cast<float>(heads_of_group));
+          best = larger(best, product * warp_sum(in_group) / static_cast<double>(heads_of_group));
         }
         sum += product * in_group;
       }
     }
-    const float score = in.pooling == static_cast<int>(Pooling::kMean) ? warp_sum(sum) / static_cast<float>(in.heads)
-                                                                        : warp_max(best);
-    if (lane == 0) scores[v] = score;
+    const double score = in.pooling == static_cast<int>(Pooling::kMean) ? warp_sum(sum) / static_cast<double>(in.heads)
+                                                                         : warp_max(best);
+    if (lane == 0) scores[v] = static_cast<float>(score);
   }
 }
 
@@ -105,7 +109,7 @@ struct Tiles {
         first_query(inputs.query_offsets[sample]) {}
 
   // The first kTile threads tell what the tile's rows are, the next its keys.
-  __device__ void set_sides(TileMemory<T>& memory, int row, int64_t key, int64_t end) const {
+  __device__ void set_sides(TileSides<T>& memory, int row, int64_t key, int64_t end) const {
     const int64_t stride = static_cast<int64_t>(in.groups) * in.width, offset = static_cast<int64_t>(group) * in.width;
     if (threadIdx.x < kTile) {
       const int i = threadIdx.x;
@@ -127,24 +131,29 @@ struct Tiles {
   __device__ float step(int64_t token, int r) const {
     return in.dt != nullptr ? in.dt[token * in.heads + head(r)] : 1.0f;
   }
-  __device__ double log_decay(int64_t token, int r) const {
-    return in.log_decay != nullptr ? in.log_decay[token * in.heads + head(r)] : 0.0;
-  }
+  __device__ double log_decay(int64_t token, int r) const { return in.log_decay[token * in.heads + head(r)]; }
+  // From a token to the row that has the given running sum.
+  __device__ double decay(double own, int64_t token, int r) const { return exp(own - log_decay(token, r)); }
 };
 
-__device__ __forceinline__ float decayed(double own, double other) { return __expf(static_cast<float>(own - other)); }
-
-__device__ __forceinline__ float apply(int function, float value) {
-  if (function == static_cast<int>(Function::kAbs)) return fabsf(value);
-  if (function == static_cast<int>(Function::kRelu)) return value < 0.0f ? 0.0f : value;
+template <typename value_t>
+__device__ __forceinline__ value_t apply(int function, value_t value) {
+  if (function == static_cast<int>(Function::kAbs)) return value < 0 ? -value : value;
+  if (function == static_cast<int>(Function::kRelu)) return value < 0 ? 0 : value;
   return value;
 }
 
+// Tiles of products in value_t: double with decay, else float.
+template <typename value_t>
+constexpr bool kWide = std::is_same_v<value_t, double>;
+template <typename T, typename value_t>
+using MemoryFor = std::conditional_t<kWide<value_t>, WideTile<T>, TileMemory<T>>;
+
 // Maximum and sum of every row and head over one share of visual tokens. Grid: shares, groups.
-template <typename T>
+template <typename T, typename value_t>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    log_sum_kernel(MambaInputs in, int64_t size, int64_t pieces, float* partial) {
-  __shared__ TileMemory<T> memory;
+    log_sum_kernel(MambaInputs in, int64_t size, int64_t pieces, value_t* partial) {
+  __shared__ MemoryFor<T, value_t> memory;
   Piece piece;
   if (!find_piece(in.visual_offsets, in.samples, size, blockIdx.x, piece)) return;
   const Tiles<T> tiles(in, piece.sample, blockIdx.y);
@@ -152,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   const int64_t all_rows = in.queries * in.heads;
   for (int row = 0; row < tiles.rows; row += kTile) {
     const bool inside = row + i < tiles.rows;
-    float* out = partial + blockIdx.x * all_rows + (tiles.first_query + row + i) * in.heads;
+    value_t* out = partial + blockIdx.x * all_rows + (tiles.first_query + row + i) * in.heads;
     for (int64_t key = piece.begin; key < piece.end; key += kTile) {
       // All have read the tile before this one.
       __syncthreads();
@@ -160,22 +169,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
       multiply_tile(memory, in.width);
       for (int r = 0; r < tiles.heads_of_group; ++r) {
         // Kept in global memory between tiles, by the lane that reads it again: a pair a head is too much for registers.
-        float* best = out + tiles.head(r);
-        float2 running = {kNegInf, 0.0f};
+        value_t* best = out + tiles.head(r);
+        RowSum<value_t> running = {kNegInf, 0};
         if (inside && key > piece.begin) running = {best[0], best[pieces * all_rows]};
-        const double own = inside ? tiles.log_decay(memory.row_position[i], r) : 0.0;
+        double own = 0;
+        if constexpr (kWide<value_t>) own = inside ? tiles.log_decay(memory.row_position[i], r) : 0.0;
         running = join_row(running, [&](int c) {
           const int j = quarter + 4 * c;
-          if (!inside || !memory.seen(i, j)) return kNegInf;
+          if (!inside || !memory.seen(i, j)) return static_cast<value_t>(kNegInf);
           const int64_t token = memory.key_position[j];
-          const float logit = memory.products[i][j] * tiles.step(token, r);
-          return in.log_decay != nullptr ? logit * decayed(own, tiles.log_decay(token, r)) : logit;
+          value_t logit = memory.products[i][j] * tiles.step(token, r);
+          if constexpr (kWide<value_t>) logit *= tiles.decay(own, token, r);
+          return logit;
         });
         // All four lanes of the row have read what is written now.
         __syncwarp();
         if (inside && quarter == 0) {
-          best[0] = running.x;
-          best[pieces * all_rows] = running.y;
+          best[0] = running.best;
+          best[pieces * all_rows] = running.sum;
         }
         __syncwarp();
       }
@@ -184,9 +195,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 }
 
 // Means over the rows for every head of one tile of visual tokens. Grid: tiles, groups.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) mass_kernel(MambaInputs in, const float* log_sum, float* per_head) {
-  __shared__ TileMemory<T> memory;
+template <typename T, typename value_t>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    mass_kernel(MambaInputs in, const value_t* log_sum, value_t* per_head) {
+  __shared__ MemoryFor<T, value_t> memory;
   Piece piece;
   if (!find_piece(in.visual_offsets, in.samples, kTile, blockIdx.x, piece)) return;
   const Tiles<T> tiles(in, piece.sample, blockIdx.y);
@@ -200,19 +212,36 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) mass_kernel(MambaInpu
     for (int r = threadIdx.x / kTile; r < tiles.heads_of_group && inside; r += kThreads / kTile) {
       const int64_t token = memory.key_position[j], head = tiles.head(r);
       const float step = tiles.step(token, r);
-      const double log_decay = tiles.log_decay(token, r);
-      float sum = 0.0f;
+      value_t sum = 0;
       for (int i = 0; i < count; ++i) {
         if (!memory.seen(i, j)) continue;
-        float value = apply(in.function, memory.products[i][j]) * step;
-        if (in.log_decay != nullptr) value *= decayed(tiles.log_decay(memory.row_position[i], r), log_decay);
-        sum += softmax ? __expf(value - log_sum[(tiles.first_query + row + i) * in.heads + head]) : value;
+        value_t value = apply<value_t>(in.function, memory.products[i][j]) * step;
+        if constexpr (kWide<value_t>) value *= tiles.decay(tiles.log_decay(memory.row_position[i], r), token, r);
+        sum += softmax ? exp_of(value - log_sum[(tiles.first_query + row + i) * in.heads + head]) : value;
       }
       // This thread alone writes here, so it may add tile after tile.
-      float* out = per_head + head * in.visual + piece.begin + j;
-      *out = (row == 0 ? 0.0f : *out) + sum / static_cast<float>(tiles.rows);
+      value_t* out = per_head + head * in.visual + piece.begin + j;
+      *out = (row == 0 ? 0 : *out) + sum / static_cast<value_t>(tiles.rows);
     }
   }
+}
+
+template <typename T, typename value_t>
+void launch_log_sum(const MambaInputs& in, void* partial, void* log_sum, cudaStream_t stream) {
+  const int64_t size = share_of(in.visual), pieces = max_pieces(in.visual, in.samples, size);
+  const int64_t rows = in.queries * in.heads;
+  auto* sums = static_cast<value_t*>(partial);
+  launch(log_sum_kernel<T, value_t>, dim3(static_cast<unsigned>(pieces), in.groups), kThreads, stream, in, size, pieces,
+         sums);
+  launch(join_pieces<value_t>, dim3(static_cast<unsigned>((rows + 255) / 256)), 256, stream, sums, in.query_offsets,
+         in.visual_offsets, in.queries, in.samples, size, pieces, in.heads, static_cast<value_t*>(log_sum));
+}
+
+template <typename T, typename value_t>
+void launch_mass(const MambaInputs& in, const void* log_sum, void* per_head, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(max_pieces(in.visual, in.samples, kTile)), in.groups);
+  launch(mass_kernel<T, value_t>, grid, kThreads, stream, in, static_cast<const value_t*>(log_sum),
+         static_cast<value_t*>(per_head));
 }
 
 }  // namespace
@@ -229,25 +258,21 @@ void mamba_one_pass(const MambaInputs& in, float* mean_c, float* scores, cudaStr
   }
 }
 
-void mamba_log_sum(const MambaInputs& in, float* partial, float* log_sum, cudaStream_t stream) {
-  const int64_t size = share_of(in.visual), pieces = max_pieces(in.visual, in.samples, size);
-  const dim3 grid(static_cast<unsigned>(pieces), in.groups);
+void mamba_log_sum(const MambaInputs& in, void* partial, void* log_sum, cudaStream_t stream) {
   if (in.bf16) {
-    launch(log_sum_kernel<__nv_bfloat16>, grid, kThreads, stream, in, size, pieces, partial);
+    (in.log_decay ? launch_log_sum<__nv_bfloat16, double> : launch_log_sum<__nv_bfloat16, float>)(in, partial, log_sum,
+                                                                                                  stream);
   } else {
-    launch(log_sum_kernel<float>, grid, kThreads, stream, in, size, pieces, partial);
+    (in.log_decay ? launch_log_sum<float, double> : launch_log_sum<float, float>)(in, partial, log_sum, stream);
   }
-  const int64_t rows = in.queries * in.heads;
-  launch(join_pieces, dim3(static_cast<unsigned>((rows + 255) / 256)), 256, stream, partial, in.query_offsets,
-         in.visual_offsets, in.queries, in.samples, size, pieces, in.heads, log_sum);
 }
 
-void mamba_mass(const MambaInputs& in, const float* log_sum, float* per_head, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(max_pieces(in.visual, in.samples, kTile)), in.groups);
+void mamba_mass(const MambaInputs& in, const void* log_sum, void* per_head, cudaStream_t stream) {
   if (in.bf16) {
-    launch(mass_kernel<__nv_bfloat16>, grid, kThreads, stream, in, log_sum, per_head);
+    (in.log_decay ? launch_mass<__nv_bfloat16, double> : launch_mass<__nv_bfloat16, float>)(in, log_sum, per_head,
+                                                                                            stream);
   } else {
-    launch(mass_kernel<float>, grid, kThreads, stream, in, log_sum, per_head);
+    (in.log_decay ? launch_mass<float, double> : launch_mass<float, float>)(in, log_sum, per_head, stream);
   }
 }
 

@@ -19,13 +19,22 @@ constexpr int64_t kNowhere = INT64_MAX;
 
 __host__ __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-__device__ __forceinline__ float warp_sum(float value) {
+__device__ __forceinline__ float as_float(float value) { return value; }
+__device__ __forceinline__ float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+__device__ __forceinline__ float exp_of(float value) { return __expf(value); }
+__device__ __forceinline__ double exp_of(double value) { return exp(value); }
+
+template <typename value_t>
+__device__ __forceinline__ value_t warp_sum(value_t value) {
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
   return value;
 }
 
-__device__ __forceinline__ float warp_max(float value) {
-  for (int step = 16; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, step));
+template <typename value_t>
+__device__ __forceinline__ value_t warp_max(value_t value) {
+  for (int step = 16; step > 0; step /= 2) value = larger(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
 }
 
@@ -91,24 +100,32 @@ struct TileMemory<__nv_bfloat16> : TileSides<__nv_bfloat16> {
   float products[kTile][kStride];
 };
 
-// memory.products[i][j] = row i . key j in float32. All threads of the block call it; it begins and ends with a barrier,
-// so sides may be written in front of it and products read behind it.
-__device__ inline void multiply_tile(TileMemory<float>& memory, int width) {
-  constexpr int depth = TileMemory<float>::depth;
+// For products of float32 or bfloat16 vectors in float64.
+template <typename T>
+struct WideTile : TileSides<T> {
+  static constexpr int depth = 16;
+  float rows[depth][kStride], keys[depth][kStride];
+  double products[kTile][kTile + 2];
+};
+
+// Products in value_t, each the sum of its terms in their order; see multiply_tile.
+template <typename value_t, typename Memory>
+__device__ __forceinline__ void multiply_in_order(Memory& memory, int width) {
+  constexpr int depth = Memory::depth;
   const int tid = threadIdx.x, top = tid / 16 * 4, left = tid % 16 * 4;
-  float sums[4][4] = {};
+  value_t sums[4][4] = {};
   for (int start = 0; start < width; start += depth) {
     __syncthreads();
     for (int i = tid; i < kTile * depth; i += kThreads) {
       const int vector = i / depth, n = i % depth;
-      const float *row = memory.row_start[vector], *key = memory.key_start[vector];
-      memory.rows[n][vector] = row != nullptr && start + n < width ? row[start + n] : 0.0f;
-      memory.keys[n][vector] = key != nullptr && start + n < width ? key[start + n] : 0.0f;
+      const auto *row = memory.row_start[vector], *key = memory.key_start[vector];
+      memory.rows[n][vector] = row != nullptr && start + n < width ? as_float(row[start + n]) : 0.0f;
+      memory.keys[n][vector] = key != nullptr && start + n < width ? as_float(key[start + n]) : 0.0f;
     }
     __syncthreads();
 #pragma unroll 8
     for (int n = 0; n < depth; ++n) {
-      float row[4], key[4];
+      value_t row[4], key[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         row[i] = memory.rows[n][top + i];
@@ -127,6 +144,15 @@ __device__ inline void multiply_tile(TileMemory<float>& memory, int width) {
     for (int j = 0; j < 4; ++j) memory.products[top + i][left + j] = sums[i][j];
   }
   __syncthreads();
+}
+
+// memory.products[i][j] = row i . key j, the same wherever both lie in their tiles. All threads of the block call it; it
+// begins and ends with a barrier, so sides may be written before it and products read after it.
+__device__ inline void multiply_tile(TileMemory<float>& memory, int width) { multiply_in_order<float>(memory, width); }
+
+template <typename T>
+__device__ inline void multiply_tile(WideTile<T>& memory, int width) {
+  multiply_in_order<double>(memory, width);
 }
 
 // Eight bfloat16 of a vector from ``at`` on, zeros behind its end; one load where the vector allows it.
@@ -183,42 +209,49 @@ __device__ inline void multiply_tile(TileMemory<__nv_bfloat16>& memory, int widt
   __syncthreads();
 }
 
-// Joins one row's logits, a quarter of them in each of four neighbouring lanes, with its running maximum and sum.
-// ``logit(c)`` is the lane's c-th of kTile / 4; -inf: not seen. Returns in all four lanes the new pair.
-template <typename Logit>
-__device__ __forceinline__ float2 join_row(float2 running, const Logit& logit) {
-  float best = running.x;
+// The largest logit of a row so far, and the sum of exp(logit - largest).
+template <typename value_t>
+struct RowSum {
+  value_t best, sum;
+};
+
+// Joins one row's logits, a quarter of them in each of four neighbouring lanes, with what it has so far. ``logit(c)`` is
+// the lane's c-th of kTile / 4; -inf: not seen. Returns in all four lanes the new pair.
+template <typename value_t, typename Logit>
+__device__ __forceinline__ RowSum<value_t> join_row(RowSum<value_t> so_far, const Logit& logit) {
+  value_t best = so_far.best;
 #pragma unroll 4
-  for (int c = 0; c < kTile / 4; ++c) best = fmaxf(best, logit(c));
-  best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, 1));
-  best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, 2));
+  for (int c = 0; c < kTile / 4; ++c) best = larger(best, logit(c));
+  best = larger(best, __shfl_xor_sync(kAllLanes, best, 1));
+  best = larger(best, __shfl_xor_sync(kAllLanes, best, 2));
   // Nothing seen so far: exp(-inf + inf) would be NaN.
-  const float shift = best == kNegInf ? 0.0f : best;
-  float sum = 0.0f;
+  const value_t shift = best == kNegInf ? 0 : best;
+  value_t sum = 0;
 #pragma unroll 4
-  for (int c = 0; c < kTile / 4; ++c) sum += __expf(logit(c) - shift);
+  for (int c = 0; c < kTile / 4; ++c) sum += exp_of(logit(c) - shift);
   sum += __shfl_xor_sync(kAllLanes, sum, 1);
   sum += __shfl_xor_sync(kAllLanes, sum, 2);
-  return {best, sum + running.y * __expf(running.x - shift)};
+  return {best, sum + so_far.sum * exp_of(so_far.best - shift)};
 }
 
 // log_sum [T, H] from the partial maxima and sums [2, pieces, T * H] of a sample's pieces of keys.
-static __global__ void join_pieces(const float* partial, const int64_t* query_offsets, const int64_t* key_offsets,
+template <typename value_t>
+static __global__ void join_pieces(const value_t* partial, const int64_t* query_offsets, const int64_t* key_offsets,
                                    int64_t queries, int64_t samples, int64_t size, int64_t pieces, int heads,
-                                   float* log_sum) {
+                                   value_t* log_sum) {
   const int64_t rows = queries * heads, row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   int64_t sample = 0;
   while (query_offsets[sample + 1] <= row / heads) ++sample;
   const int64_t first = first_piece(key_offsets, sample, size);
   const int64_t count = (key_offsets[sample + 1] - key_offsets[sample] + size - 1) / size;
-  const float *best = partial + first * rows + row, *sum = best + pieces * rows;
-  float high = kNegInf, total = 0.0f;
-  for (int64_t i = 0; i < count; ++i) high = fmaxf(high, best[i * rows]);
+  const value_t *best = partial + first * rows + row, *sum = best + pieces * rows;
+  value_t high = kNegInf, total = 0;
+  for (int64_t i = 0; i < count; ++i) high = larger(high, best[i * rows]);
   for (int64_t i = 0; i < count; ++i) {
-    if (best[i * rows] != kNegInf) total += sum[i * rows] * expf(best[i * rows] - high);
+    if (best[i * rows] != kNegInf) total += sum[i * rows] * exp(best[i * rows] - high);
   }
-  log_sum[row] = high == kNegInf ? kNegInf : high + logf(total);
+  log_sum[row] = high == kNegInf ? kNegInf : high + log(total);
 }
 
 }  // namespace hybridprune::cuda

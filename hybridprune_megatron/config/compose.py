@@ -151,13 +151,13 @@ def set_keys(composed: DictConfig, overrides: Sequence[str]) -> None:
         ConfigError: one line on the first override that cannot be.
     """
     with _explained():
-        for text in overrides:
+        for text in part_overrides(overrides):
             override = _single_key(text)
             key = override.key_or_group
             group = key.rpartition(".")[0]
             if is_group(type_of_key(group)) and OmegaConf.select(composed, group) is None:
                 raise _null_group(group)
-            OmegaConf.update(composed, key, override.value(), merge=True, force_add=override.is_add())
+            OmegaConf.update(composed, key, override.value(), merge=True, force_add=override.is_add() or override.is_force_add())
 
 
 def _single_key(text: str) -> Override:

@@ -11,7 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from hybridprune_megatron.config import ConfigError, compose, load_config
-from hybridprune_megatron.config.compose import CONF_DIR, compose_config, to_config
+from hybridprune_megatron.config.compose import CONF_DIR, compose_config, set_keys, to_config
 from hybridprune_megatron.config.explain import explain_override
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 
@@ -321,9 +321,7 @@ def composed_default() -> DictConfig:
 @pytest.mark.parametrize(("overrides", "line"), VALUE_CASES.values(), ids=VALUE_CASES)
 def test_value(overrides: list[str], line: str, composed_default: DictConfig) -> None:
     changed = copy.deepcopy(composed_default)
-    for override in OverridesParser.create().parse_overrides(overrides):
-        assert explain_override(override.input_line, CONF_DIR) is None
-        OmegaConf.update(changed, override.key_or_group, override.value())
+    set_keys(changed, overrides)
     with pytest.raises(ConfigError) as caught:
         to_config(changed)
     assert_line(str(caught.value), line)
@@ -332,7 +330,7 @@ def test_value(overrides: list[str], line: str, composed_default: DictConfig) ->
 def test_unknown_key_in_a_file(tmp_path, monkeypatch) -> None:
     """A misspelled key in a yaml of the user's own is named as well."""
     shutil.copytree(CONF_DIR, tmp_path / "conf")
-    (tmp_path / "conf/reduction/mine.yaml").write_text("scorer: query\nbugdet: 0.5\n")
+    (tmp_path / "conf/reduction/mine.yaml").write_text("score: query\nbugdet: 0.5\n")
     monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
     line = r"^reduction.bugdet: unknown key .* did you mean reduction.budget\? \(a file in conf/"
     with pytest.raises(ConfigError, match=line):
@@ -341,7 +339,7 @@ def test_unknown_key_in_a_file(tmp_path, monkeypatch) -> None:
 
 def test_missing_value_in_a_file(tmp_path, monkeypatch) -> None:
     shutil.copytree(CONF_DIR, tmp_path / "conf")
-    (tmp_path / "conf/reduction/mine.yaml").write_text("scorer: query\n")
+    (tmp_path / "conf/reduction/mine.yaml").write_text("score: query\n")
     monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
     with pytest.raises(ConfigError, match=r"^reduction.budget: is not set, .*give reduction.budget=") as caught:
         load_config(["reduction=mine"])

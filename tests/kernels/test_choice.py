@@ -101,8 +101,8 @@ def test_the_same_tokens_stay_as_by_the_plain_scores(backend):
         samples = list(scorer.samples(layout))
         scores = attention_scores(ops, attention, layout, samples, scorer)[layout.visual_index]
         pairs = {
-            "attention": (scores, scorer.attention(attention, layout, 0)),
-            "mamba": (mamba_scores(ops, mamba, layout, samples, scorer), scorer.mamba(mamba, layout, 0)),
+            "attention": (scores, scorer.score(attention, layout, 0)),
+            "mamba": (mamba_scores(ops, mamba, layout, samples, scorer), scorer.score(mamba, layout, 0)),
         }
         counts = [round((0.1, 0.25, 0.5, 0.9)[seed // 2 % 4] * count) for count in layout.visual_counts]
         for name, (fast, plain) in pairs.items():
@@ -123,7 +123,7 @@ def test_decays_that_no_float32_holds_are_the_same_in_both(backend, function):
         A = -rate * torch.tensor([1.0, 1.1, 0.5, 2.0])
         mamba = moved(MambaSignals(B, C, torch.rand(405, 4, generator=generator), A), device_of(backend))
         fast = mamba_scores(native(backend), mamba, layout, samples, scorer)
-        plain = scorer.mamba(mamba, layout, 0)
+        plain = scorer.score(mamba, layout, 0)
         for count in (1, 40, 100, 200, 390):
             assert torch.equal(select(fast, layout, [count]).kept, select(plain, layout, [count]).kept)
 
@@ -138,6 +138,6 @@ def test_a_token_without_a_step_has_the_score_of_its_double(backend):
         scorer = QueryScorer(mamba_decay=True, mamba_dt=False, mamba_function=function)
         for scores in (
             mamba_scores(native(backend), mamba, layout, list(scorer.samples(layout)), scorer),
-            scorer.mamba(mamba, layout, 0),
+            scorer.score(mamba, layout, 0),
         ):
             assert scores[20] == scores[21]

@@ -29,13 +29,13 @@ def attention_pair(backend, scorer, signals, layout):
     samples = list(scorer.samples(layout))
     scores = attention_scores(native(backend), signals, layout, samples, scorer)
     assert scores.dtype == torch.float32
-    return scores[layout.visual_index], scorer.attention(signals, layout, 0)
+    return scores[layout.visual_index], scorer.score(signals, layout, 0)
 
 
 def mamba_pair(backend, scorer, signals, layout):
     scores = mamba_scores(native(backend), signals, layout, list(scorer.samples(layout)), scorer)
     assert scores.dtype == torch.float32
-    return scores, scorer.mamba(signals, layout, 0)
+    return scores, scorer.score(signals, layout, 0)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -152,4 +152,4 @@ def test_ranks_that_share_the_keys_score_as_one(backend_name, pooling, causal, m
             signals = replace(whole, k=torch.cat([whole.k[part] for part in parts]), held=held)
             scores[held.positions] = attention_scores(native(backend_name), signals, layout, samples, scorer)
             sent.append(held.log_sums[-1])
-    torch.testing.assert_close(scores[layout.visual_index], scorer.attention(whole, layout, 0), **CLOSE)
+    torch.testing.assert_close(scores[layout.visual_index], scorer.score(whole, layout, 0), **CLOSE)

@@ -9,7 +9,7 @@ import pytest
 
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.cost.communication import Group, Transfer, Wires, all_gather, all_reduce, all_to_all
-from hybridprune_megatron.cost.layers import exchanged_channels
+from hybridprune_megatron.layers.mamba import exchanged_channels
 
 CFG = load_config(["experiment=nemotron_nano_12b_v2_vl"])
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.engine.preemption import STOPPED
 from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
@@ -320,7 +321,7 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
             "trainer.eval_samples=0: the demo compares on held-out samples; set e.g. trainer.eval_samples=128"
         )
     return {
-        "config": json.loads(json.dumps(asdict(cfg))),
+        "config": plain_config(cfg),
         "data": {
             "train": TRAIN_SAMPLES,
             "questions": TRAIN_QUESTIONS,

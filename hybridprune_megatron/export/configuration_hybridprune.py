@@ -35,14 +35,21 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
     if reduction is None:
         return None
     given = {"budget": 1.0, **nested(_group(reduction))}
+    _refuse_alignment(given)
     stored = given.pop("retention", None)
     settings = ReductionConfig.of(given)
-    plain = settings.plain()
-    plain["select"] = {name: value for name, value in plain["select"].items() if name not in TRAINING_ONLY}
+    plain = exported_settings(settings)
     if stored is not None:
         as_list = {"name": Listed.name, "retention": stored}
         return plain | {"retention": list(ReductionConfig.of(given | {"schedule": as_list}).retention(pattern))}
     return plain | {"retention": list(settings.retention(pattern))}
+
+
+def exported_settings(settings: ReductionConfig) -> dict[str, Any]:
+    """What an export keeps of the training configuration's reduction group: all but ``TRAINING_ONLY``."""
+    plain = settings.plain()
+    select = {name: value for name, value in plain["select"].items() if name not in TRAINING_ONLY}
+    return plain | {"select": select}
 
 
 def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -176,6 +183,13 @@ def _group(reduction: Any) -> Mapping[str, Any]:
     if not isinstance(reduction, Mapping):
         raise fail("reduction", reduction, "must be a dictionary, or None for no reduction", 'set e.g. {"budget": 0.5}')
     return reduction
+
+
+def _refuse_alignment(reduction: Mapping[str, Any]) -> None:
+    select = reduction.get("select")
+    for name in sorted(TRAINING_ONLY & set(select if isinstance(select, Mapping) else ())):
+        key, allowed = f"reduction.select.{name}", "aligns the batches of training, and there are none here"
+        raise fail(key, select[name], allowed, f"leave {name} out")
 
 
 def _checked_limit(limit: Sequence[float | str]) -> list[float | str]:

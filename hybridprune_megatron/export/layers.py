@@ -14,15 +14,15 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 
 from hybridprune_megatron.export.cache import AttentionCache, HybridCache, MambaCache
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
-from hybridprune_megatron.export.experts import Expert, ExpertsMixture
+from hybridprune_megatron.export.experts_layer import Expert, ExpertsMixture
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.dt_filter import filtered_steps
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.scorer import Scorer
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
-from hybridprune_megatron.ops.attention import packed_attention
 from hybridprune_megatron.ops.conv import causal_conv_silu
 from hybridprune_megatron.ops.norm import gated_rms_norm
+from hybridprune_megatron.ops.packed_attention import packed_attention
 from hybridprune_megatron.ops.ssd import ssd_final_states, ssd_scan, ssd_step
 
 

@@ -29,7 +29,7 @@ from hybridprune_megatron.data.prompt import special_token_id
 from hybridprune_megatron.data.tokenizer import load_tokenizer
 from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export import COMMAND
-from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
+from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig, exported_settings
 from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
@@ -110,7 +110,6 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
     """The export's configuration of a run."""
     model, tokenizer = cfg.model, load_tokenizer(cfg.data.tokenizer)
     vision = asdict(model.vision) if model.vision is not None else None
-    reduction = cfg.reduction.plain()
     special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
     ids = {token: special_token_id(tokenizer, token) for token in (*special, IMAGE_TOKEN)}
     if max(ids.values()) >= model.vocab_size:
@@ -121,7 +120,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
     config = HybridPruneConfig(
         **language_settings(model),
         vision=vision,
-        reduction=reduction,
+        reduction=exported_settings(cfg.reduction),
         image_token_id=ids[IMAGE_TOKEN],
         image_start_token_id=ids[IMAGE_START_TOKEN],
         image_end_token_id=ids[IMAGE_END_TOKEN],

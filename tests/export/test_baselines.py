@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hybridprune_megatron.config import load_config
+from hybridprune_megatron.export.configuration_hybridprune import exported_settings
 from hybridprune_megatron.models.build import build_reduction
 from tests.export.test_parity import assert_equal_models
 
@@ -43,9 +44,7 @@ def reduced(request, world):
     settings = load_config(["experiment=demo", *SETTINGS[request.param]]).reduction
     saved, trained = world.hf.config.reduction, world.model.reduction
     world.model.reduction = build_reduction(replace(world.cfg, reduction=settings))
-    given = asdict(settings)
-    del given["multiple_of"], given["local_choice"]
-    world.hf.set_reduction(given)
+    world.hf.set_reduction(exported_settings(settings))
     yield world
     world.model.reduction = trained
     world.hf.set_reduction(saved)

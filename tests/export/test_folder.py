@@ -103,18 +103,21 @@ def test_reduction_as_an_argument(world, inputs) -> None:
     assert {len(layer[1]) for layer in out.reduction.positions} == {4 * 7}
     assert not out.logits[inputs["attention_mask"].bool()].isnan().any()
     less = loaded(reduction={"budget": 0.4})
-    assert less.config.reduction["scorer"] == "query"
+    assert less.config.reduction["score"] == world.hf.config.reduction["score"]
     assert sum(less.config.reduction["retention"]) / 5 == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"budgt": 0.4}, "did you mean budget"),
+        ({"budgt": 0.4}, "did you mean reduction.budget"),
         ({"budget": 2}, "must be above 0 and at most 1"),
         ({"budget": "0.4"}, "reduction.budget=0.4: must be a number"),
         ({"budget": 0.4, "retention": ["all"]}, r"reduction.schedule.retention\[0\]=all: must be a number"),
+        ({"score": "best"}, "reduction.score=best"),
         ({"scorer": "best"}, "reduction.score=best"),
+        ({"select": {"multiple_of": 8}}, "reduction.select.multiple_of=8: aligns the batches of training"),
+        ({"local_choice": True}, "reduction.select.local_choice=True: aligns the batches of training"),
         ({"layers": "*"}, "reduction.layers"),
         ("half", "must be a dictionary"),
     ],
@@ -205,7 +208,7 @@ def test_an_export_is_whole_or_not_there(world, tmp_path, monkeypatch) -> None:
     export_model(world.model, world.cfg, target, max_shard_size="20KB")
     shards = {path.name for path in target.glob("*.safetensors")}
     with monkeypatch.context() as patch:
-        patch.setattr(write, "copy_code", lambda folder: 1 / 0)
+        patch.setattr(write, "copy_code", lambda folder, score: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_model(world.model, world.cfg, target)
     assert shards == {path.name for path in target.glob("*.safetensors")}

@@ -39,7 +39,7 @@ def test_the_measured_difference_is_small_and_sees_a_changed_weight(world, input
 
 def test_other_kept_tokens_are_refused(world, inputs) -> None:
     saved = world.hf.config.reduction
-    world.hf.set_reduction({"scorer": "uniform"})
+    world.hf.set_reduction({"score": "uniform"})
     try:
         with pytest.raises(ValueError, match="keep different tokens in layer 1"):
             max_logit_difference(world.model, world.hf, _samples(inputs))

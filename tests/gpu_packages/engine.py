@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridprune_megatron.ops.attention import packed_attention
+from hybridprune_megatron.ops.packed_attention import packed_attention
 from hybridprune_megatron.ops.norm import rms_norm
 
 #: What rows and columns in FP8 divide by, by the recipe's class.

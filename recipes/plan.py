@@ -145,9 +145,9 @@ def main(arguments: Sequence[str]) -> None:
     target, cfg = read_target(mine), load_config(others)
     if "--measure" in options and cfg.parallel.model_parallel_size > 1:
         raise ConfigError("--measure: runs in one process; set parallel=single")
-    if "--measure" in options and cfg.reduction.front != "none":
+    if "--measure" in options and cfg.reduction.front.name != "none":
         reason = "--measure times the language model alone"
-        raise fail("reduction.front", cfg.reduction.front, reason, "set reduction.front=none")
+        raise fail("reduction.front", cfg.reduction.front.name, reason, "set reduction.front=none")
     for name, path in options.items():
         check_file(path, COMMAND, name)
     plan = make_plan(cfg, target)

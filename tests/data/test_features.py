@@ -23,6 +23,7 @@ from hybridprune_megatron.data.shards import ShardWriter, read_shard
 from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader
 from hybridprune_megatron.data.video import FrameSampling, decode_video
 from hybridprune_megatron.evaluation.held_out import load_questions
+from hybridprune_megatron.method.front import FRONTS
 from scripts.precompute_features import FeatureEncoder, load, source_shards, write_features
 
 from .conftest import encode_clip, grey_frames
@@ -318,12 +319,12 @@ def test_features_of_another_model_are_refused(features_config: MakeConfig, tmp_
     shutil.copytree(features_config().data.train, tmp_path / "train")
     cfg = features_config(f"data.train={tmp_path / 'train'}")
     check_features(cfg)
-    cfg.reduction.front = "evs_pixels"
+    cfg.reduction.front = FRONTS.build({"name": "evs_pixels", "retention": 0.5})
     with pytest.raises(
         ConfigError, match=r"reduction\.front=evs_pixels: compares frames, and data\.train=.* holds features"
     ):
         check_features(cfg)
-    cfg.reduction.front = "none"
+    cfg.reduction.front = FRONTS.build("none")
     cfg.model.trainable.vision = True
     with pytest.raises(ConfigError, match=r"model\.trainable\.vision=true: data\.train=.* features of a frozen tower"):
         check_features(cfg)

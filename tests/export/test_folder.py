@@ -46,19 +46,24 @@ print(model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist
 """
 
 
-def test_the_export_answers_without_this_package(world, clips, tmp_path) -> None:
+def answer_alone(folder: Path, clip: Path, tmp_path: Path) -> list[int]:
+    """Four tokens of an answer, from a process that cannot import this package."""
     script = tmp_path / "alone.py"
     script.write_text(ALONE)
     checkout = str(Path(__file__).resolve().parents[2])
     env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    arguments = [str(world.folder), str(clips[0]), checkout, transformers.__version__, *other_transformers()]
+    arguments = [str(folder), str(clip), checkout, transformers.__version__, *other_transformers()]
     command = [sys.executable, "-I", str(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_the_export_answers_without_this_package(world, clips, tmp_path) -> None:
     text = "<SPECIAL_11>User\n<video>What is it?\n<SPECIAL_11>Assistant\n"
     inputs = world.processor(text=text, videos=[str(clips[0])])
     here = world.hf.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == here
+    assert answer_alone(world.folder, clips[0], tmp_path) == here
 
 
 def test_no_import_of_the_package_or_of_megatron_is_left(world) -> None:

@@ -25,12 +25,17 @@ MOVED: dict[str, tuple[str, str]] = {
 _PARTS: dict[str, Registry[Any]] = {"score": SCORERS, "schedule": SCHEDULES, "front": FRONTS}
 
 
+def is_flat(values: Mapping[str, Any]) -> bool:
+    """Whether a reduction has keys of version 0.1."""
+    return bool(set(values) & set(MOVED))
+
+
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Flat keys under the parts that have them today; what is nested already stays as it is.
 
     A flat configuration names the keys of every score, schedule and front; those of parts that it does not choose go.
     """
-    if not set(values) & set(MOVED):
+    if not is_flat(values):
         return dict(values)
     result: dict[str, Any] = {}
     for key, value in values.items():

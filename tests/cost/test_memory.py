@@ -203,7 +203,8 @@ def _peak(recompute: str, budget: float) -> tuple[int, int]:
     layout = TokenLayout.from_samples(batch.layouts)
     with _Live(model.parameters()) as live:
         hidden = torch.randn(layout.num_tokens, 1, cfg.model.hidden_size, requires_grad=True)
-        model.language_model(hidden, layout, model.reduction, rows, batch.labels[rows])[0].sum().backward()
+        dropping = model.language_model.decoder.pass_of(model.reduction, layout)
+        model.language_model(hidden, layout, dropping, rows, batch.labels[rows])[0].sum().backward()
     gradients = sum(4 * parameter.numel() for parameter in model.language_model.parameters())
     return live.peak, counted.kept + counted.working + gradients
 

@@ -49,6 +49,7 @@ def _sent(tensor: int, context: int) -> tuple[Counter[str], Counter[str]]:
     from hybridprune_megatron.cost import communication
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.method.layout import TokenLayout
+    from hybridprune_megatron.method.reduction_pass import ReductionPass
     from hybridprune_megatron.models import stage_cut
     from hybridprune_megatron.models.build import build_model
     from hybridprune_megatron.ops import attention
@@ -75,7 +76,8 @@ def _sent(tensor: int, context: int) -> tuple[Counter[str], Counter[str]]:
     with _Wire() as wire:
         model(batch).sum().backward()
     layout = TokenLayout.from_samples(batch.layouts)
-    visual = [sum(each) for each in model.reduction.counts_by_layer(layout, 2 * context * tensor)]
+    dropping = ReductionPass.of(model.reduction, layout, 2 * context * tensor)
+    visual = [sum(each) for each in dropping.counts]
     tokens = [layout.num_tokens - visual[0] + each for each in visual]
     wires = communication.Wires(cfg, 4)
     transfers = wires.frames(tokens[0], visual[0], wires.context) + wires.head(tokens[-1])

@@ -10,8 +10,8 @@ import torch
 from hybridprune_megatron.data.batch import EncodedSample, pack
 from hybridprune_megatron.evaluation.questions import Question, chance
 from hybridprune_megatron.evaluation.retention import Retention, sample_retention
+from hybridprune_megatron.method.counts import kept_counts
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
-from hybridprune_megatron.method.schedule import kept_counts
 from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
 from tests.worlds import run_world
 

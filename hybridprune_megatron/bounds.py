@@ -111,7 +111,8 @@ class Rule:
 @cache
 def rules(owner: type) -> Mapping[str, Rule]:
     """The rule of every field of a dataclass of the schema, from its annotations."""
-    return {name: _rule(hint) for name, hint in get_type_hints(owner, include_extras=True).items()}
+    hints = get_type_hints(owner, include_extras=True)
+    return {field.name: _rule(hints[field.name]) for field in fields(owner)}
 
 
 def _rule(hint: Any) -> Rule:

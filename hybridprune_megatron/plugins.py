@@ -19,7 +19,7 @@ from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
-from yaml import safe_load  # type: ignore[import-untyped]  # the package ships no types
+from yaml import YAMLError, safe_load  # type: ignore[import-untyped]  # the package ships no types
 
 from hybridprune_megatron.bounds import Rule, check_value, rules
 from hybridprune_megatron.checks import ConfigError, closest, fail
@@ -106,17 +106,24 @@ class Registry[P: Plugin]:
         if isinstance(value, self.base):
             return value
         if isinstance(value, str):
-            value = safe_load(value) if value.startswith("{") else {"name": value}
+            value = self._read(value) if value.startswith("{") else {"name": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
             raise fail(
                 self.key,
-                repr(value),
+                value,
                 "must be a name, or a name with its keys",
                 f"set e.g. {self.key}=" + (f"{self.names[0]} or {self.key}={{name: {self.names[0]}}}"),
             )
         chosen = self.find(value["name"])
         given = {key: each for key, each in value.items() if key != "name"}
         return chosen(**typed(chosen, given, f"{self.key}.", f"{self.key}={value['name']}"))
+
+    def _read(self, text: str) -> Any:
+        try:
+            return safe_load(text)
+        except (YAMLError, RecursionError) as error:
+            fix = f"write it as {self.key}={{name: {self.names[0]}}}"
+            raise fail(self.key, text, "cannot be read", fix) from error
 
 
 def plain(plugin: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -61,12 +60,8 @@ def compose_config(
     if not CONF_DIR.is_dir():
         raise ConfigError(f"{CONF_DIR} is not there: the package runs from a checkout; use pip install -e .")
     register_schema()
-    overrides = part_overrides(overrides)
-    for override in overrides:
-        problem = explain_override(override, CONF_DIR)
-        if problem is not None:
-            raise ConfigError(problem)
-    typed = [as_typed(override) for override in overrides]
+    _check_overrides(overrides)
+    typed = [as_typed(override) for override in part_overrides(overrides)]
     with _explained(), initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         composed = compose(config_name, overrides=typed)
         if look_at_files:
@@ -151,24 +146,25 @@ def set_keys(composed: DictConfig, overrides: Sequence[str]) -> None:
         ConfigError: one line on the first override that cannot be.
     """
     with _explained():
+        _check_overrides(overrides)
         for text in part_overrides(overrides):
-            override = _single_key(text)
+            override = OverridesParser.create().parse_override(as_typed(text))
             key = override.key_or_group
+            if key in GROUPS:
+                what = "the configuration is there already; change single keys as group.key=value"
+                raise ConfigError(f"{shown(text)}: {what}")
             group = key.rpartition(".")[0]
             if is_group(type_of_key(group)) and OmegaConf.select(composed, group) is None:
                 raise _null_group(group)
-            OmegaConf.update(composed, key, override.value(), merge=True, force_add=override.is_add() or override.is_force_add())
+            added = override.is_add() or override.is_force_add()
+            OmegaConf.update(composed, key, override.value(), merge=True, force_add=added)
 
 
-def _single_key(text: str) -> Override:
-    """An override that sets a single key."""
-    problem = explain_override(text, CONF_DIR)
-    if problem is not None:
-        raise ConfigError(problem)
-    override = OverridesParser.create().parse_override(as_typed(text))
-    if override.key_or_group in GROUPS:
-        raise ConfigError(f"{shown(text)}: the configuration is there already; change single keys as group.key=value")
-    return override
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for text in overrides:
+        problem = explain_override(text, CONF_DIR)
+        if problem is not None:
+            raise ConfigError(problem)
 
 
 def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", need_files: bool = False) -> Config:

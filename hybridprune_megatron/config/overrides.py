@@ -42,6 +42,6 @@ def _parsed(override: str) -> tuple[str | None, Any]:
     """Key and value of an override; None where it cannot be read, which is said later."""
     try:
         parsed = OverridesParser.create().parse_override(override)
-    except HydraException:
+    except (HydraException, ValueError, RecursionError):
         return None, None
     return parsed.key_or_group, parsed.value()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,10 @@ import yaml
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config import load_config, parse_command_line
 from hybridprune_megatron.config.compose import CONF_DIR
-from hybridprune_megatron.config.fields import key_help, leaf_keys
+from hybridprune_megatron.config.fields import field_help, key_help, leaf_keys
+from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.help import COMMON_KEYS, GROUPS
+from hybridprune_megatron.config.reduction_schema import PARTS
 from hybridprune_megatron.config.resume import check_resume
 from tests.own_time import HANG_SECONDS, run_timed
 
@@ -87,7 +89,7 @@ def test_a_run_continues_only_with_its_own_settings(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step_00000050"
     checkpoint.mkdir(parents=True)
     (checkpoint / "metadata.json").write_text("{}")
-    (checkpoint / "run.json").write_text(json.dumps({"step": 50, "config": asdict(cfg)}))
+    (checkpoint / "run.json").write_text(json.dumps({"step": 50, "config": plain_config(cfg)}))
     check_resume(cfg)
     longer = ["experiment=demo", f"output_dir={tmp_path}", "trainer.max_steps=400", "trainer.devices=2", "parallel=tp2"]
     check_resume(load_config(longer))
@@ -126,6 +128,12 @@ def test_help_all_explains_every_key(capsys) -> None:
         assert f"  {key}=" in text
         assert key_help(key), f"{key} has no line in the Attributes section of its dataclass"
         assert key_help(key).endswith("."), f"{key}: {key_help(key)}"
+    for part, registry in PARTS.items():
+        for name in registry.names:
+            assert f"\nWith reduction.{part}={name}: " in text
+            for field in fields(registry.find(name)):
+                assert f"  reduction.{part}.{field.name}=" in text
+                assert field_help(registry.find(name), field.name).endswith("."), (part, name, field.name)
 
 
 def test_cfg_job_prints_the_resolved_configuration(capsys) -> None:

@@ -7,12 +7,10 @@ import re
 import shutil
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hybridprune_megatron.config import ConfigError, compose, load_config
 from hybridprune_megatron.config.compose import CONF_DIR, compose_config, set_keys, to_config
-from hybridprune_megatron.config.explain import explain_override
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 
 FALLING = "1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05"
@@ -116,7 +114,7 @@ VALUE_CASES = {
     ),
     "flat sigmoid": (
         ["reduction.schedule.slope=0"],
-        r"reduction.schedule.slope=0.0: must be a finite number above 0.*",
+        r"reduction.schedule.slope=0: must be a finite number above 0.*",
     ),
     "midpoint outside": (
         ["reduction.schedule.midpoint=1.2"],
@@ -148,7 +146,7 @@ VALUE_CASES = {
     ),
     "schedule falls behind an MLP": (
         ["reduction.schedule={name: listed, retention: [1,0.5,0.4,0.1,0.1,0.1,0.1,0.1,0.1,0.1]}"],
-        r"reduction.schedule.retention\[2\]=0.4: .*1 \('-'\).*",
+        r"reduction.schedule.retention\[2\]=0.4: .* the layer before, 1, may not drop; .*",
     ),
     "schedule falls below 0": (
         ["reduction.schedule={name: listed, retention: [1,-0.1,-0.1,0,0,0,0,0,0,0]}"],
@@ -168,9 +166,12 @@ VALUE_CASES = {
     ),
     "stages too few": (
         ["reduction.schedule=stages", "reduction.schedule.stages=2"],
-        r".*keeps a mean of 0.600; raise the budget or raise reduction.stages.*",
+        r".*keeps a mean of 0.600; raise the budget or raise reduction.schedule.stages.*",
     ),
-    "one stage": (["reduction.schedule.stages=1"], r"reduction.schedule.stages=1: must be at least 2.*"),
+    "one stage": (
+        ["reduction.schedule=stages", "reduction.schedule.stages=1"],
+        r"reduction.schedule.stages=1: must be at least 2.*",
+    ),
     "every zeroth layer": (["reduction.layers=every_0"], r"reduction.layers=every_0: .*did you mean every_2\?"),
     "unknown pooling": (
         ["reduction.score.mamba_pooling=max"],
@@ -372,7 +373,7 @@ class Mine(Scorer):
 
 def test_a_score_of_somebody_elses_is_one_file_and_one_option(tmp_path, monkeypatch) -> None:
     shutil.copytree(CONF_DIR, tmp_path / "conf")
-    option = "defaults:\n  - attention_only\n  - _self_\nscore:\n  name: my_scores.Mine\n"
+    option = "defaults:\n  - attention_only\n  - _self_\nbudget: 0.5\nscore:\n  name: my_scores.Mine\n"
     (tmp_path / "conf/reduction/mine.yaml").write_text(option)
     (tmp_path / "my_scores.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -381,7 +382,7 @@ def test_a_score_of_somebody_elses_is_one_file_and_one_option(tmp_path, monkeypa
     assert reduction.plain()["score"] == {"name": "my_scores.Mine", "weight": 3.0}
     assert ReductionConfig.of(reduction.plain()) == reduction
     for overrides, line in (
-        (["reduction.score.weight=heavy"], r"reduction.score.weight='heavy': must be a number; .*"),
+        (["reduction.score.weight=heavy"], r"reduction.score.weight=heavy: must be a number; .*"),
         (["reduction.score.wieght=1"], r"reduction.score.wieght=1: .* has the keys weight; did you mean .*weight\?"),
         (
             ["reduction.layers=all"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from hybridprune_megatron.config import ConfigError, load_config
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.explain import group_options
+from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, TuningConfig
 
@@ -104,7 +104,7 @@ def test_initial_weights_that_teach_may_not_change_on_resume(tmp_path: Path) -> 
     (checkpoint / "metadata.json").write_text("{}")
     for option, refused in (("default", False), ("distillation", True)):
         overrides = ["experiment=demo", f"output_dir={tmp_path}", f"tuning={option}"]
-        saved = {"step": 50, "config": asdict(load_config(overrides))}
+        saved = {"step": 50, "config": plain_config(load_config(overrides))}
         (checkpoint / "run.json").write_text(json.dumps(saved))
         changed = load_config([*overrides, "model.init_checkpoint=other.safetensors"])
         if refused:

@@ -113,8 +113,10 @@ def drop_after(layer: int, dropped: Tensor, layout: TokenLayout, num_layers: int
     visual = layout.visual_counts[0]
     left = (visual - int(dropped.sum())) / visual
     retention = (1.0,) * (layer + 1) + (left,) * (num_layers - layer - 1)
-    # Where everything is dropped nothing may be left over.
-    return Reduction(ChosenTokens(dropped), retention, Select(min_tokens=0))
+    how = Select()
+    # Where everything is dropped nothing may be left over; a configuration could not say that.
+    how.min_tokens = 0
+    return Reduction(ChosenTokens(dropped), retention, how)
 
 
 def _run(model: VideoLanguageModel, prompt: EncodedSample, trace: list[TokenLayout]) -> None:

@@ -115,7 +115,7 @@ def test_reduction_of_context_parallel_ranks():
 
 
 def test_a_reduction_without_scores_sends_rows_only():
-    cfg = replace(CFG, reduction=replace(CFG.reduction, scorer="random"))
+    cfg = replace(CFG, reduction=replace(CFG.reduction, score="random"))
     transfers = Wires(cfg, 2).reduction("M", before=1000, after=600, visual=900, question=30)
     assert {each.what for each in transfers} == {"drop"}
 

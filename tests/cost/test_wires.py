@@ -52,11 +52,11 @@ def _sent(tensor: int, context: int) -> tuple[Counter[str], Counter[str]]:
     from hybridprune_megatron.method.reduction_pass import ReductionPass
     from hybridprune_megatron.models import stage_cut
     from hybridprune_megatron.models.build import build_model
-    from hybridprune_megatron.ops import attention
+    from hybridprune_megatron.ops import packed_attention
 
     assert communication.ORIGIN_COLUMNS == stage_cut.ORIGIN_COLUMNS
     # Torch's own mask is a tensor of a class that no mode may see.
-    attention.causal_lower_right = lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool).tril(
+    packed_attention.causal_lower_right = lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool).tril(
         columns - rows
     )
     cfg = tiny_config(

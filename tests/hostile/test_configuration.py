@@ -162,8 +162,8 @@ REFUSED = {
     ),
     "no room for a video": (
         ["reduction.select.multiple_of=1100", "data.num_frames=120"],
-        "reduction.select.multiple_of=1100: a packed sequence divides by 1100 (reduction.select.multiple_of, fp8.recipe, "
-        "ranks that share it), which leaves 1100 of 2048 tokens, and one video fills 1920; lower it, or raise "
+        "reduction.select.multiple_of=1100: a packed sequence divides by 1100 (reduction.select.multiple_of, fp8."
+        "recipe, ranks that share it), which leaves 1100 of 2048 tokens, and one video fills 1920; lower it, or raise "
         "data.sequence_length to at least 2200",
     ),
     "adapters wider than the model": (

@@ -130,5 +130,5 @@ def changed(assumptions: Assumptions, settings: Sequence[str]) -> Assumptions:
             example = str(getattr(assumptions, name)).lower()
             raise ValueError(f"{setting}: has the wrong type; give e.g. {name}={example}") from error
         if kind in (int, float):
-            check_value(name, values[name], Rule(kind, bound=Range(0, FLOAT_MAX)), getattr(assumptions, name))
+            check_value(name, values[name], Rule(kind, bound=Range(-FLOAT_MAX, FLOAT_MAX)), getattr(assumptions, name))
     return replace(assumptions, **values)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from hybridprune_megatron.config import Config, exit_on_config_error
 from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.outputs import whole_file
 from hybridprune_megatron.engine.preemption import STOPPED
 from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
 from hybridprune_megatron.evaluation.report import summary_rows, text_table
@@ -306,20 +307,14 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
         ValueError: settings that the demo cannot work with.
     """
     if cfg.data.train is None or cfg.data.validation is None or cfg.model.init_checkpoint is None:
-        raise ValueError(
-            "data.train, data.validation and model.init_checkpoint must be set: leave them at their defaults"
-        )
+        raise ValueError("data.train, data.validation and model.init_checkpoint must be set: leave their defaults")
     if Path(cfg.data.train).parent != Path(cfg.data.validation).parent:
         raise ValueError(f"data.train={cfg.data.train}: must lie beside data.validation={cfg.data.validation}")
     weights = Path(cfg.model.init_checkpoint)
     if not weights.is_file():
-        raise ValueError(
-            f"model.init_checkpoint={weights}: is not there (looked from {Path.cwd()}); leave it at its default"
-        )
+        raise ValueError(f"model.init_checkpoint={weights}: is not there (from {Path.cwd()}); leave it at its default")
     if cfg.trainer.eval_samples < 1:
-        raise ValueError(
-            "trainer.eval_samples=0: the demo compares on held-out samples; set e.g. trainer.eval_samples=128"
-        )
+        raise ValueError("trainer.eval_samples=0: the demo compares on held-out samples; set trainer.eval_samples=128")
     return {
         "config": plain_config(cfg),
         "data": {
@@ -334,11 +329,7 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
 
 
 def products(out: Path) -> list[Path]:
-    """What an earlier demo wrote into a folder.
-
-    Raises:
-        ValueError: the folder is not one of the demo's.
-    """
+    """What an earlier demo wrote into a folder; a ``ValueError`` if the folder is not one of the demo's."""
     there = [out / name for name in PRODUCTS if (out / name).exists()]
     if there and not (out / "inputs.json").is_file():
         raise ValueError(f"--fresh: {out} has no inputs.json, so {there[0].name} is not the demo's; remove it yourself")
@@ -373,9 +364,8 @@ def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
 
 def write_json(path: Path, values: Any) -> None:
     """Whole or not at all."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(values, indent=2) + "\n")
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        scratch.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @one_line_errors("demo")

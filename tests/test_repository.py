@@ -165,3 +165,11 @@ def test_every_locked_version_has_hashes(lock):
     for entry in re.split(r"^(?=\S)", text, flags=re.MULTILINE):
         if entry.strip() and not entry.startswith("#"):
             assert re.match(r"[a-z0-9._\[\]-]+==\S+ \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n)+$", entry), entry[:200]
+
+
+def test_reliability_names_tests_that_exist() -> None:
+    """A row's ``::name`` is of the file that is named last before it."""
+    source = ""
+    for name, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", (ROOT / "docs" / "reliability.md").read_text()):
+        source = (ROOT / name).read_text() if name else source
+        assert f"def {test}" in source

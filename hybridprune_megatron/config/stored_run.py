@@ -70,7 +70,9 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
     try:
         saved["model"]["hybrid_pattern"] = saved["model"]["hybrid_pattern"].replace("|", "")
     except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{checkpoint / RUN_FILE} holds no configuration of a run; give another checkpoint") from None
+        raise ValueError(
+            f"{checkpoint / RUN_FILE} has no model.hybrid_pattern, so it is not of a run; give another checkpoint"
+        ) from None
     try:
         return change_config(saved, overrides, _ONE_PROCESS)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -191,15 +192,24 @@ def test_what_is_one_process(monkeypatch: pytest.MonkeyPatch, variables: dict[st
     ],
 )
 def test_what_cannot_be_right_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, object], line: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], variables: dict[str, object], line: str
 ) -> None:
     _set(monkeypatch, **variables)
     with pytest.raises(ValueError, match=line) as refused:
         read_launch()
     assert "\n" not in str(refused.value)
     # The recipe ends with it, too.
-    with pytest.raises(SystemExit, match=line):
+    _check_refusal(capsys, line)
+
+
+def _check_refusal(capsys: pytest.CaptureFixture[str], line: str) -> None:
+    """The recipe ends with status 2 and one line."""
+    with pytest.raises(SystemExit) as ended:
         finetune.main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert re.search(line, printed)
+    assert printed.count("\n") == 1
 
 
 def _torchrun(monkeypatch: pytest.MonkeyPatch, rank: int, world_size: int, local: int, local_size: int) -> None:
@@ -253,13 +263,14 @@ def test_torchrun_s_variables_that_contradict_each_other(
         read_launch()
 
 
-def test_machines_with_different_numbers_of_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_with_different_numbers_of_processes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with monkeypatch.context() as step:
         _step(step, (2, 1, 0), "2,1", "n[1-2]")
         with pytest.raises(ValueError, match=r"srun started 2, 1 processes on its 2 machines.*give --ntasks-per-node"):
             launch_overrides(read_launch(), [])
-        with pytest.raises(SystemExit, match="srun started 2, 1 processes"):
-            finetune.main()
+        _check_refusal(capsys, "srun started 2, 1 processes")
     _torchrun(monkeypatch, 2, 3, 0, 1)
     _set(monkeypatch, GROUP_WORLD_SIZE=2)
     with pytest.raises(ValueError, match="torchrun started 1 of 3 processes on this one of 2 machines"):

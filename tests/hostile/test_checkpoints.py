@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from hybridprune_megatron.data.shards import ShardWriter
 from hybridprune_megatron.engine.checkpoint import load_checkpoint
 from hybridprune_megatron.engine.checkpoint_index import read_index
 from hybridprune_megatron.engine.weights import load_initial_weights
@@ -104,7 +105,9 @@ def test_a_weight_that_is_bytes_is_never_unpickled(
     assert "as bytes that would be unpickled" in line
     line = refused(lambda: script("save_weights").main(["--checkpoint", str(folder), "--out", str(tmp_path / "w")]))
     assert "as bytes that would be unpickled" in line
-    line = refused(lambda: script("analyze", "recipes").main([f"checkpoint={run_dir}", f"data={tmp_path}"]))
+    with ShardWriter(tmp_path / "set", "val") as writer:
+        writer.add("a", [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "This."}], [])
+    line = refused(lambda: script("analyze", "recipes").main([f"checkpoint={run_dir}", f"data={tmp_path / 'set'}"]))
     assert "as bytes that would be unpickled" in line
     with pytest.raises(ValueError, match=f"{WEIGHT} is more than plain values and tensors"):
         load_checkpoint(folder, None)  # type: ignore[arg-type]  # refused before it is looked at

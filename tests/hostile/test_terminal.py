@@ -73,6 +73,9 @@ def _own_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # Whoever started the tests may ignore them (nohup, a shell's background), and a program inherits that.
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_DFL)
 
 
 def test_one_ctrl_c_saves_and_stops(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from megatron.core import dist_checkpointing
 
+from hybridprune_megatron.config.flat import plain_config
 from tests.export.conftest import make_config, make_model, tokenizer_dir  # noqa: F401  # the last is a fixture
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,10 @@ Nothing slow is imported but what a chosen class of somebody else's imports.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -23,6 +26,18 @@ from yaml import YAMLError, safe_load  # type: ignore[import-untyped]  # the pac
 
 from hybridprune_megatron.bounds import Rule, check_value, rules
 from hybridprune_megatron.checks import ConfigError, closest, fail
+
+_STORED: ContextVar[bool] = ContextVar("_STORED", default=False)
+
+
+@contextmanager
+def from_a_file() -> Iterator[None]:
+    """What is read inside comes from a file that may be a stranger's: a dotted path in it imports nothing new."""
+    token = _STORED.set(True)
+    try:
+        yield
+    finally:
+        _STORED.reset(token)
 
 
 class Plugin:
@@ -82,6 +97,9 @@ class Registry[P: Plugin]:
             fix = f"did you mean {nearest}?" if nearest else f"set e.g. {self.key}={self.names[0]}"
             allowed = f"allowed are {', '.join(self.names)}"
             raise fail(self.key, name, f"{allowed}, or the dotted path of a class" if self.group else allowed, fix)
+        if _STORED.get() and module not in sys.modules:
+            fix = f"if you trust it, name it on the command line: {self.key}={name}"
+            raise fail(self.key, name, "is code that a stored file names, and those import nothing", fix)
         try:
             found = getattr(importlib.import_module(module), attribute)
         except Exception as error:

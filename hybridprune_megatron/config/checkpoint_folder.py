@@ -21,6 +21,7 @@ from typing import Any
 from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.config.legacy import is_flat
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
+from hybridprune_megatron.plugins import from_a_file
 
 RUN_FILE = "run.json"
 INCOMPLETE = ".incomplete"
@@ -79,7 +80,8 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
         )
     reduction = found.get("reduction")
     if isinstance(reduction, dict) and is_flat(reduction):
-        found["reduction"] = json.loads(json.dumps(ReductionConfig.of(reduction).plain()))
+        with from_a_file():
+            found["reduction"] = json.loads(json.dumps(ReductionConfig.of(reduction).plain()))
     return found
 
 

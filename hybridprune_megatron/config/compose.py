@@ -29,10 +29,11 @@ from hybridprune_megatron.config.explain import GROUPS, as_typed, explain_except
 from hybridprune_megatron.config.fields import is_group, type_of_key
 from hybridprune_megatron.config.files import check_files
 from hybridprune_megatron.config.help import usage
-from hybridprune_megatron.config.overrides import part_overrides
+from hybridprune_megatron.config.overrides import import_named, part_overrides
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.written import check_written
+from hybridprune_megatron.plugins import from_a_file
 
 # The package is installed editable, so conf/ lies beside it in the checkout, whatever the current folder is.
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -132,7 +133,9 @@ def change_config(
     Raises:
         ConfigError: as ``load_config``.
     """
-    with _explained():
+    _check_overrides(overrides)
+    import_named(overrides)
+    with _explained(), from_a_file():
         changed: Any = OmegaConf.merge(OmegaConf.structured(Config), saved)
         set_keys(changed, overrides)
         changed.merge_with(fixed or {})

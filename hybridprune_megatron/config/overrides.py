@@ -38,6 +38,20 @@ def part_overrides(overrides: Sequence[str]) -> list[str]:
     return result
 
 
+def import_named(overrides: Sequence[str]) -> None:
+    """Imports the scores that a command line names by their dotted paths, which a stored file may name after that.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for override in overrides:
+        name, value = _parsed(override)
+        chosen = value.get("name") if isinstance(value, dict) else value
+        for part, registry in PARTS.items():
+            if name == f"reduction.{part}" and isinstance(chosen, str):
+                registry.find(chosen)
+
+
 def _parsed(override: str) -> tuple[str | None, Any]:
     """Key and value of an override; None where it cannot be read, which is said later."""
     try:

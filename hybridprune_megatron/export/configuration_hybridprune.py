@@ -12,6 +12,7 @@ from hybridprune_megatron.config.legacy import nested
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE, check_transformers
 from hybridprune_megatron.method.schedule import Listed, layer_symbols
+from hybridprune_megatron.plugins import from_a_file
 
 # Before anything is asked of transformers that older ones lack: this is the first file of an export that is read.
 check_transformers(TRANSFORMERS_RANGE)
@@ -20,6 +21,7 @@ check_transformers(TRANSFORMERS_RANGE)
 TRAINING_ONLY = {"multiple_of", "local_choice"}
 
 
+@from_a_file()
 def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A complete reduction, its retention per layer solved from the budget if it is not given.
 
@@ -52,6 +54,7 @@ def exported_settings(settings: ReductionConfig) -> dict[str, Any]:
     return plain | {"select": select}
 
 
+@from_a_file()
 def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The saved reduction with some settings replaced; None turns it off.
 

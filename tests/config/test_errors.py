@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 
 from hybridprune_megatron.config import ConfigError, compose, load_config
 from hybridprune_megatron.config.compose import CONF_DIR, compose_config, set_keys, to_config
-from hybridprune_megatron.config.reduction_schema import ReductionConfig
 
 FALLING = "1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05"
 # What is wrong with an override by itself: overrides, then the whole line (a regular expression).
@@ -354,62 +353,3 @@ def test_broken_yaml(tmp_path, monkeypatch) -> None:
     with pytest.raises(ConfigError, match=r"mine\.yaml") as caught:
         load_config(["reduction=mine"])
     assert "\n" not in str(caught.value)
-
-
-MINE = """
-from dataclasses import dataclass
-
-from hybridprune_megatron.method.scorer import Scorer
-
-
-@dataclass(frozen=True)
-class Mine(Scorer):
-    weight: float = 1.0
-
-    def attention(self, block):
-        return self.weight * block.k.float().norm(dim=-1)
-"""
-
-
-def test_a_score_of_somebody_elses_is_one_file_and_one_option(tmp_path, monkeypatch) -> None:
-    shutil.copytree(CONF_DIR, tmp_path / "conf")
-    option = "defaults:\n  - attention_only\n  - _self_\nbudget: 0.5\nscore:\n  name: my_scores.Mine\n"
-    (tmp_path / "conf/reduction/mine.yaml").write_text(option)
-    (tmp_path / "my_scores.py").write_text(MINE)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
-    reduction = load_config(["reduction=mine", "reduction.score.weight=3"]).reduction
-    assert reduction.plain()["score"] == {"name": "my_scores.Mine", "weight": 3.0}
-    assert ReductionConfig.of(reduction.plain()) == reduction
-    for overrides, line in (
-        (["reduction.score.weight=heavy"], r"reduction.score.weight=heavy: must be a number; .*"),
-        (["reduction.score.wieght=1"], r"reduction.score.wieght=1: .* has the keys weight; did you mean .*weight\?"),
-        (
-            ["reduction.layers=all"],
-            r"reduction.layers=all: layer 0 is to drop, and .* has no formula for mamba layers.*",
-        ),
-    ):
-        with pytest.raises(ConfigError, match=line):
-            load_config(["reduction=mine", *overrides])
-
-
-def test_flat_keys_of_saved_runs_are_read() -> None:
-    flat = {
-        "scorer": "random", "budget": 0.3, "schedule": "step", "midpoint": 0.2, "slope": 10.0, "step_layer": 2,
-        "stages": None, "floor": None, "retention": None, "layers": "all", "min_tokens": 2, "min_tokens_per_frame": 0,
-        "multiple_of": 4, "local_choice": False, "query_rows": "question", "attention_pooling": "mean",
-        "mamba_decay": False, "smoothing_frames": 1, "frame_share": 0.0, "seed": 7, "dropped": "discard",
-        "front": "random", "front_retention": 0.5, "dt_filter": None,
-    }  # fmt: skip
-    read = ReductionConfig.of(flat).plain()
-    assert read["score"] == {"name": "random", "seed": 7}
-    assert read["schedule"] == {"name": "step", "layer": 2}
-    assert read["front"] == {"name": "random", "retention": 0.5, "seed": 7}
-    assert (read["select"]["min_tokens"], read["select"]["multiple_of"], read["select"]["smoothing_frames"]) == (
-        2,
-        4,
-        1,
-    )
-    assert read["budget"] == 0.3
-    listed = ReductionConfig.of(flat | {"front": "none", "front_retention": 1.0, "retention": [1.0, 0.5]}).plain()
-    assert listed["schedule"] == {"name": "listed", "retention": (1.0, 0.5)}

@@ -10,6 +10,7 @@ import pytest
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.flat import plain_config
+from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 
@@ -83,3 +84,25 @@ def test_a_reduction_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"reduction\.score=best") as raised:
         checkpoint_config(find_checkpoint(tmp_path), [])
     assert "\n" not in str(raised.value)
+
+
+def test_flat_keys_of_saved_runs_are_read() -> None:
+    flat = {
+        "scorer": "random", "budget": 0.3, "schedule": "step", "midpoint": 0.2, "slope": 10.0, "step_layer": 2,
+        "stages": None, "floor": None, "retention": None, "layers": "all", "min_tokens": 2, "min_tokens_per_frame": 0,
+        "multiple_of": 4, "local_choice": False, "query_rows": "question", "attention_pooling": "mean",
+        "mamba_decay": False, "smoothing_frames": 1, "frame_share": 0.0, "seed": 7, "dropped": "discard",
+        "front": "random", "front_retention": 0.5, "dt_filter": None,
+    }  # fmt: skip
+    read = ReductionConfig.of(flat).plain()
+    assert read["score"] == {"name": "random", "seed": 7}
+    assert read["schedule"] == {"name": "step", "layer": 2}
+    assert read["front"] == {"name": "random", "retention": 0.5, "seed": 7}
+    assert (read["select"]["min_tokens"], read["select"]["multiple_of"], read["select"]["smoothing_frames"]) == (
+        2,
+        4,
+        1,
+    )
+    assert read["budget"] == 0.3
+    listed = ReductionConfig.of(flat | {"front": "none", "front_retention": 1.0, "retention": [1.0, 0.5]}).plain()
+    assert listed["schedule"] == {"name": "listed", "retention": (1.0, 0.5)}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
-from hybridprune_megatron.export.configuration_hybridprune import merge_reduction, resolve_reduction
+from hybridprune_megatron.export.configuration_hybridprune import exported_settings, merge_reduction, resolve_reduction
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.scorer import OutputScorer, Score, Scorer, ScoreSizes
 from hybridprune_megatron.method.scorers import SCORERS
@@ -159,7 +159,7 @@ def test_half_precision_scores_near_full(name: str) -> None:
 def test_settings_go_through_configuration_checkpoint_and_export(name: str) -> None:
     config = ReductionConfig.of({"budget": 0.5, "score": name})
     assert ReductionConfig.of(config.plain()) == config
-    exported = resolve_reduction(PATTERN, config.plain())
+    exported = resolve_reduction(PATTERN, exported_settings(config))
     assert exported["score"] == plain(config.score)
     again = resolve_reduction(PATTERN, merge_reduction(exported, {"budget": 0.6}))
     assert again["score"] == exported["score"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.cross_checks import check_kept
-from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, PROJECTOR_TARGET
+from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET, language_targets
 from hybridprune_megatron.method.budgets import budget_levels
 from hybridprune_megatron.method.schedule import Listed
 
@@ -73,7 +73,7 @@ def check_lora(cfg: Config) -> None:
     if lora.rank > cfg.model.hidden_size:
         reason = f"must be at most model.hidden_size={cfg.model.hidden_size}, one side of every linear"
         raise fail("tuning.lora.rank", lora.rank, reason, "set e.g. tuning.lora.rank=16")
-    for part, targets in (("language", LANGUAGE_TARGETS), ("projector", (PROJECTOR_TARGET,))):
+    for part, targets in (("language", language_targets()), ("projector", (PROJECTOR_TARGET,))):
         named = [target for target in lora.targets if target in targets]
         if named and not getattr(trainable, part):
             switch = f"model.trainable.{part}"

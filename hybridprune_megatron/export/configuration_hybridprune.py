@@ -190,7 +190,9 @@ def _group(reduction: Any) -> Mapping[str, Any]:
 
 def _refuse_alignment(reduction: Mapping[str, Any]) -> None:
     select = reduction.get("select")
-    for name in sorted(TRAINING_ONLY & set(select if isinstance(select, Mapping) else ())):
+    if not isinstance(select, Mapping):
+        return
+    for name in sorted(TRAINING_ONLY & set(select)):
         key, allowed = f"reduction.select.{name}", "aligns the batches of training, and there are none here"
         raise fail(key, select[name], allowed, f"leave {name} out")
 

@@ -13,7 +13,7 @@ from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.explain import group_options
 from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.resume import check_resume
-from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, TuningConfig
+from hybridprune_megatron.config.tuning_schema import TuningConfig, language_targets
 
 
 @pytest.mark.parametrize("option", group_options(CONF_DIR, "tuning"))
@@ -26,7 +26,7 @@ def test_option_composes_and_does_what_its_name_says(option: str) -> None:
     assert (tuning == TuningConfig()) == (option == "default")
     # Nothing but adapters learns.
     assert cfg.model.trainable.projector == (option != "lora")
-    assert sorted(tuning.lora.targets) == sorted(LANGUAGE_TARGETS)
+    assert sorted(tuning.lora.targets) == sorted(language_targets())
 
 
 def test_options_go_together() -> None:

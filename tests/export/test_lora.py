@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, PROJECTOR_TARGET, LoraConfig
+from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET, LoraConfig, language_targets
 from hybridprune_megatron.evaluation.parity import max_logit_difference
 from tests.export.conftest import make_config, make_model
 from tests.export.test_measured_parity import _samples
@@ -19,7 +19,7 @@ def test_an_export_is_the_adapted_model(world, inputs, tokenizer_dir: Path, tmp_
     from hybridprune_megatron.export.write import export_model
 
     cfg = make_config(tokenizer_dir)
-    cfg.tuning.lora = LoraConfig(rank=2, alpha=4, targets=[*LANGUAGE_TARGETS, PROJECTOR_TARGET])
+    cfg.tuning.lora = LoraConfig(rank=2, alpha=4, targets=[*language_targets(), PROJECTOR_TARGET])
     adapted = make_model(cfg)
     save_weights(adapted, tmp_path / "adapted.safetensors")
     merged = load_model(tmp_path / "adapted.safetensors", cfg)

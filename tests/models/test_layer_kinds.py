@@ -172,7 +172,7 @@ def test_the_model_runs_drops_and_learns() -> None:
 
 def test_settings_costs_and_figures_know_it(toy: None, tmp_path: Path) -> None:
     cfg = tiny_config(*SCORE, "tuning.lora.rank=2", "tuning.lora.targets=[toy_linear]", pattern=PATTERN)
-    with pytest.raises(ConfigError, match="model.hidden_size=33: must be a multiple of 16"):
+    with pytest.raises(ConfigError, match=r"model.hidden_size=33: must be a multiple of 16"):
         tiny_config(*SCORE, "fp8=tensorwise", "trainer.precision=bf16", "model.spec=te", pattern="G-*G-")
     for overrides, line in (
         ([], "layer 0 is to drop, and reduction.score=query has no formula for toy layers"),

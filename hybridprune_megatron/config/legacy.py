@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from hybridprune_megatron.method.front import FRONTS
+from hybridprune_megatron.method.front import FRONTS, RandomFront
 from hybridprune_megatron.method.schedule import SCHEDULES
 from hybridprune_megatron.method.scorers import SCORERS
 from hybridprune_megatron.plugins import Registry
@@ -46,7 +46,7 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
             result.setdefault(part, {}).update(value)
         else:
             result[part] = value
-    if "seed" in values and result.get("front", {}).get("name") == "random":
+    if "seed" in values and result.get("front", {}).get("name") == RandomFront.name:
         result["front"]["seed"] = values["seed"]
     for part, registry in _PARTS.items():
         chosen = result.get(part, {})

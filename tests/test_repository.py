@@ -104,6 +104,16 @@ def test_allowed_imports_have_no_cycle():
         left = {package: allowed for package, allowed in left.items() if package not in leaves}
 
 
+def test_no_modules_import_each_other():
+    """Imports for type checkers and those inside of functions count too."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / PACKAGE).rglob("*.py")}
+    left = {name: (imported_modules(path) & set(paths)) - {name} for name, path in paths.items()}
+    while left:
+        leaves = {name for name, imported in left.items() if not imported & set(left)}
+        assert leaves, f"a circle among {sorted(left)}"
+        left = {name: imported for name, imported in left.items() if name not in leaves}
+
+
 def test_python_files_are_ascii_and_not_too_long():
     for path in tracked():
         if path.suffix == ".py":

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from hybridprune_megatron.checks import divides, fail
-from hybridprune_megatron.layers.experts import Experts
+from hybridprune_megatron.config.groups import ParallelConfig, RunConfig
+from hybridprune_megatron.config.model_schema import ModelConfig
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.counts import kept_counts
 from hybridprune_megatron.method.schedule import BUDGET_TOLERANCE, cut_pattern, even_edges
-
-if TYPE_CHECKING:
-    from hybridprune_megatron.config.schema import Config, ModelConfig, ParallelConfig
-
-# Symbols that megatron-core knows and this project does not.
-UNSUPPORTED_SYMBOLS = {
-    "G": "gated delta net",
-    "D": "sparse attention",
-    "+": "latent attention",
-    "/": "multi-token prediction",
-}
 
 #: Loader processes, or loaders without processes, of one training process.
 MOST_LOADERS = 1024
 
 
-def check_pattern(pattern: str, has_experts: bool = False) -> None:
-    """Every symbol of the hybrid pattern is known, no pipeline stage is empty, and E layers have sizes.
-
-    Args:
-        pattern: layers with stage cuts.
-        has_experts: whether model.experts is given.
-    """
-    meanings = {symbol: kind.label for symbol, kind in KINDS.items()} | {"|": "pipeline boundary"}
-    known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in meanings.items())
-    for symbol in pattern:
-        if symbol in UNSUPPORTED_SYMBOLS and symbol not in KINDS:
-            what = f"has {symbol!r} ({UNSUPPORTED_SYMBOLS[symbol]}), which is not supported yet"
-            raise fail("model.hybrid_pattern", pattern, what, f"use only {known}")
-        if symbol not in meanings:
-            raise fail("model.hybrid_pattern", pattern, f"has the unknown symbol {symbol!r}", f"use only {known}")
-    if not all(pattern.split("|")):
-        raise fail(
-            "model.hybrid_pattern",
-            pattern,
-            "every pipeline stage needs a layer",
-            "put a | only between two layers, e.g. M-M*|-M-",
-        )
-    if (Experts.symbol in pattern) != has_experts:
-        has = f"has {Experts.symbol} layers, and model.experts is null"
-        what = has if not has_experts else f"has no {Experts.symbol} layer, and model.experts is set"
-        raise fail("model.hybrid_pattern", pattern, what, "give both or neither")
-
-
-def check_config(cfg: Config) -> None:
+def check_config(cfg: RunConfig) -> None:
     """All checks across groups; raises ``ConfigError`` at the first that fails."""
     check_vision(cfg)
     check_stages(cfg.model, cfg.parallel)
@@ -66,7 +26,7 @@ def check_config(cfg: Config) -> None:
     check_steps(cfg)
 
 
-def check_vision(cfg: Config) -> None:
+def check_vision(cfg: RunConfig) -> None:
     """A model with a vision tower gets frames that fit, one without gets none and drops none."""
     vision, data = cfg.model.vision, cfg.data
     if vision is None:
@@ -127,7 +87,7 @@ def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def check_split(cfg: Config) -> None:
+def check_split(cfg: RunConfig) -> None:
     """Tensor and context parallelism divide what they split."""
     model, parallel = cfg.model, cfg.parallel
     tensor, context = parallel.tensor, parallel.context
@@ -153,7 +113,7 @@ def check_split(cfg: Config) -> None:
     check_experts(cfg)
 
 
-def check_experts(cfg: Config) -> None:
+def check_experts(cfg: RunConfig) -> None:
     """Expert parallelism has experts to split and processes to split them over."""
     experts, parallel = cfg.model.experts, cfg.parallel
     if experts is None:
@@ -180,7 +140,7 @@ def check_experts(cfg: Config) -> None:
         )
 
 
-def check_combinations(cfg: Config) -> None:
+def check_combinations(cfg: RunConfig) -> None:
     """What cannot be had together with stages or shards."""
     parallel = cfg.parallel
     for name in ("pipeline", "context"):
@@ -203,7 +163,7 @@ def check_combinations(cfg: Config) -> None:
     cfg.reduction.score.check_heads("mamba", cfg.model.mamba_num_groups // parallel.tensor, parallel.context)
 
 
-def check_batch(cfg: Config) -> None:
+def check_batch(cfg: RunConfig) -> None:
     """The processes make whole copies of the model, and the global batch is shared evenly among the copies."""
     trainer, size = cfg.trainer, cfg.parallel.model_parallel_size
     world = trainer.num_nodes * trainer.devices
@@ -240,7 +200,7 @@ def check_batch(cfg: Config) -> None:
         )
 
 
-def check_loaders(cfg: Config) -> None:
+def check_loaders(cfg: RunConfig) -> None:
     """A process has no more loaders than it can run: one for each of its packed sequences in a step."""
     sequences, workers = cfg.num_micro_batches, cfg.data.num_workers
     if sequences * max(workers, 1) > MOST_LOADERS:
@@ -254,7 +214,7 @@ def check_loaders(cfg: Config) -> None:
         )
 
 
-def check_length(cfg: Config) -> None:
+def check_length(cfg: RunConfig) -> None:
     """A packed sequence, of a length that divides, has room for a video and text."""
     multiple, length, visual = cfg.length_multiple, cfg.data.sequence_length, most_visual_tokens(cfg)
     room = length // multiple * multiple
@@ -270,12 +230,12 @@ def check_length(cfg: Config) -> None:
     raise fail("data.sequence_length", length, reason, fix)
 
 
-def most_visual_tokens(cfg: Config) -> int:
+def most_visual_tokens(cfg: RunConfig) -> int:
     """Visual tokens of the longest video; 0 without a vision tower."""
     return cfg.data.most_frames * cfg.model.vision.tokens_per_frame if cfg.model.vision is not None else 0
 
 
-def check_kept(cfg: Config, budget: float, retention: tuple[float, ...]) -> None:
+def check_kept(cfg: RunConfig, budget: float, retention: tuple[float, ...]) -> None:
     """What stays of the longest video whatever the schedule says leaves room for the budget.
 
     Args:
@@ -307,7 +267,7 @@ def check_kept(cfg: Config, budget: float, retention: tuple[float, ...]) -> None
         )
 
 
-def check_steps(cfg: Config) -> None:
+def check_steps(cfg: RunConfig) -> None:
     """The warmup ends before the decay does, where both are given; the run's own end only cuts it (a short trial)."""
     end = cfg.optim.decay_steps
     if end is not None and cfg.optim.warmup_steps >= end:

@@ -16,7 +16,7 @@ from hybridprune_megatron.bounds import (
     check_bounds,
 )
 from hybridprune_megatron.checks import divides, fail
-from hybridprune_megatron.config.cross_checks import check_pattern
+from hybridprune_megatron.config.pattern import check_pattern
 
 #: Sides of frames and patches.
 Pixels = Annotated[int, Range(1, 2**16)]

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.cross_checks import check_kept
+from hybridprune_megatron.config.groups import RunConfig
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET, language_targets
 from hybridprune_megatron.method.budgets import budget_levels
 from hybridprune_megatron.method.schedule import Listed
 
-if TYPE_CHECKING:
-    from hybridprune_megatron.config.schema import Config
 
-
-def check_tuning(cfg: Config) -> None:
+def check_tuning(cfg: RunConfig) -> None:
     """All checks of this file; raises ``ConfigError`` at the first that fails."""
     check_budgets(cfg)
     check_teacher(cfg)
@@ -22,7 +18,7 @@ def check_tuning(cfg: Config) -> None:
     check_lora(cfg)
 
 
-def check_budgets(cfg: Config) -> None:
+def check_budgets(cfg: RunConfig) -> None:
     """Every budget that may be drawn has a schedule."""
     budget = cfg.tuning.budget
     if budget.distribution == "fixed":
@@ -43,7 +39,7 @@ def check_budgets(cfg: Config) -> None:
             raise ConfigError(f"tuning.budget.{source} draws {level}: {error}") from error
 
 
-def check_teacher(cfg: Config) -> None:
+def check_teacher(cfg: RunConfig) -> None:
     """The teacher of a distillation knows something that the student does not."""
     distillation = cfg.tuning.distillation
     if not distillation.weight:
@@ -57,7 +53,7 @@ def check_teacher(cfg: Config) -> None:
         raise fail(key, distillation.teacher, reason, f"set {key}=initial or reduction.budget below 1")
 
 
-def check_lr_scale(cfg: Config) -> None:
+def check_lr_scale(cfg: RunConfig) -> None:
     """A part with a learning rate of its own learns."""
     for part, factor in vars(cfg.optim.lr_scale).items():
         if factor != 1 and not getattr(cfg.model.trainable, part):
@@ -65,7 +61,7 @@ def check_lr_scale(cfg: Config) -> None:
             raise fail(key, factor, f"{switch}=false, so this part does not learn", f"set {switch}=true or {key}=1")
 
 
-def check_lora(cfg: Config) -> None:
+def check_lora(cfg: RunConfig) -> None:
     """Adapters stand on parts that are to learn."""
     lora, trainable = cfg.tuning.lora, cfg.model.trainable
     if not lora.rank:

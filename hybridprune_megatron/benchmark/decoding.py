@@ -56,7 +56,7 @@ def check_decoding(
         model: of training.
         exported: the same weights.
         sample: gets one more token of text.
-        reduction: what is dropped in prefill; a token of text behind the question changes nothing of that.
+        reduction: what is dropped in prefill; a token of text after the question changes nothing of that.
 
     Raises:
         ValueError: it is above ``TOLERANCE``; nothing should be timed then.
@@ -114,5 +114,5 @@ def _prefilled(exported: HybridLanguageModel, prompt: Prompt, reduction: Reducti
 
 
 def _decoded(exported: HybridLanguageModel, token: Tensor, cache: HybridCache) -> Tensor:
-    """Logits [1, vocabulary] behind one more token [1, D]."""
+    """Logits [1, vocabulary] after one more token [1, D]."""
     return exported.logits(exported.backbone.step(token, cache))

@@ -131,7 +131,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def resume_point(directory: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and a line for every newer one that is damaged.
+    """The checkpoint to continue from, and a line for every newer one that is damaged.
 
     Returns:
         The newest whole checkpoint (None: a run that has not saved yet), and the lines, newest first.

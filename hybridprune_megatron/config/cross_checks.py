@@ -157,7 +157,7 @@ def check_combinations(cfg: RunConfig) -> None:
         raise fail(
             "model.trainable.language",
             False,
-            f"leaves stages behind the first without anything to learn, and parallel.pipeline={parallel.pipeline}",
+            f"leaves stages after the first without anything to learn, and parallel.pipeline={parallel.pipeline}",
             "set model.trainable.language=true, tuning.lora.rank, or parallel.pipeline=1",
         )
     cfg.reduction.score.check_heads("mamba", cfg.model.mamba_num_groups // parallel.tensor, parallel.context)

@@ -26,8 +26,8 @@ class FeaturesInfo:
     Attributes:
         tower: fingerprint of the tower's weights (``vision.fingerprint``).
         frame_size: side of the frames that the tower saw, pixels.
-        tokens_per_frame: tokens of a frame behind the pixel shuffle.
-        channels: width of a token in front of the projector.
+        tokens_per_frame: tokens of a frame after the pixel shuffle.
+        channels: width of a token before the projector.
         sampling: overrides of ``data`` that chose the stored frames.
         dtype: what features are stored in, bf16 or fp32.
     """

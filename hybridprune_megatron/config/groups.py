@@ -51,7 +51,7 @@ class DataConfig:
         num_frames: frames per video with uniform sampling.
         fps: frames per second with fps sampling.
         max_frames: most frames of one video with fps sampling.
-        frame_text: text in front of a frame; {index} counts from 1, {seconds:.2f} is its time.
+        frame_text: text before a frame; {index} counts from 1, {seconds:.2f} is its time.
         conversation: turns that become samples; first_question (it scores for all turns), split_turns, all_turns.
         max_bad_share: share of broken samples (0 to 1) that is skipped and counted before the job fails.
     """
@@ -156,7 +156,7 @@ class TrainerConfig:
         eval_samples: held-out samples in an evaluation; 0 = no evaluation.
         recompute: activations computed again in the backward pass to save memory; none, selective (convolution, scan
             and attention's core) or full (whole layers).
-        async_save: write checkpoints in the background while training goes on.
+        async_save: write checkpoints in the background while training continues.
         nonfinite: what a loss or gradient that is not finite does; stop or skip (no update, logged with its samples).
         timeout_minutes: how long a process waits for the others before the job fails.
     """

@@ -1,4 +1,4 @@
-"""Whether a run may go on from what its folder holds; nothing slow is imported for it."""
+"""Whether a run may continue from what its folder holds; nothing slow is imported for it."""
 
 from __future__ import annotations
 

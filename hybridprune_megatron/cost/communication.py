@@ -142,8 +142,8 @@ class Wires:
 
         Tensor parallelism: under sequence parallelism the input is gathered and the output reduce-scattered; backward
         gathers the output's gradient, and beside the products the input once more and the input's gradient. Without,
-        one all-reduce each way. Context parallelism: keys and values are gathered; Mamba exchanges tokens for heads in
-        front of the convolution and heads for tokens behind the scan. Expert parallelism: every token goes to its
+        one all-reduce each way. Context parallelism: keys and values are gathered; Mamba exchanges tokens for heads
+        before the convolution and heads for tokens after the scan. Expert parallelism: every token goes to its
         experts and back; the tensor-parallel transfers are then those of the shared expert.
 
         Args:
@@ -174,7 +174,7 @@ class Wires:
         return transfers
 
     def reduction(self, symbol: str, before: int, after: int, visual: int, question: int) -> list[Transfer]:
-        """One reduction behind a layer: the scores, and the rows that move.
+        """One reduction after a layer: the scores, and the rows that move.
 
         Attention: context ranks share the keys, so the rows that ask, their log-sum-exps and the scores of the keys of
         each travel. Mamba: ranks share the heads. Rows move by one uneven exchange after which every rank holds as
@@ -183,7 +183,7 @@ class Wires:
         Args:
             symbol: M or *, the layer that scores.
             before: tokens that enter it.
-            after: tokens that it hands on.
+            after: tokens that it passes on.
             visual: V, scored ones.
             question: tokens that ask.
         """

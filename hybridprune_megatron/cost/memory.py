@@ -315,7 +315,7 @@ class Stage:
         return kept
 
     def _encoding(self, packed: Packed, others: int) -> list[tuple[int, int, str]]:
-        """The moments of the tower, all frames at once, and of the projector behind it."""
+        """The moments of the tower, all frames at once, and of the projector after it."""
         vision = self.vision
         assert vision is not None, "only the first stage of a model with a tower encodes"
         frames, kept = self._frames(packed), self._encoder(packed)

@@ -142,7 +142,7 @@ class _Counter:
             "target.speedup",
             f"{self.target.speedup:g}",
             f"the best that this schedule reaches is {self.speedup(lowest):.3f}, at reduction.budget={lowest:g} "
-            f"({parts} and the layers in front of the first drop stay)",
+            f"({parts} and the layers before the first drop stay)",
             "lower target.speedup, or let earlier layers drop (reduction.layers, reduction.schedule)",
         )
 

@@ -190,10 +190,10 @@ class Clock:
 
     @cached_property
     def layers(self) -> list[Work]:
-        """Every layer with the reduction behind it."""
+        """Every layer with the reduction after it."""
         layers, known = [], dict[tuple[str, int], Work]()
         for layer, (row, tokens) in enumerate(zip(self.prefill.rows, self.tokens)):
-            # Without a reduction behind them, layers of a kind and length are alike.
+            # Without a reduction after them, layers of a kind and length are alike.
             work = None if row.scoring else known.get((row.symbol, tokens))
             work = work or self._layer(layer)
             if not row.scoring:

@@ -23,7 +23,7 @@ def tokens_in_tower(vision: VisionConfig) -> int:
 
 
 def projector_input(vision: VisionConfig) -> int:
-    """Width of a token behind the pixel shuffle."""
+    """Width of a token after the pixel shuffle."""
     return round(vision.hidden_size / vision.pixel_shuffle**2)
 
 

@@ -250,7 +250,7 @@ def train_step(
         problem = f"{what} at step {step}; {_named_samples(recorder, sums)}"
         if not skips:
             raise FloatingPointError(
-                f"{problem}; lower optim.lr or check those samples; the same command goes on from the last checkpoint, "
+                f"{problem}; lower optim.lr or check those samples; the same command continues from the last checkpoint, "
                 "with trainer.nonfinite=skip past such steps"
             )
     state.scheduler.step(increment=1)

@@ -53,7 +53,7 @@ def build_trainer(cfg: Config, launch: Launch) -> Trainer:
 
 
 def resume_checkpoint(cfg: Config, say: bool) -> Path | None:
-    """The checkpoint that a run goes on from, None at its start; tells what it leaves out and what it takes.
+    """The checkpoint that a run continues from, None at its start; tells what it leaves out and what it takes.
 
     Args:
         cfg: ``output_dir`` is read.

@@ -146,7 +146,7 @@ class Watch:
             self._over.set()
             return
         if self._rank == 0 or told is None:
-            message = f"job ended: {verdict['line']}; the same command goes on from the last checkpoint\n"
+            message = f"job ended: {verdict['line']}; the same command continues from the last checkpoint\n"
             os.write(2, message.encode())
         os._exit(1)
 

@@ -227,7 +227,7 @@ class HybridLayer(nn.Module):
     def forward(
         self, hidden: Tensor, packing: Packing | None, scorer: Scorer | None, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A packed sequence, or one more token of every sample behind the caches.
+        """A packed sequence, or one more token of every sample after the caches.
 
         Both go through ``forward``, where accelerate moves inputs and weights if layers lie on several devices.
 

@@ -19,7 +19,7 @@ A hybrid Mamba-2, attention and MLP language model ({pattern}){vision}, exported
 
 """
 
-_REDUCED = """It drops visual tokens inside its layers, once, in prefill; decoding goes on over the shortened caches.
+_REDUCED = """It drops visual tokens inside its layers, once, in prefill; decoding continues over the shortened caches.
 """
 
 _PLAIN = """The layout is the one that the weights came in: engines that load that run this, and nothing is dropped.

@@ -171,7 +171,7 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
             pixel_values: [F, 3, height, width] from 0 to 255, the frames of all samples in order.
             token_kinds: int [B, L] ``TokenKind`` values from the processor; columns it does not cover (generated ones)
                 are ANSWER. None: derived from the ids, see ``derive_token_kinds``.
-            frames_per_video: int [B, videos] frames of every video of a row, 0 behind its last; None: the frames of a
+            frames_per_video: int [B, videos] frames of every video of a row, 0 after its last; None: the frames of a
                 row are one video.
             past_key_values, cache: caches of an earlier call, under either of transformers' names.
             labels: int64 [B, L] like ``input_ids``, shifted inside; -100: no loss.
@@ -200,7 +200,7 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         filled = None
         if use_cache:
             if bool((batch.packed_index[:, -1] < 0).any()):
-                raise ValueError("a row is padded on the right: decoding goes on from the last column; pad on the left")
+                raise ValueError("a row is padded on the right: decoding continues from the last column; pad on the left")
             filled = cache if cache is not None else HybridCache()
             filled.add_columns(input_ids)
         output = self._forward_prompt(batch, pixel_values, filled, labels, logits_to_keep, output_reduction)

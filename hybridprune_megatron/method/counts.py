@@ -104,7 +104,7 @@ def rounded(
 
     Args:
         wanted: one number a layer, never rising, from ``lowest`` to ``highest``. Layers that want ``highest`` get it:
-            nothing is dropped in front of them.
+            nothing is dropped before them.
         highest: upper bound, of the right remainder itself.
         lowest: lower bound.
         multiple_of: the results leave ``remainder`` when divided by it.

@@ -29,7 +29,7 @@ def attention_mass(
     Args:
         signals: of one layer, this rank's heads.
         samples: whose tokens.
-        causal: whether visual tokens behind a row are hidden from it.
+        causal: whether visual tokens after a row are hidden from it.
 
     Yields:
         int64 [J] rows of k in blocks, visual ones at least, and float32 [J, K, H / K] their mass; a head sums to at

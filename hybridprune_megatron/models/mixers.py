@@ -102,7 +102,7 @@ class ReductionMambaMixer(MambaMixer):
         ops: convolution and scan.
         d_conv: taps of the convolution.
         chunk_size: tokens a chunk of the scan.
-        time_step_min: lowest step size dt behind the softplus; 0: no clamp.
+        time_step_min: lowest step size dt after the softplus; 0: no clamp.
         layer_number: 1-based.
         pg_collection: process groups.
         pp_layer_offset: unused; part of the builder's interface.

@@ -103,7 +103,7 @@ class Runner:
         return find_checkpoint(folder)
 
     def _finetune(self, unit: Unit, folder: Path) -> None:
-        """The same recipe that a user runs, in a process of its own; a killed one goes on from its checkpoint."""
+        """The same recipe that a user runs, in a process of its own; a killed one continues from its checkpoint."""
         folder.mkdir(parents=True, exist_ok=True)
         budgets = METHOD_BY_NAME[unit.method].tuning if unit.stage == "after" else ()
         command = [

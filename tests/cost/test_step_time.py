@@ -69,7 +69,7 @@ def test_recomputed_attention_gathers_its_keys_again():
 
 def test_gathers_beside_products_are_hidden_as_far_as_there_is_room():
     seconds = TOKENS * 5120 * 2 * 7 / 8 / (0.8 * 450e9)
-    # Forward twice and backward once a layer, once in front of the head.
+    # Forward twice and backward once a layer, once before the head.
     exposed = 4 * (62 * 3 + 1) * seconds
     # The few products of an attention layer leave a rest of backward's two others.
     products = 2 * 2 * 5120 * (5120 + 2 * 1024 + 5120) * TOKENS / 8 / BF16

@@ -180,7 +180,7 @@ def test_counts_meet_the_budget(pattern, shape):
             assert -1e-6 <= missing < longest_stretch(retention)
             if retention[-1] * num_visual >= 1:
                 assert sum(counts) == pytest.approx(budget * num_visual * len(pattern), abs=longest_stretch(retention))
-            # A layer that cannot drop hands on what it got.
+            # A layer that cannot drop passes on what it got.
             reducing = reducing_layers(pattern, layers)
             assert all(counts[i] == counts[i - 1] for i in range(1, len(pattern)) if i - 1 not in reducing)
 

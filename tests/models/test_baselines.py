@@ -122,7 +122,7 @@ def _tokens_with_gradient() -> dict[str, int]:
 
 def test_gradients_reach_what_is_handed_on_and_what_is_merged():
     (reached,) = run_world(1, _tokens_with_gradient)
-    # 32 tokens: EVS hands on floor(0.3 * 32), ToMe averages all of them into as many.
+    # 32 tokens: EVS passes on floor(0.3 * 32), ToMe averages all of them into as many.
     assert reached == {"evs": 9, "tome": 32}
 
 

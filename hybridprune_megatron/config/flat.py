@@ -22,7 +22,7 @@ def config_values(cfg: Config) -> dict[str, Any]:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in nested dicts that is no dict."""
+    """Dotted key and value of everything in nested dicts that is not a dict."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")

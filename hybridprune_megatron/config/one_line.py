@@ -50,7 +50,7 @@ def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 raise
             except KeyboardInterrupt:
                 _end(f"{prefix}: stopped", INTERRUPTED)
-            # What torch raises for a checkpoint is no Exception.
+            # What torch raises for a checkpoint is not an Exception.
             except BaseException as error:
                 if os.environ.get(TRACEBACK):
                     raise

@@ -72,7 +72,7 @@ class StoredFeatures:
         """Where the features come from.
 
         Raises:
-            ValueError: this is no features part.
+            ValueError: this is not a features part.
         """
         return FeaturesInfo.from_json(self._header["__metadata__"]["info"])
 
@@ -81,7 +81,7 @@ class StoredFeatures:
 
         Raises:
             ConfigError: it takes frames that are not stored.
-            ValueError: this is no features part.
+            ValueError: this is not a features part.
         """
         return self._chosen(sampling)[1]
 
@@ -90,7 +90,7 @@ class StoredFeatures:
 
         Raises:
             ConfigError: it takes frames that are not stored.
-            ValueError: this is no features part.
+            ValueError: this is not a features part.
         """
         rows, seconds = self._chosen(sampling)
         values = self._tensor("features")

@@ -110,7 +110,7 @@ class HybridPruneConfig(transformers.PreTrainedConfig):
         vision: fields of the training configuration's ``model.vision``; None: text only.
         reduction: see ``resolve_reduction``; None: no reduction.
         image_token_id, image_start_token_id, image_end_token_id, turn_token_id: special tokens of the prompt format.
-        special_token_ids: all ids that are no plain text.
+        special_token_ids: all ids that are not plain text.
         use_cache: whether generation keeps caches.
         initializer_range: deviation of new weights.
         tie_word_embeddings: whether the output layer is the embedding.

@@ -162,6 +162,6 @@ def _check_continuation(input_ids: Tensor, num_new: int | None, seen: Tensor, at
         )
     if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
         raise ValueError(
-            "attention_mask has padding inside a row, where an answer ended before the others of its batch: continue with "
-            f"such chats one by one, or {again}"
+            "attention_mask has padding inside a row, where an answer ended before the others of its batch: continue "
+            f"with such chats one by one, or {again}"
         )

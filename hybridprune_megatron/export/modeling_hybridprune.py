@@ -200,7 +200,9 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         filled = None
         if use_cache:
             if bool((batch.packed_index[:, -1] < 0).any()):
-                raise ValueError("a row is padded on the right: decoding continues from the last column; pad on the left")
+                raise ValueError(
+                    "a row is padded on the right: decoding continues from the last column; pad on the left"
+                )
             filled = cache if cache is not None else HybridCache()
             filled.add_columns(input_ids)
         output = self._forward_prompt(batch, pixel_values, filled, labels, logits_to_keep, output_reduction)

@@ -285,7 +285,7 @@ def _frames(source: Any, kind: str, allowed: str) -> Sequence[np.ndarray]:
 
 
 def _frame_times(count: int, metadata: Any) -> list[float]:
-    """Seconds of the frames of a video that is no file.
+    """Seconds of the frames of a video that is not a file.
 
     Raises:
         ValueError: they do not follow from its metadata.

@@ -54,7 +54,7 @@ def reducing_layers(pattern: str, layers: str | Sequence[int]) -> tuple[int, ...
             from the first on), or explicit indices.
 
     Raises:
-        ValueError: an unknown word, an index that is no layer, or a layer that computes nothing to score with.
+        ValueError: an unknown word, an index that is not a layer, or a layer that computes nothing to score with.
     """
     symbols = layer_symbols(pattern)
     names = {kind.name: symbol for symbol, kind in KINDS.items() if kind.scores}

@@ -36,7 +36,7 @@ class Rows:
         """Rows of any settings by key; none if the file is not there.
 
         Raises:
-            ValueError: a line that is no row.
+            ValueError: a line that is not a row.
         """
         found: dict[str, dict[str, Any]] = {}
         for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], 1):
@@ -44,7 +44,7 @@ class Rows:
                 row = json.loads(line)
                 found[row["key"]] = row
             except (ValueError, KeyError) as error:
-                raise ValueError(f"{path}:{number} is no row of a study ({error!r}): remove the line") from None
+                raise ValueError(f"{path}:{number} is not a row of a study ({error!r}): remove the line") from None
         return found
 
     def add(self, row: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def refused(path: Path, *holds: str, part: str = "train") -> str:
     line = str(caught.value)
     assert "\n" not in line
     assert len(line) < 1500
-    assert f"data.train={path} is no Energon data set that can be read" in line
+    assert f"data.train={path} is not an Energon data set that can be read" in line
     for each in holds:
         assert each in line
     return line

@@ -80,7 +80,7 @@ def test_weights_of_another_model(refusal: Refusal, tmp_path: Path) -> None:
     for content, reason in (
         (b"", "a header of 0 bytes"),
         (b"\xff" * 16, "a header of 18446744073709551615 bytes"),
-        (b"\x10" + b"\0" * 7 + b"not JSON at all!" * 2, "is no complete safetensors file"),
+        (b"\x10" + b"\0" * 7 + b"not JSON at all!" * 2, "is not a complete safetensors file"),
     ):
         weights.write_bytes(content)
         assert reason in refusal(f"model.init_checkpoint={weights}")

@@ -197,5 +197,5 @@ def test_precomputing_looks_at_the_description_first(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", ["a"])
     assert source_shards(folder) == {"shard-00000.tar": 1}
     (folder / ".nv-meta" / ".info.json").write_text('{"shard_counts": {"../../secret.tar": 1}}')
-    with pytest.raises(ConfigError, match=r"--data=.* is no Energon data set that can be read .*secret\.tar"):
+    with pytest.raises(ConfigError, match=r"--data=.* is not an Energon data set that can be read .*secret\.tar"):
         source_shards(folder)

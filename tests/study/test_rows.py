@@ -30,5 +30,5 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     Rows(path, {}).add({"key": "one"})
     with path.open("a") as file:
         file.write('{"key": "tw')
-    with pytest.raises(ValueError, match=r"rows\.jsonl:2 is no row of a study"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2 is not a row of a study"):
         Rows(path, {})

@@ -5,8 +5,8 @@ needles) are dropped right after one layer, and nothing else is dropped anywhere
 probe and not by the model's own scores, for what a model chooses to drop is what it needs least.
 
 Read out is, at every Mamba layer, the state after the last token of the prompt (what decoding would continue from), and
-at every attention layer the mean over the question's tokens of the hidden states after it, the text that has survived. A
-layer up to and including the drop has seen the dropped tokens, a deeper one never does: what it knows of them came
+at every attention layer the mean over the question's tokens of the hidden states after it, the text that has survived.
+A layer up to and including the drop has seen the dropped tokens, a deeper one never does: what it knows of them came
 through what the tokens before it had already read. Beside every drop stand two references: nothing dropped, and the
 same tokens taken out before the first layer. The second is what the rest of the video says about them anyway.
 

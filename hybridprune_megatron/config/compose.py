@@ -30,7 +30,6 @@ from hybridprune_megatron.config.fields import is_group, type_of_key
 from hybridprune_megatron.config.files import check_files
 from hybridprune_megatron.config.help import usage
 from hybridprune_megatron.config.overrides import import_named, part_overrides
-from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.written import check_written
@@ -210,10 +209,10 @@ def parse_command_line(argv: Sequence[str], need_files: bool = True) -> Config:
     try:
         composed = compose_config(overrides)
         if "--cfg" in options:
-            resolved: Any = OmegaConf.to_container(composed, resolve=True)
             # With the keys of the score, the schedule and the front that were chosen.
-            resolved["reduction"] = ReductionConfig.of(resolved["reduction"]).plain()
-            print(OmegaConf.to_yaml(OmegaConf.create(resolved)))
+            reduction = to_config(composed).reduction.plain()
+            resolved: Any = OmegaConf.to_container(composed, resolve=True)
+            print(OmegaConf.to_yaml(OmegaConf.create(resolved | {"reduction": reduction})), end="")
         else:
             print(usage(composed, CONF_DIR, everything="--help-all" in options))
     except ConfigError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config import Config, checked_config
 from hybridprune_megatron.config.one_line import one_line_errors, whole
 from hybridprune_megatron.study.cells import Unit
 from hybridprune_megatron.study.run import EXPERIMENT, Runner
@@ -34,7 +34,7 @@ FIGURE = DOCS / "accuracy.png"
 BATCH_TOKENS = 6000
 
 
-@one_line_errors("study failed")
+@one_line_errors("study")
 def main(argv: list[str]) -> None:
     """Measures what is missing and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing, write the page from the rows")
     parser.add_argument("--no-timing", action="store_true", help="leave the prefill times for another run")
     options, overrides = parser.parse_known_args(argv)
-    cfg = exit_on_config_error([EXPERIMENT, *overrides])
+    cfg = checked_config([EXPERIMENT, *overrides])
     failures = study(cfg, overrides, options)
     if failures:
         print("\n".join(["failed units, given up for now; the same command tries them again:", *failures]))

@@ -75,7 +75,7 @@ def between_marks(readme: str, name: str, block: str) -> str:
     return f"{before}{begin}{block}{end}{after}"
 
 
-@one_line_errors("fill_readme failed")
+@one_line_errors("fill_readme")
 def main(argv: list[str]) -> None:
     """Fills it."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)

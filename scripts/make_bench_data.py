@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -41,25 +40,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions-per-video", type=int, default=12, help="question turns of a training sample")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="rendering threads")
     args = parser.parse_args(argv)
-    try:
-        task = BenchTask(
-            args.frames,
-            args.seconds,
-            args.size,
-            tuple(args.visible_frames),
-            args.ghost_opacity,
-            args.questions_per_video,
-        )
-        for split, count in (("train", args.train), ("validation", args.validation)):
-            if count:
-                held_out = split != "train"
-                asked = replace(task, questions_per_video=1, recall_apart=True) if held_out else task
-                plans = asked.plan(count, args.seed, split)
-                description = describe(plans, asked, args.seed, split)
-                render = partial(BenchPlan.render, held_out=held_out)
-                write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
-    except (ValueError, OSError) as error:
-        sys.exit(f"make_bench_data: {error}")
+    task = BenchTask(
+        args.frames,
+        args.seconds,
+        args.size,
+        tuple(args.visible_frames),
+        args.ghost_opacity,
+        args.questions_per_video,
+    )
+    for split, count in (("train", args.train), ("validation", args.validation)):
+        if count:
+            held_out = split != "train"
+            asked = replace(task, questions_per_video=1, recall_apart=True) if held_out else task
+            plans = asked.plan(count, args.seed, split)
+            description = describe(plans, asked, args.seed, split)
+            render = partial(BenchPlan.render, held_out=held_out)
+            write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
 
 
 def describe(plans: Sequence[BenchPlan], task: BenchTask, seed: int, split: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ as for recipes/finetune.py. docs/scaling.md says what is counted, and names ever
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,21 +68,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="puts the tables between its marks")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draws step time, throughput and their parts")
     args = parser.parse_args(argv)
-    try:
-        if args.plot is not None:
-            check_file(args.plot, "scripts/scaling.py", "--plot")
-        compared = compare(args.overrides, args.budget, args.batch, args.set)
-        lines = list(report(compared))
-        if args.write is None:
-            print("\n".join(lines))
-        else:
-            args.write.write_text(written(args.write.read_text(), lines))
-        if args.plot is not None:
-            from hybridprune_megatron.cost.scaling_plot import plot_scaling
+    if args.plot is not None:
+        check_file(args.plot, "scripts/scaling.py", "--plot")
+    compared = compare(args.overrides, args.budget, args.batch, args.set)
+    lines = list(report(compared))
+    if args.write is None:
+        print("\n".join(lines))
+    else:
+        args.write.write_text(written(args.write.read_text(), lines))
+    if args.plot is not None:
+        from hybridprune_megatron.cost.scaling_plot import plot_scaling
 
-            plot_scaling(args.plot, compared)
-    except (ValueError, OSError) as error:
-        sys.exit(f"scaling: {error}")
+        plot_scaling(args.plot, compared)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"layers", "method", "data", "config", "models", "evaluation", "huggingface"},
     "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface", "export"},
     "study": {"data", "config", "models", "evaluation", "engine", "export"},
+    "commands": {
+        *("data", "config", "cost", "vision", "models", "huggingface"),
+        *("evaluation", "analysis", "engine", "export", "benchmark"),
+    },
     "export": {"layers", "method", "ops", "vision", "data", "config", "models", "engine", "huggingface"},
 }
 #: Packages outside this project that a package must not import, not even inside a function.

@@ -148,7 +148,7 @@ def _one_error(where: str) -> Iterator[None]:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         raise ConfigError(
             f"{where} is not an Energon data set that can be read ({reason!s:.800}): give a folder as "
-            "scripts/make_shards.py writes it, or a .yaml that blends such folders"
+            "hybridprune shards writes it, or a .yaml that blends such folders"
         ) from None
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: Lies beside the shards of such a data set; every features part carries the same in its header.
 FEATURES_FILE = "features.json"
-_REMEDY = "precompute features with this configuration (scripts/precompute_features.py), or read the videos"
+_REMEDY = "precompute features with this configuration (hybridprune features), or read the videos"
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,12 @@ COMMON_KEYS = (
     "parallel.context",
 )
 EXAMPLES = (
-    "python recipes/finetune.py experiment=demo",
-    "python recipes/finetune.py experiment=demo reduction.budget=0.35 trainer.max_steps=50",
-    "python recipes/finetune.py experiment=demo reduction=random name=demo_random",
-    "python recipes/finetune.py experiment=demo 'reduction.layers=[0,2,5,7]'",
-    "python recipes/finetune.py experiment=demo tuning=lora tuning.budget.distribution=uniform name=demo_lora",
-    "python recipes/finetune.py experiment=nemotron_nano_12b_v2_vl --cfg job",
+    "hybridprune finetune experiment=demo",
+    "hybridprune finetune experiment=demo reduction.budget=0.35 trainer.max_steps=50",
+    "hybridprune finetune experiment=demo reduction=random name=demo_random",
+    "hybridprune finetune experiment=demo 'reduction.layers=[0,2,5,7]'",
+    "hybridprune finetune experiment=demo tuning=lora tuning.budget.distribution=uniform name=demo_lora",
+    "hybridprune finetune experiment=nemotron_nano_12b_v2_vl --cfg job",
 )
 _WIDTH = 120
 # Where the explanation of a key starts.
@@ -63,7 +63,7 @@ def usage(composed: DictConfig, conf_dir: Path, everything: bool = False) -> str
         conf_dir: folder of the groups.
         everything: show every key instead of the most used.
     """
-    lines = ["usage: python recipes/finetune.py [group=option] [key=value] ... [--help | --help-all | --cfg job]", ""]
+    lines = ["usage: hybridprune finetune [group=option] [key=value] ... [--help | --help-all | --cfg job]", ""]
     lines += ["Groups and their options (files in conf/):"]
     for group in GROUPS:
         options = ", ".join(group_options(conf_dir, group))

@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
-from hybridprune_megatron.checks import ConfigError
-
 #: Set in the environment, it shows tracebacks after all.
 TRACEBACK = "HYBRIDPRUNE_TRACEBACK"
 #: Exit status of a program that a user or a file has given something wrong; every other failure is 1.
@@ -30,15 +28,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def one_line_errors(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates the main function of a program.
 
     What a user or a file can cause is a ``ValueError`` or an ``OSError``: one line, and status 2. Everything else ends
     in one line too, with status 1. ``HYBRIDPRUNE_TRACEBACK=1`` shows where an error came from.
 
     Args:
-        prefix: what the line starts with, e.g. "export failed".
+        command: the line starts with "hybridprune <command>: ".
     """
+    prefix = f"hybridprune {command}"
 
     def decorate(main: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(main)
@@ -54,8 +53,7 @@ def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             except BaseException as error:
                 if os.environ.get(TRACEBACK):
                     raise
-                begin = "configuration error" if isinstance(error, ConfigError) else prefix
-                _end(f"{begin}: {one_line(error)}", USER_ERROR if isinstance(error, ValueError | OSError) else 1)
+                _end(f"{prefix}: {one_line(error)}", USER_ERROR if isinstance(error, ValueError | OSError) else 1)
 
         return run
 

@@ -1,4 +1,4 @@
-"""What ``recipes/plan.py`` prints."""
+"""What ``hybridprune plan`` prints."""
 
 from __future__ import annotations
 

@@ -332,7 +332,7 @@ def build_eval_loader(cfg: Config, rank: int = 0, world_size: int = 1) -> Iterat
 
 def _data_sets(path: str | None, key: str, part: str) -> list[DataSet]:
     if path is None:
-        raise ConfigError(f"{key}=null: give an Energon data set folder; scripts/make_shards.py writes one")
+        raise ConfigError(f"{key}=null: give an Energon data set folder; hybridprune shards writes one")
     return read_data_sets(path, part, key)
 
 

@@ -82,7 +82,7 @@ def export_model(
     if cfg.parallel.model_parallel_size > 1:
         raise ValueError(
             f"the model is split over {cfg.parallel.model_parallel_size} processes: build it with parallel.tensor=1, "
-            "parallel.pipeline=1, parallel.context=1 and load its checkpoint (scripts/export_hf.py does)"
+            "parallel.pipeline=1, parallel.context=1 and load its checkpoint (hybridprune export does)"
         )
     config = hf_config(cfg)
     weights = hf_weights(model, cfg)

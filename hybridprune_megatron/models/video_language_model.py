@@ -164,7 +164,7 @@ class VideoLanguageModel(MegatronModule):
         if features.tower != own:
             raise ValueError(
                 f"features of tower {features.tower}, the model's is {own}: precompute them with this model's weights "
-                "(scripts/precompute_features.py), or set data.train and data.validation to the videos"
+                "(hybridprune features), or set data.train and data.validation to the videos"
             )
         return shard.shared_work(self.mlp1, features.values.to(next(self.mlp1.parameters()).dtype))
 

@@ -140,7 +140,7 @@ def test_errors_are_one_line(arguments: list[str], line: str, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.removeprefix("configuration error: ").startswith(line)
+    assert captured.err.removeprefix("hybridprune plan: ").startswith(line)
 
 
 def test_a_list_of_shares_has_no_budget_to_solve_for():

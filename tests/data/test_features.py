@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from hybridprune_megatron.checks import ConfigError
+from hybridprune_megatron.commands.features import FeatureEncoder, load, source_shards, write_features
 from hybridprune_megatron.config import Config
 from hybridprune_megatron.config.features import FEATURES_FILE, FeaturesInfo, check_features
 from hybridprune_megatron.data.batch import FrameFeatures, no_pixels, pack
@@ -24,7 +25,6 @@ from hybridprune_megatron.data.task_encoder import build_eval_loader, build_trai
 from hybridprune_megatron.data.video import FrameSampling, decode_video
 from hybridprune_megatron.evaluation.held_out import load_questions
 from hybridprune_megatron.method.front import FRONTS
-from scripts.precompute_features import FeatureEncoder, load, source_shards, write_features
 
 from .conftest import encode_clip, grey_frames
 

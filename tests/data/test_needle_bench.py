@@ -144,6 +144,7 @@ def decode(video: bytes) -> np.ndarray:
         ("--questions-per-video 99", "--questions-per-video 99: 1 to 24"),
     ],
 )
-def test_impossible_settings_end_with_one_line(flags: str, message: str, tmp_path) -> None:
-    with pytest.raises(SystemExit, match=message):
+def test_impossible_settings_end_with_one_line(flags: str, message: str, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
         make_bench_data(["--out", str(tmp_path), *flags.split()])
+    assert capsys.readouterr().err.startswith(f"hybridprune make_bench_data: {message}")

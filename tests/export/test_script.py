@@ -109,7 +109,7 @@ def test_bare_weights_need_a_configuration(script, world, tmp_path, capsys) -> N
     with pytest.raises(SystemExit, match="2"):
         script.main(["--checkpoint", str(weights), "--out", str(tmp_path / "hf"), "model=demo"])
     error = capsys.readouterr().err
-    assert error.startswith("export failed: model.init_checkpoint=")
+    assert error.startswith("hybridprune export: model.init_checkpoint=")
     assert error.count("\n") == 1
     assert not (tmp_path / "hf").exists()
 

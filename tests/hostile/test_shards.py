@@ -192,7 +192,7 @@ def test_a_held_out_sample_costs_itself(tmp_path: Path) -> None:
 
 
 def test_precomputing_looks_at_the_description_first(tmp_path: Path) -> None:
-    from scripts.precompute_features import source_shards
+    from hybridprune_megatron.commands.features import source_shards
 
     folder = write_set(tmp_path / "set", ["a"])
     assert source_shards(folder) == {"shard-00000.tar": 1}

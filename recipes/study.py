@@ -24,10 +24,14 @@ from typing import Any
 
 from hybridprune_megatron.config import Config, checked_config
 from hybridprune_megatron.config.one_line import one_line_errors, whole
-from hybridprune_megatron.study.cells import Unit
-from hybridprune_megatron.study.run import EXPERIMENT, Runner
 
 ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.needles.cells import Unit  # noqa: E402
+from studies.needles.run import EXPERIMENT, Runner  # noqa: E402
+
 DOCS = ROOT / "docs" / "study"
 PAGE = ROOT / "docs" / "study.md"
 FIGURE = DOCS / "accuracy.png"
@@ -59,9 +63,9 @@ def study(cfg: Config, overrides: list[str], options: argparse.Namespace) -> lis
     """All of it; returns one line a failed unit."""
     from tqdm import tqdm
 
-    from hybridprune_megatron.study.pool import run_all
-    from hybridprune_megatron.study.prefill import time_methods
-    from hybridprune_megatron.study.rows import Rows
+    from studies.needles.pool import run_all
+    from studies.needles.prefill import time_methods
+    from studies.needles.rows import Rows
 
     settings = settings_of(cfg, overrides)
     rows = Rows(DOCS / "rows.jsonl", settings)
@@ -110,8 +114,8 @@ def settings_of(cfg: Config, overrides: list[str]) -> dict[str, Any]:
 
 def write_page(cfg: Config, rows: Any, timings: dict[str, Any]) -> None:
     """docs/study.md and its figure from the rows so far."""
-    from hybridprune_megatron.study.plots import plot_study
-    from hybridprune_megatron.study.report import write_report
+    from studies.needles.plots import plot_study
+    from studies.needles.report import write_report
 
     found = list(rows.by_key.values())
     needles = json.loads((Path(str(cfg.data.validation)) / "needles.json").read_text())

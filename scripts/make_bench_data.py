@@ -1,4 +1,4 @@
-"""Makes the study's data: long real clips with several needles and a ghost (hybridprune_megatron/data/needle_bench.py).
+"""Makes the study's data: long real clips with several needles and a ghost (studies/needles/bench.py).
 
     python scripts/make_bench_data.py --out runs/study/data --train 1000 --validation 384
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,8 +21,13 @@ from statistics import fmean
 from typing import Any
 
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.data.needle_bench import BenchPlan, BenchTask
 from hybridprune_megatron.data.needle_shards import write_split
+
+ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.needles.bench import BenchPlan, BenchTask  # noqa: E402
 
 
 @one_line_errors("make_bench_data")

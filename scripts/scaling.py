@@ -12,15 +12,21 @@ as for recipes/finetune.py. docs/scaling.md says what is counted, and names ever
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.outputs import check_file
-from hybridprune_megatron.cost.assumptions import Assumptions, changed
-from hybridprune_megatron.cost.scaling import Scaling, Workload
-from hybridprune_megatron.cost.scaling_report import Comparison, report
+
+ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.scaling.assumptions import Assumptions, changed  # noqa: E402
+from studies.scaling.report import Comparison, report  # noqa: E402
+from studies.scaling.scaling import Scaling, Workload  # noqa: E402
 
 EXPERIMENT = "experiment=nemotron_nano_12b_v2_vl"
 BEGIN = "<!-- scaling: begin. Written by scripts/scaling.py --write; do not edit by hand. -->"
@@ -77,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         args.write.write_text(written(args.write.read_text(), lines))
     if args.plot is not None:
-        from hybridprune_megatron.cost.scaling_plot import plot_scaling
+        from studies.scaling.plot import plot_scaling
 
         plot_scaling(args.plot, compared)
 

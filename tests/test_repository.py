@@ -32,7 +32,6 @@ ALLOWED: dict[str, set[str]] = {
     "huggingface": {"layers", "method", "config"},
     "engine": {"layers", "method", "data", "config", "models", "evaluation", "huggingface"},
     "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface", "export"},
-    "study": {"data", "config", "models", "evaluation", "engine", "export"},
     "commands": {
         *("data", "config", "cost", "vision", "models", "huggingface"),
         *("evaluation", "analysis", "engine", "export", "benchmark"),
@@ -51,7 +50,6 @@ FORBIDDEN: dict[str, set[str]] = {
     "huggingface": {"megatron", "lightning", "nemo", "transformers"},
     "evaluation": {"lightning", "nemo", "transformers"},
     "analysis": {"lightning", "nemo", "transformers"},
-    "study": {"lightning", "nemo", "transformers"},
 }
 MOST_LINES = 400
 MOST_BYTES = 10 * 2**20
@@ -87,7 +85,7 @@ def test_imports_go_one_way(package):
         for name in imported_modules(path):
             parts = name.split(".")
             assert parts[0] not in FORBIDDEN.get(package, set()), f"{path} imports {name}"
-            assert parts[0] not in {"recipes", "scripts", "tests"}, f"{path} imports {name}"
+            assert parts[0] not in {"recipes", "scripts", "studies", "tests"}, f"{path} imports {name}"
             if parts[0] == PACKAGE and len(parts) > 1:
                 assert parts[1] in ALLOWED[package] | BASE | {package}, f"{path} imports {name}"
 

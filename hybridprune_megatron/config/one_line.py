@@ -20,7 +20,7 @@ INTERRUPTED = 130
 #: Characters of a line that are shown of its begin and its end.
 _LONGEST = (1200, 400)
 _ROOT = Path(__file__).resolve().parents[2]
-_OWN = tuple(f"{_ROOT}/{folder}/" for folder in ("hybridprune_megatron", "recipes", "scripts"))
+_OWN = tuple(f"{_ROOT}/{folder}/" for folder in ("hybridprune_megatron", "recipes", "scripts", "studies"))
 #: Their messages say all: errors of our own, and what the system refuses.
 _SPEAKING = (ValueError, OSError, RuntimeError, ArithmeticError)
 

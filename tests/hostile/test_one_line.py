@@ -13,7 +13,7 @@ from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.commands import ask
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.one_line import TRACEBACK, keep_traceback, one_line_errors, whole
-from hybridprune_megatron.cost.assumptions import Assumptions, changed
+from studies.scaling.assumptions import Assumptions, changed
 from tests.own_time import run_timed
 
 ROOT = CONF_DIR.parent

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hybridprune_megatron.config import load_config
-from hybridprune_megatron.cost.communication import Group, Transfer, Wires, all_gather, all_reduce, all_to_all
 from hybridprune_megatron.layers.mamba import exchanged_channels
+from studies.scaling.communication import Group, Transfer, Wires, all_gather, all_reduce, all_to_all
 
 CFG = load_config(["experiment=nemotron_nano_12b_v2_vl"])
 

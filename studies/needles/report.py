@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.evaluation.report import markdown_table, percent
-from hybridprune_megatron.study.cells import (
+from studies.needles.cells import (
     BUDGETS,
     HEADLINE,
     METHOD_BY_NAME,
@@ -18,7 +18,7 @@ from hybridprune_megatron.study.cells import (
     Method,
     rows_of,
 )
-from hybridprune_megatron.study.intervals import Estimate, accuracy, difference
+from studies.needles.intervals import Estimate, accuracy, difference
 
 Row = dict[str, Any]
 

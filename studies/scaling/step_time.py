@@ -12,16 +12,16 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.communication import Transfer, Wires
 from hybridprune_megatron.cost.memory import Stage, StaticMemory
 from hybridprune_megatron.cost.vision import projector_cost, tower_operations
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.layers.operations import WIDTH, Cost
+from studies.scaling.communication import Transfer, Wires
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
-    from hybridprune_megatron.cost.assumptions import Assumptions
     from hybridprune_megatron.cost.prefill import Prefill
+    from studies.scaling.assumptions import Assumptions
 
 _LINEARS = {"in_proj", "out_proj", "qkv", "fc1", "fc2", "patches", "projector"} | {
     "router",

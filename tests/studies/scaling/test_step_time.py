@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from hybridprune_megatron.config import load_config
-from hybridprune_megatron.cost.assumptions import SOURCES, Assumptions, changed
 from hybridprune_megatron.cost.memory import Stage
-from hybridprune_megatron.cost.scaling import Estimate, Layout, Scaling, Workload
-from hybridprune_megatron.cost.step_time import Clock, together
+from studies.scaling.assumptions import SOURCES, Assumptions, changed
+from studies.scaling.scaling import Estimate, Layout, Scaling, Workload
+from studies.scaling.step_time import Clock, together
 
 CFG = load_config(["experiment=nemotron_nano_12b_v2_vl"])
 PATTERN = CFG.model.hybrid_pattern

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 WEIGHTS = ROOT / "assets" / "bench" / "base.safetensors"
 #: In a process of its own: a runner starts a process group and keeps its model.
 MEASURE = """
 import sys
-from hybridprune_megatron.study.cells import Unit
-from hybridprune_megatron.study.prefill import time_methods
-from hybridprune_megatron.study.run import Runner
+from studies.needles.cells import Unit
+from studies.needles.prefill import time_methods
+from studies.needles.run import Runner
 from pathlib import Path
 
 runner = Runner((f"data.validation={sys.argv[1]}",), 2, 6000, 2)

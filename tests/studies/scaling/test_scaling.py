@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from hybridprune_megatron.config import ConfigError, load_config
-from hybridprune_megatron.cost import scaling, scaling_report
-from hybridprune_megatron.cost.assumptions import Assumptions
-from hybridprune_megatron.cost.scaling import Layout, Scaling, Workload, balanced
 from scripts.scaling import BEGIN, END, compare, main, written
+from studies.scaling import report as scaling_report
+from studies.scaling import scaling
+from studies.scaling.assumptions import Assumptions
+from studies.scaling.scaling import Layout, Scaling, Workload, balanced
 from tests.test_repository import ROOT
 
 CFG = load_config(["experiment=nemotron_nano_12b_v2_vl"])
@@ -123,8 +124,8 @@ def test_the_script_writes_the_page_and_the_picture(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(scaling_report, "SIZES", (16,))
     monkeypatch.setattr(scaling_report, "REFERENCE", 16)
     monkeypatch.setattr(scaling_report, "VARIANTS", scaling_report.VARIANTS[:2])
-    monkeypatch.setattr("hybridprune_megatron.cost.scaling_plot.SIZES", (16,))
-    monkeypatch.setattr("hybridprune_megatron.cost.scaling_plot.REFERENCE", 16)
+    monkeypatch.setattr("studies.scaling.plot.SIZES", (16,))
+    monkeypatch.setattr("studies.scaling.plot.REFERENCE", 16)
     page, picture = tmp_path / "page.md", tmp_path / "new" / "picture.png"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     main(["--budget", "0.5", "--batch", "8", "--set", "hop=0", "--write", str(page), "--plot", str(picture)])

@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from hybridprune_megatron.data.needle_bench import (
+from scripts.make_bench_data import main as make_bench_data
+from studies.needles.bench import (
     CHOICES,
     EASY_KINDS,
     KINDS,
@@ -19,7 +20,6 @@ from hybridprune_megatron.data.needle_bench import (
     Needle,
     Turn,
 )
-from scripts.make_bench_data import main as make_bench_data
 
 TASK = BenchTask(frames=32, seconds=16, visible_frames=(2, 5), questions_per_video=12)
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hybridprune_megatron.study.cells import BUDGETS, METHODS, OURS, Method, rows_of
-from hybridprune_megatron.study.intervals import accuracy
+from studies.needles.cells import BUDGETS, METHODS, OURS, Method, rows_of
+from studies.needles.intervals import accuracy
 
 #: Colour-blind safe (Okabe and Ito, without the yellow that white swallows); ours is thick and black.
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999999")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.study.cells import OURS, Unit
-from hybridprune_megatron.study.pool import run_all
-from hybridprune_megatron.study.rows import Rows
+from studies.needles.cells import OURS, Unit
+from studies.needles.pool import run_all
+from studies.needles.rows import Rows
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.study.cells import BUDGETS, METHODS, Unit
-from hybridprune_megatron.study.report import timing_key
-from hybridprune_megatron.study.rows import Rows
-from hybridprune_megatron.study.run import Runner
+from studies.needles.cells import BUDGETS, METHODS, Unit
+from studies.needles.report import timing_key
+from studies.needles.rows import Rows
+from studies.needles.run import Runner
 
 NUM_CLIPS = 2
 ROUNDS = 5

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hybridprune_megatron.config.compose import load_config
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.engine.quiet import quiet_libraries
-from hybridprune_megatron.study.cells import HEADLINE, METHOD_BY_NAME, Unit
+from studies.needles.cells import HEADLINE, METHOD_BY_NAME, Unit
 
 if TYPE_CHECKING:
     from hybridprune_megatron.evaluation.questions import Question

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hybridprune_megatron.checks import ConfigError
-from hybridprune_megatron.cost.assumptions import Assumptions
 from hybridprune_megatron.cost.memory import GIB
-from hybridprune_megatron.cost.scaling import LAYOUTS, Estimate, Layout, Scaling
+from studies.scaling.assumptions import Assumptions
+from studies.scaling.scaling import LAYOUTS, Estimate, Layout, Scaling
 
 SIZES = (8, 64, 512, 4096)
 REFERENCE = 512

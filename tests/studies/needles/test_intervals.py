@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridprune_megatron.study.intervals import accuracy, difference
+from studies.needles.intervals import accuracy, difference
 
 
 def row(correct: str) -> dict[str, Any]:

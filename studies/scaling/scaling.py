@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.cost.memory import GIB, Memory, Packed, training_memory
 from hybridprune_megatron.cost.prefill import Prefill, Prompt, prefill_cost
-from hybridprune_megatron.cost.step_time import Clock, StepTime, step_time
 from hybridprune_megatron.cost.target import TargetConfig
 from hybridprune_megatron.method.schedule import Listed, cut_pattern, even_edges, layer_symbols
+from studies.scaling.step_time import Clock, StepTime, step_time
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
-    from hybridprune_megatron.cost.assumptions import Assumptions
+    from studies.scaling.assumptions import Assumptions
 
 GPUS_PER_NODE = 8
 

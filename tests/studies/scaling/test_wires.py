@@ -46,13 +46,13 @@ class _Wire(TorchDispatchMode):
 
 def _sent(tensor: int, context: int) -> tuple[Counter[str], Counter[str]]:
     """What a step sends, and what is counted."""
-    from hybridprune_megatron.cost import communication
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.method.layout import TokenLayout
     from hybridprune_megatron.method.reduction_pass import ReductionPass
     from hybridprune_megatron.models import stage_cut
     from hybridprune_megatron.models.build import build_model
     from hybridprune_megatron.ops import packed_attention
+    from studies.scaling import communication
 
     assert communication.ORIGIN_COLUMNS == stage_cut.ORIGIN_COLUMNS
     # Torch's own mask is a tensor of a class that no mode may see.

@@ -10,9 +10,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hybridprune_megatron.study.cells import Unit, units
-from hybridprune_megatron.study.rows import Rows
-from hybridprune_megatron.study.run import Runner, work
+from studies.needles.cells import Unit, units
+from studies.needles.rows import Rows
+from studies.needles.run import Runner, work
 
 _POLL_SECONDS = 5
 

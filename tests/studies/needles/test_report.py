@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.study.cells import METHODS, OURS, Unit
-from hybridprune_megatron.study.plots import plot_study
-from hybridprune_megatron.study.report import (
+from studies.needles.cells import METHODS, OURS, Unit
+from studies.needles.plots import plot_study
+from studies.needles.report import (
     budget_table,
     headline_table,
     kind_table,

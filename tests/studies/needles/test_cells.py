@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridprune_megatron.study.cells import (
+from studies.needles.cells import (
     ABLATIONS,
     BUDGETS,
     HEADLINE,

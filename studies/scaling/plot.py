@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hybridprune_megatron.cost.scaling_report import REFERENCE, SIZES, Comparison
+from studies.scaling.report import REFERENCE, SIZES, Comparison
 
 # Colour-blind safe (Okabe and Ito), as in the plots of runs.
 _COLOURS = ("#999999", "#0072B2", "#D55E00")

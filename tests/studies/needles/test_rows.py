@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hybridprune_megatron.study.rows import Rows
+from studies.needles.rows import Rows
 
 
 def test_rows_are_there_after_a_restart(tmp_path: Path) -> None:

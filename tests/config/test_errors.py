@@ -259,7 +259,7 @@ VALUE_CASES = {
             "model.hybrid_pattern=M-M*-|M-M*-",
             "model.trainable.language=false",
         ],
-        r"model.trainable.language=False: leaves stages behind the first without anything to learn.*",
+        r"model.trainable.language=False: leaves stages after the first without anything to learn.*",
     ),
     "groups that ranks share": (
         ["parallel.context=4", "trainer.devices=4", "reduction.score.mamba_pooling=max_groups"],

@@ -31,13 +31,13 @@ class Mine(Scorer):
 
 def test_a_score_of_somebody_elses_is_one_file_and_one_option(tmp_path, monkeypatch) -> None:
     shutil.copytree(CONF_DIR, tmp_path / "conf")
-    option = "defaults:\n  - attention_only\n  - _self_\nbudget: 0.5\nscore:\n  name: my_scores.Mine\n"
+    option = "defaults:\n  - attention_only\n  - _self_\nbudget: 0.5\nscore:\n  name: their_scores.Mine\n"
     (tmp_path / "conf/reduction/mine.yaml").write_text(option)
-    (tmp_path / "my_scores.py").write_text(MINE)
+    (tmp_path / "their_scores.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
     reduction = load_config(["reduction=mine", "reduction.score.weight=3"]).reduction
-    assert reduction.plain()["score"] == {"name": "my_scores.Mine", "weight": 3.0}
+    assert reduction.plain()["score"] == {"name": "their_scores.Mine", "weight": 3.0}
     assert ReductionConfig.of(reduction.plain()) == reduction
     for overrides, line in (
         (["reduction.score.weight=heavy"], r"reduction.score.weight=heavy: must be a number; .*"),

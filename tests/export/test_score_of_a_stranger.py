@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from tests.export.test_measured_parity import samples_of
 
 
 @pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     stranger.write(tmp_path)
     monkeypatch.setattr(compose, "CONF_DIR", tmp_path / "conf")
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("my_scores", None)
 
 
 def test_the_export_takes_it_along(
@@ -36,7 +38,7 @@ def test_the_export_takes_it_along(
     model = make_model(cfg)
     folder = export_model(model, cfg, mine / "hf")
     # Whoever has the folder does not have the file that the score came from.
-    monkeypatch.delitem(sys.modules, "my_scores")
+    del sys.modules["my_scores"]
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(mine)])
     exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     assert exported.config.reduction["score"] == {"name": "my_scores.KeyNorm", "power": 2.0}

@@ -14,6 +14,8 @@ LOCKS := requirements/build.lock requirements/dev.lock requirements/newest.lock
 # Next to the installed transformers, for the tests that run under both: first on PYTHONPATH.
 NEWEST := $(VENV)/newest
 UNDER_NEWEST = PYTHONPATH=$(CURDIR)/$(NEWEST) HYBRIDPRUNE_TRANSFORMERS=$$(sed -n 's/^transformers==\([^ ]*\).*/\1/p' requirements/newest.lock)
+# Likewise, what the index has today, whatever the locks say: for `make test-newest`.
+NEWEST_ALL := $(VENV)/newest-all
 # A locked version is taken as it is: no resolver, and no build environment that would fetch what is not locked.
 PIP_LOCKED := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation
 # Native operators: built again if a source changes. HYBRIDPRUNE_CUDA=0 leaves the CUDA ones out.
@@ -28,7 +30,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup -
 # Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
 ARGS ?=
 
-.PHONY: help setup lock demo test test-all lint bench clean
+.PHONY: help setup lock demo test test-all test-newest lint bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -74,6 +76,14 @@ test: lint
 # make test-all  the slow tests too
 test-all: lint
 	@$(WITH_SLURM); $(PYTEST) -m "not gpu $$skipped" $(ARGS)
+
+# make test-newest  the tests under the newest megatron-core and transformers of the index (ARGS as above)
+test-newest: $(INSTALLED)
+	@rm -rf $(NEWEST_ALL)
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet --upgrade --no-deps --target $(NEWEST_ALL) \
+	  megatron-core transformers
+	@$(VENV)/bin/python -m pip list --disable-pip-version-check --path $(NEWEST_ALL)
+	@PYTHONPATH=$(CURDIR)/$(NEWEST_ALL) $(PYTEST) -p no:cacheprovider -m "$(QUICK) and not slurm" $(ARGS)
 
 # make bench     speed here: prefill, training step, transformers, every native operator; on a GPU those of the 12B model too
 BENCH_12B := experiment=nemotron_nano_12b_v2_vl parallel=single trainer.num_nodes=1 trainer.devices=1 \

@@ -1,74 +1,8 @@
-"""Looks into a checkpoint: how sparse and stable its scores are, what it keeps, and what dropping a token loses.
+"""``hybridprune analyze`` without the console command; ``--help`` says what it takes."""
 
-    python recipes/analyze.py checkpoint=runs/demo
-    python recipes/analyze.py checkpoint=runs/demo data=my/shards samples=128 reduction.budget=0.35
-    python recipes/analyze.py checkpoint=assets/demo/base.safetensors experiment=demo probe_samples=0
-
-Writes analysis.json, the figures and report.html (one file with everything in it); an earlier analysis is replaced.
-Keys of its own:
-
-{keys}
-
-Every other key=value changes the checkpoint's configuration; with bare weights (a .safetensors file, a Hugging Face
-folder) they compose it. docs/analysis.md explains the figures.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-import warnings
-from pathlib import Path
 
-from hybridprune_megatron.analysis.settings import AnalysisSettings, read_settings, settings_help
-from hybridprune_megatron.config import ConfigError
-from hybridprune_megatron.config.files import check_dataset
-from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.config.outputs import check_output, whole_folder
-from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
-
-COMMAND = "recipes/analyze.py"
-
-
-def data_folder(settings: AnalysisSettings, cfg: Config) -> Path:
-    """The data set to look at.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    folder = settings.data or cfg.data.validation
-    if folder is None or not Path(folder).is_dir():
-        raise ConfigError(f"data={folder}: is no folder (looked from {Path.cwd()}); give data=<folder with shards>")
-    check_dataset("data", Path(folder))
-    return Path(folder)
-
-
-@one_line_errors("analysis")
-def main(argv: list[str]) -> None:
-    """Reads the command line; a wrong setting ends it with one line and code 2."""
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").format(keys=settings_help()), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys above, or of the configuration")
-    settings, overrides = read_settings(parser.parse_args(argv).overrides)
-    # Before the slow imports, which take half a minute.
-    checkpoint = find_checkpoint(settings.checkpoint)
-    cfg = checkpoint_config(checkpoint, overrides)
-    data = data_folder(settings, cfg)
-    out = Path(settings.out) if settings.out is not None else Path(cfg.output_dir) / "analysis"
-    warnings.filterwarnings("ignore")
-    from hybridprune_megatron.analysis.run import analyze
-    from hybridprune_megatron.engine.parallel import shut_down
-    from hybridprune_megatron.export.load import load_model
-
-    check_output(out, COMMAND, [checkpoint, data])
-    model = load_model(checkpoint, cfg)
-    with whole_folder(out, COMMAND, [checkpoint, data]) as folder:
-        report = analyze(model, cfg, settings, data, folder)
-    shut_down()
-    print(f"{out}: {report.name}, analysis.json and figures")
-
+from hybridprune_megatron.commands.analyze import main
 
 if __name__ == "__main__":
     main(sys.argv[1:])

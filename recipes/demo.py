@@ -22,7 +22,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config import Config, checked_config
+from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.outputs import whole_file
 from hybridprune_megatron.engine.preemption import STOPPED
@@ -315,7 +316,7 @@ def inputs_of(cfg: Config) -> dict[str, Any]:
     if cfg.trainer.eval_samples < 1:
         raise ValueError("trainer.eval_samples=0: the demo compares on held-out samples; set trainer.eval_samples=128")
     return {
-        "config": json.loads(json.dumps(asdict(cfg))),
+        "config": plain_config(cfg),
         "data": {
             "train": TRAIN_SAMPLES,
             "questions": TRAIN_QUESTIONS,
@@ -376,7 +377,7 @@ def main(argv: list[str]) -> None:
     # Intermixed: options may stand between overrides.
     options = parser.parse_intermixed_args(argv)
     overrides = ["name=demo", *options.overrides]
-    cfg = exit_on_config_error(["experiment=demo", *overrides])
+    cfg = checked_config(["experiment=demo", *overrides])
     out, inputs = Path(cfg.output_dir), inputs_of(cfg)
     # Before the locks, which are files too: nothing is written into somebody else's folder.
     products(out) if options.fresh else check_same_run(out, inputs)

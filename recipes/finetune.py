@@ -1,83 +1,8 @@
-"""Finetunes a hybrid video language model under token reduction; ``--help`` lists what can be set.
-
-    python recipes/finetune.py experiment=demo reduction.budget=0.35 trainer.max_steps=50
-    torchrun --nproc_per_node 2 recipes/finetune.py experiment=demo parallel=tp2
-
-The same command again continues from the newest complete checkpoint in ``<output_dir>/checkpoints``. SIGTERM, SIGUSR1,
-Ctrl-C and a lost terminal make it save after the running step and exit with status 75; a second Ctrl-C ends it at once.
-"""
-
-from __future__ import annotations
+"""``hybridprune finetune`` without the console command; ``--help`` says what it takes."""
 
 import sys
-from functools import partial
-from pathlib import Path
 
-from hybridprune_megatron.config import Config, ConfigError, parse_command_line
-from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
-from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
-from hybridprune_megatron.engine.preemption import hold_stop_signals
-from hybridprune_megatron.engine.quiet import quiet_libraries
-from hybridprune_megatron.engine.run_lock import hold_folder
+from hybridprune_megatron.commands.finetune import main
 
-
-def finetune(cfg: Config, launch: Launch) -> None:
-    """Trains as configured, from the start or from the newest checkpoint."""
-    from hybridprune_megatron.data.task_encoder import build_train_loader
-    from hybridprune_megatron.engine.module import HybridPruneModule
-    from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
-    from hybridprune_megatron.models.build import build_model
-
-    if launch.rank == 0 and cfg.optim.warmup_steps >= cfg.trainer.max_steps and cfg.optim.decay_steps is None:
-        print(f"optim.warmup_steps={cfg.optim.warmup_steps} is cut to end before trainer.max_steps", flush=True)
-    module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(build_train_loader, cfg))
-    trainer = build_trainer(cfg, launch)
-    start_experiment(trainer, cfg)
-    trainer.fit(module)
-
-
-@one_line_errors("finetune failed")
-def main() -> None:
-    """Checks the configuration, and only then loads what is slow to import."""
-    try:
-        launch = read_launch()
-        sys.argv += launch_overrides(launch, sys.argv[1:])
-        cfg = parse_command_line(sys.argv[1:])
-        check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)
-        if launch.rank == 0:
-            hold_folder(Path(cfg.output_dir))
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    hold_stop_signals(say=launch.rank == 0)
-    quiet_libraries()
-
-    from nemo.core.config import hydra_runner
-    from omegaconf import DictConfig
-
-    from hybridprune_megatron.config.compose import CONF_DIR, register_schema
-    from hybridprune_megatron.engine.parallel import shut_down
-
-    register_schema()
-    failures: list[BaseException] = []
-
-    @hydra_runner(config_path=str(CONF_DIR), config_name="config")
-    def run(_: DictConfig) -> None:
-        # Hydra would compose what has been checked once more, and print a traceback of what is raised here.
-        try:
-            finetune(cfg, launch)
-        except BaseException as error:
-            if not isinstance(error, SystemExit):
-                keep_traceback(Path(cfg.output_dir) / "logs", launch.rank)
-            failures.append(error)
-
-    try:
-        run()
-        if failures:
-            raise failures[0]
-    finally:
-        shut_down()
-
-
-# Megatron's checkpoint writer and the data workers start processes that import this file.
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

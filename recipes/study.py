@@ -22,19 +22,23 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config import Config, checked_config
 from hybridprune_megatron.config.one_line import one_line_errors, whole
-from hybridprune_megatron.study.cells import Unit
-from hybridprune_megatron.study.run import EXPERIMENT, Runner
 
 ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.needles.cells import Unit  # noqa: E402
+from studies.needles.run import EXPERIMENT, Runner  # noqa: E402
+
 DOCS = ROOT / "docs" / "study"
 PAGE = ROOT / "docs" / "study.md"
 FIGURE = DOCS / "accuracy.png"
 BATCH_TOKENS = 6000
 
 
-@one_line_errors("study failed")
+@one_line_errors("study")
 def main(argv: list[str]) -> None:
     """Measures what is missing and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,7 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--report", action="store_true", help="measure nothing, write the page from the rows")
     parser.add_argument("--no-timing", action="store_true", help="leave the prefill times for another run")
     options, overrides = parser.parse_known_args(argv)
-    cfg = exit_on_config_error([EXPERIMENT, *overrides])
+    cfg = checked_config([EXPERIMENT, *overrides])
     failures = study(cfg, overrides, options)
     if failures:
         print("\n".join(["failed units, given up for now; the same command tries them again:", *failures]))
@@ -59,9 +63,9 @@ def study(cfg: Config, overrides: list[str], options: argparse.Namespace) -> lis
     """All of it; returns one line a failed unit."""
     from tqdm import tqdm
 
-    from hybridprune_megatron.study.pool import run_all
-    from hybridprune_megatron.study.prefill import time_methods
-    from hybridprune_megatron.study.rows import Rows
+    from studies.needles.pool import run_all
+    from studies.needles.prefill import time_methods
+    from studies.needles.rows import Rows
 
     settings = settings_of(cfg, overrides)
     rows = Rows(DOCS / "rows.jsonl", settings)
@@ -110,8 +114,8 @@ def settings_of(cfg: Config, overrides: list[str]) -> dict[str, Any]:
 
 def write_page(cfg: Config, rows: Any, timings: dict[str, Any]) -> None:
     """docs/study.md and its figure from the rows so far."""
-    from hybridprune_megatron.study.plots import plot_study
-    from hybridprune_megatron.study.report import write_report
+    from studies.needles.plots import plot_study
+    from studies.needles.report import write_report
 
     found = list(rows.by_key.values())
     needles = json.loads((Path(str(cfg.data.validation)) / "needles.json").read_text())

@@ -15,11 +15,15 @@ from pathlib import Path
 from hybridprune_megatron.benchmark.report import headline_rows
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.evaluation.report import markdown_table, summary_rows
-from hybridprune_megatron.study.cells import HEADLINE
-from hybridprune_megatron.study.report import summary_table
-from hybridprune_megatron.study.rows import Rows
 
 ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.needles.cells import HEADLINE  # noqa: E402
+from studies.needles.report import summary_table  # noqa: E402
+from studies.needles.rows import Rows  # noqa: E402
+
 REPORT = ROOT / "docs" / "demo_report.json"
 README = ROOT / "README.md"
 STUDY = ROOT / "docs" / "study"
@@ -75,7 +79,7 @@ def between_marks(readme: str, name: str, block: str) -> str:
     return f"{before}{begin}{block}{end}{after}"
 
 
-@one_line_errors("fill_readme failed")
+@one_line_errors("fill_readme")
 def main(argv: list[str]) -> None:
     """Fills it."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)

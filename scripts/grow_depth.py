@@ -29,7 +29,7 @@ OUTPUT_PROJECTIONS = {
 _LAYER = re.compile(r"(.*\.decoder\.layers\.)(\d+)\.(.*)")
 
 
-@one_line_errors("grow_depth failed")
+@one_line_errors("grow_depth")
 def main(argv: list[str]) -> None:
     """Reads, grows and writes; a wrong argument ends it with one line and code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""Makes the study's data: long real clips with several needles and a ghost (hybridprune_megatron/data/needle_bench.py).
+"""Makes the study's data: long real clips with several needles and a ghost (studies/needles/bench.py).
 
     python scripts/make_bench_data.py --out runs/study/data --train 1000 --validation 384
 
@@ -21,8 +21,13 @@ from statistics import fmean
 from typing import Any
 
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.data.needle_bench import BenchPlan, BenchTask
 from hybridprune_megatron.data.needle_shards import write_split
+
+ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.needles.bench import BenchPlan, BenchTask  # noqa: E402
 
 
 @one_line_errors("make_bench_data")
@@ -41,25 +46,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions-per-video", type=int, default=12, help="question turns of a training sample")
     parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="rendering threads")
     args = parser.parse_args(argv)
-    try:
-        task = BenchTask(
-            args.frames,
-            args.seconds,
-            args.size,
-            tuple(args.visible_frames),
-            args.ghost_opacity,
-            args.questions_per_video,
-        )
-        for split, count in (("train", args.train), ("validation", args.validation)):
-            if count:
-                held_out = split != "train"
-                asked = replace(task, questions_per_video=1, recall_apart=True) if held_out else task
-                plans = asked.plan(count, args.seed, split)
-                description = describe(plans, asked, args.seed, split)
-                render = partial(BenchPlan.render, held_out=held_out)
-                write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
-    except (ValueError, OSError) as error:
-        sys.exit(f"make_bench_data: {error}")
+    task = BenchTask(
+        args.frames,
+        args.seconds,
+        args.size,
+        tuple(args.visible_frames),
+        args.ghost_opacity,
+        args.questions_per_video,
+    )
+    for split, count in (("train", args.train), ("validation", args.validation)):
+        if count:
+            held_out = split != "train"
+            asked = replace(task, questions_per_video=1, recall_apart=True) if held_out else task
+            plans = asked.plan(count, args.seed, split)
+            description = describe(plans, asked, args.seed, split)
+            render = partial(BenchPlan.render, held_out=held_out)
+            write_split(args.out / split, plans, render, description, task.size, held_out, args.workers)
 
 
 def describe(plans: Sequence[BenchPlan], task: BenchTask, seed: int, split: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridprune_megatron.config import Config, exit_on_config_error
+from hybridprune_megatron.config import Config, checked_config
 from hybridprune_megatron.config.one_line import one_line_errors
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ MAX_SHARD_BYTES = 2**20
 TOWER = "vision_model.radio_model."
 
 
-@one_line_errors("make_twin failed")
+@one_line_errors("make_twin")
 def main(argv: list[str]) -> None:
     """Reads the command line and writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -36,11 +36,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.out.exists():
         parser.error(f"--out {options.out}: exists; choose another folder, or remove it first")
-    try:
-        write_twin(options.out, exit_on_config_error(["experiment=demo"]))
-    except (ValueError, OSError) as error:
-        print(f"make_twin failed: {error}", file=sys.stderr)
-        sys.exit(2)
+    write_twin(options.out, checked_config(["experiment=demo"]))
     print(f"{options.out}: the demo's base model as NemotronH_Nano_VL_V2")
 
 

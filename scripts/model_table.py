@@ -43,7 +43,7 @@ MODELS = {
 STEPS, BUDGET = 3, 0.25
 
 
-@one_line_errors("model_table failed")
+@one_line_errors("model_table")
 def main(argv: list[str]) -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,9 +106,9 @@ def write_original(twin: str, folder: Path) -> tuple[Path, Path | None]:
 
 def imported(original: Path, tower: Path | None, folder: Path) -> tuple[Any, int]:
     """The configuration of the imported model, whose weights were compared with the original's, and their number."""
-    from import_hf import convert, parse_arguments
     from omegaconf import OmegaConf
 
+    from hybridprune_megatron.commands.import_hf import convert, parse_arguments
     from hybridprune_megatron.config.schema import ModelConfig
     from hybridprune_megatron.huggingface.source import open_weights, same_bytes
     from tests.parity.ours import config_with

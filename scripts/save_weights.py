@@ -13,7 +13,7 @@ from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 
 
-@one_line_errors("save_weights failed")
+@one_line_errors("save_weights")
 def main(argv: list[str]) -> None:
     """Loads and writes; a wrong argument ends it with one line and code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -19,9 +19,14 @@ from pathlib import Path
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.outputs import check_file
-from hybridprune_megatron.cost.assumptions import Assumptions, changed
-from hybridprune_megatron.cost.scaling import Scaling, Workload
-from hybridprune_megatron.cost.scaling_report import Comparison, report
+
+ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.scaling.assumptions import Assumptions, changed  # noqa: E402
+from studies.scaling.report import Comparison, report  # noqa: E402
+from studies.scaling.scaling import Scaling, Workload  # noqa: E402
 
 EXPERIMENT = "experiment=nemotron_nano_12b_v2_vl"
 BEGIN = "<!-- scaling: begin. Written by scripts/scaling.py --write; do not edit by hand. -->"
@@ -69,21 +74,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="puts the tables between its marks")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draws step time, throughput and their parts")
     args = parser.parse_args(argv)
-    try:
-        if args.plot is not None:
-            check_file(args.plot, "scripts/scaling.py", "--plot")
-        compared = compare(args.overrides, args.budget, args.batch, args.set)
-        lines = list(report(compared))
-        if args.write is None:
-            print("\n".join(lines))
-        else:
-            args.write.write_text(written(args.write.read_text(), lines))
-        if args.plot is not None:
-            from hybridprune_megatron.cost.scaling_plot import plot_scaling
+    if args.plot is not None:
+        check_file(args.plot, "scripts/scaling.py", "--plot")
+    compared = compare(args.overrides, args.budget, args.batch, args.set)
+    lines = list(report(compared))
+    if args.write is None:
+        print("\n".join(lines))
+    else:
+        args.write.write_text(written(args.write.read_text(), lines))
+    if args.plot is not None:
+        from studies.scaling.plot import plot_scaling
 
-            plot_scaling(args.plot, compared)
-    except (ValueError, OSError) as error:
-        sys.exit(f"scaling: {error}")
+        plot_scaling(args.plot, compared)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ set -euo pipefail
 shopt -s extglob
 
 # ---- the environment of the ranks ---------------------------------------------------------------------------------
-# What runs the recipe: the checkout's virtual environment, or words in front of a container's Python, as in
+# What runs the recipe: the checkout's virtual environment, or words before a container's Python, as in
 # PYTHON="apptainer exec --nv image.sif python".
 read -ra python <<< "${PYTHON:-.venv/bin/python}"
 # More options for srun, e.g. SRUN_OPTIONS="--container-image=... --container-mounts=..." where Pyxis is installed.

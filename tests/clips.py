@@ -115,7 +115,7 @@ def replace_box(clip: bytes, path: Sequence[bytes], new: bytes) -> bytes:
 
 
 def fast_start(clip: bytes) -> bytes:
-    """An MP4 with its tables in front of the media data, so that a cut clip still has them."""
+    """An MP4 with its tables before the media data, so that a cut clip still has them."""
     start, stop = find_box(clip, b"moov")
     table, end = find_box(clip, *video_table(b"stco"))
     moov = bytearray(clip[start:stop])

@@ -15,27 +15,34 @@ from tests.tracked import ROOT, tracked
 
 PACKAGE = "hybridprune_megatron"
 
-#: What every package may import of this project; everything else is refused.
+#: Modules that stand by themselves: every package may import them, and they import none.
+BASE = {"checks", "bounds", "plugins"}
+#: What every package may import of this project besides; everything else is refused.
 ALLOWED: dict[str, set[str]] = {
-    "method": {"ops"},
+    "layers": set(),
+    "method": {"ops", "layers"},
     "ops": set(),
-    "config": {"method"},
-    "cost": {"method", "config"},
+    "config": {"method", "layers"},
+    "cost": {"method", "layers", "config"},
     "vision": set(),
     "data": {"method", "config"},
-    "models": {"method", "ops", "vision", "data", "config"},
-    "evaluation": {"method", "vision", "data", "config", "models"},
-    "analysis": {"method", "ops", "data", "config", "models", "evaluation"},
-    "huggingface": {"method", "config"},
-    "engine": {"method", "data", "config", "models", "evaluation", "huggingface"},
+    "models": {"layers", "method", "ops", "vision", "data", "config"},
+    "evaluation": {"layers", "method", "vision", "data", "config", "models"},
+    "analysis": {"layers", "method", "ops", "data", "config", "models", "evaluation"},
+    "huggingface": {"layers", "method", "config"},
+    "engine": {"layers", "method", "data", "config", "models", "evaluation", "huggingface"},
     "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface", "export"},
-    "study": {"data", "config", "models", "evaluation", "engine", "export"},
-    "export": {"method", "ops", "vision", "data", "config", "models", "engine", "huggingface"},
+    "commands": {
+        *("data", "config", "cost", "vision", "models", "huggingface"),
+        *("evaluation", "analysis", "engine", "export", "benchmark"),
+    },
+    "export": {"layers", "method", "ops", "vision", "data", "config", "models", "engine", "huggingface"},
 }
 #: Packages outside this project that a package must not import, not even inside a function.
 FORBIDDEN: dict[str, set[str]] = {
     "method": {"megatron", "transformers", "lightning", "nemo"},
     "ops": {"megatron", "transformers", "lightning", "nemo"},
+    "layers": {"torch", "megatron", "transformers", "lightning", "nemo"},
     "config": {"torch", "megatron", "transformers", "lightning", "nemo"},
     "cost": {"torch", "megatron", "transformers", "lightning", "nemo"},
     "vision": {"megatron", "lightning", "nemo"},
@@ -43,7 +50,6 @@ FORBIDDEN: dict[str, set[str]] = {
     "huggingface": {"megatron", "lightning", "nemo", "transformers"},
     "evaluation": {"lightning", "nemo", "transformers"},
     "analysis": {"lightning", "nemo", "transformers"},
-    "study": {"lightning", "nemo", "transformers"},
 }
 MOST_LINES = 400
 MOST_BYTES = 10 * 2**20
@@ -79,9 +85,17 @@ def test_imports_go_one_way(package):
         for name in imported_modules(path):
             parts = name.split(".")
             assert parts[0] not in FORBIDDEN.get(package, set()), f"{path} imports {name}"
-            assert parts[0] not in {"recipes", "scripts", "tests"}, f"{path} imports {name}"
+            assert parts[0] not in {"recipes", "scripts", "studies", "tests"}, f"{path} imports {name}"
             if parts[0] == PACKAGE and len(parts) > 1:
-                assert parts[1] in ALLOWED[package] | {package}, f"{path} imports {name}"
+                assert parts[1] in ALLOWED[package] | BASE | {package}, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("module", sorted(BASE))
+def test_modules_that_stand_by_themselves_do(module):
+    for name in imported_modules(ROOT / PACKAGE / f"{module}.py"):
+        parts = name.split(".")
+        assert parts[0] not in FORBIDDEN["layers"], name
+        assert parts[0] != PACKAGE or len(parts) == 1 or parts[1] in BASE, name
 
 
 def test_allowed_imports_have_no_cycle():
@@ -90,6 +104,16 @@ def test_allowed_imports_have_no_cycle():
         leaves = {package for package, allowed in left.items() if not allowed & set(left)}
         assert leaves, f"a cycle among {sorted(left)}"
         left = {package: allowed for package, allowed in left.items() if package not in leaves}
+
+
+def test_no_modules_import_each_other():
+    """Imports for type checkers and those inside of functions count too."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in (ROOT / PACKAGE).rglob("*.py")}
+    left = {name: (imported_modules(path) & set(paths)) - {name} for name, path in paths.items()}
+    while left:
+        leaves = {name for name, imported in left.items() if not imported & set(left)}
+        assert leaves, f"a circle among {sorted(left)}"
+        left = {name: imported for name, imported in left.items() if name not in leaves}
 
 
 def test_python_files_are_ascii_and_not_too_long():

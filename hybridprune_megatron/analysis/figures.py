@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hybridprune_megatron.analysis.probe import IN_FRONT
-from hybridprune_megatron.evaluation.plots import LAYER_COLOURS
-from hybridprune_megatron.method.schedule import SCORING_LAYERS
+from hybridprune_megatron.layers.kinds import KINDS
 
-TYPE_COLOURS = {name: LAYER_COLOURS[symbol] for symbol, name in SCORING_LAYERS.items()}
+TYPE_COLOURS = {kind.name: kind.colour for kind in KINDS.values() if kind.scores}
 #: Okabe and Ito, for pairs of layers: within Mamba, within attention, across.
 _PAIR_COLOURS = {"mamba-mamba": "#0072B2", "attention-attention": "#D55E00", "attention-mamba": "#009E73"}
 _MASS_MARKERS = ("o", "s", "^")
@@ -224,7 +223,7 @@ def _layer_ticks(axes: Axes, layers: Sequence[int], symbols: str, vertical: bool
     names = [layer_name(layers[place], symbols, " " if vertical else "\n") for place in places]
     (axes.set_yticks if vertical else axes.set_xticks)(places, names)
     for label, place in zip((axes.get_yticklabels if vertical else axes.get_xticklabels)(), places):
-        label.set_color(LAYER_COLOURS.get(symbols[layers[place]], "black"))
+        label.set_color(KINDS[symbols[layers[place]]].colour)
 
 
 def _numbers(axes: Axes, values: np.ndarray, image: Any) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from hybridprune_megatron.analysis.observe import Observation
 from hybridprune_megatron.analysis.samples import AnalysisSample
 from hybridprune_megatron.analysis.statistics import auc, gini, spearman, tokens_that_hold, top_overlap
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.schedule import SCORING_LAYERS
 
 #: Shares of the score mass that are looked for.
 MASS_SHARES = (0.5, 0.8, 0.95)
@@ -89,7 +89,7 @@ def summarize(found: Sequence[SampleMeasures], symbols: str, top: float) -> dict
         symbols: a letter a layer.
         top: as in ``measure``.
     """
-    layers = [layer for layer, symbol in enumerate(symbols) if symbol in SCORING_LAYERS]
+    layers = [layer for layer, symbol in enumerate(symbols) if KINDS[symbol].scores]
     return {
         "sparsity": _summarize_sparsity(found, layers, symbols),
         "stability": _summarize_stability(found, layers, symbols, top),
@@ -103,7 +103,7 @@ def _summarize_sparsity(found: Sequence[SampleMeasures], layers: list[int], symb
     return [
         {
             "layer": layer,
-            "type": SCORING_LAYERS[symbols[layer]],
+            "type": KINDS[symbols[layer]].name,
             "tokens_that_hold": {f"{share:g}": value for share, value in zip(MASS_SHARES, row)},
             "gini": row[-2],
             "negative": row[-1],
@@ -119,7 +119,7 @@ def _summarize_stability(
     correlation, overlap = torch.stack([each.stability for each in found]).nanmean(0)
     pairs: dict[str, list[tuple[int, float, float]]] = {}
     for i, j in combinations(range(len(layers)), 2):
-        name = "-".join(sorted(SCORING_LAYERS[symbols[layers[k]]] for k in (i, j)))
+        name = "-".join(sorted(KINDS[symbols[layers[k]]].name for k in (i, j)))
         pairs.setdefault(name, []).append((layers[j] - layers[i], correlation[i, j].item(), overlap[i, j].item()))
     return {
         "layers": layers,

@@ -20,8 +20,9 @@ from hybridprune_megatron.data.batch import EncodedSample, pack
 from hybridprune_megatron.evaluation.forward import device_of, measuring
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
-from hybridprune_megatron.method.scorers import Scorer
-from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
+from hybridprune_megatron.method.score_agnostic import AgnosticScorer
+from hybridprune_megatron.method.scorer import Scorer
+from hybridprune_megatron.method.settings import Select
 from hybridprune_megatron.models.mamba_ops import MambaOps
 from hybridprune_megatron.models.packed import LayerPacking
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
@@ -79,31 +80,23 @@ def observe_embedded(
         reduction: what the layers drop.
     """
     with measuring(model, reduction), _recording(model, None) as seen:
-        model.language_model.decoder(embeddings, layout, reduction, seen.entered)
+        decoder = model.language_model.decoder
+        decoder(embeddings, layout, decoder.pass_of(reduction, layout), seen.entered)
     return seen
 
 
-@dataclass(frozen=True)
-class ChosenTokens:
+@dataclass(frozen=True, eq=False)
+class ChosenTokens(AgnosticScorer):
     """A scorer that ranks given tokens last: with a retention to match, exactly these are dropped.
 
     Attributes:
         dropped: bool [L] over the packed sequence before any reduction.
     """
 
+    name: ClassVar[str] = "chosen"
     dropped: Tensor
-    attention_pooling: ClassVar[str] = "mean"
-    mamba_pooling: ClassVar[str] = "mean"
 
-    def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
-        del signals, layer
-        return self._score(layout)
-
-    def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
-        del signals, layer
-        return self._score(layout)
-
-    def _score(self, layout: TokenLayout) -> Tensor:
+    def draw(self, layout: TokenLayout, layer: int) -> Tensor:
         return (~self.dropped[layout.origin[layout.visual_index]]).float()
 
 
@@ -120,8 +113,10 @@ def drop_after(layer: int, dropped: Tensor, layout: TokenLayout, num_layers: int
     visual = layout.visual_counts[0]
     left = (visual - int(dropped.sum())) / visual
     retention = (1.0,) * (layer + 1) + (left,) * (num_layers - layer - 1)
-    # Where everything is dropped nothing may be left over.
-    return Reduction(ChosenTokens(dropped), retention, min_tokens=0)
+    how = Select()
+    # Where everything is dropped nothing may be left over; a configuration could not say that.
+    how.min_tokens = 0
+    return Reduction(ChosenTokens(dropped), retention, how)
 
 
 def _run(model: VideoLanguageModel, prompt: EncodedSample, trace: list[TokenLayout]) -> None:

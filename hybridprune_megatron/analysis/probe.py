@@ -4,11 +4,11 @@ For each sample, the tokens of some frames (those that show the needle; the seco
 needles) are dropped right after one layer, and nothing else is dropped anywhere. Which tokens go is decided by the
 probe and not by the model's own scores, for what a model chooses to drop is what it needs least.
 
-Read out is, at every Mamba layer, the state after the last token of the prompt (what decoding would go on from), and at
-every attention layer the mean over the question's tokens of the hidden states behind it, the text that has survived. A
-layer up to and including the drop has seen the dropped tokens, a deeper one never does: what it knows of them came
+Read out is, at every Mamba layer, the state after the last token of the prompt (what decoding would continue from), and
+at every attention layer the mean over the question's tokens of the hidden states after it, the text that has survived.
+A layer up to and including the drop has seen the dropped tokens, a deeper one never does: what it knows of them came
 through what the tokens before it had already read. Beside every drop stand two references: nothing dropped, and the
-same tokens taken out in front of the first layer. The second is what the rest of the video says about them anyway.
+same tokens taken out before the first layer. The second is what the rest of the video says about them anyway.
 
 A ridge regression (``ridge``) predicts from the read-out the mean projected feature of the dropped tokens (its first
 principal components), and the needle's label.
@@ -29,9 +29,9 @@ from hybridprune_megatron.analysis.observe import Observation, drop_after, obser
 from hybridprune_megatron.analysis.ridge import accuracy, explained_variance, principal_components, probe, sketch
 from hybridprune_megatron.analysis.samples import AnalysisSample
 from hybridprune_megatron.analysis.statistics import evenly_spread
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.plan import select
-from hybridprune_megatron.method.schedule import SCORING_LAYERS
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 #: Principal components of the dropped tokens' mean feature that are to be recovered.
@@ -106,15 +106,15 @@ def collect(
             reduction = drop_after(layer, dropped, layout, len(symbols))
             seen = observe_embedded(model, embeddings, layout, reduction)
             left = seen.entered[-1].visual_counts[0]
-            assert left == int((~chosen).sum()), f"{left} tokens left after a drop behind layer {layer}"
+            assert left == int((~chosen).sum()), f"{left} tokens left after a drop after layer {layer}"
             data.add(layer, seen)
         progress(1)
     return data
 
 
 def drop_layers(symbols: str) -> list[int]:
-    """Layers after which the probe drops: at most five that can score and have a layer to read behind them."""
-    scoring = [layer for layer, symbol in enumerate(symbols) if symbol in SCORING_LAYERS]
+    """Layers after which the probe drops: at most five that can score and have a layer to read after them."""
+    scoring = [layer for layer, symbol in enumerate(symbols) if KINDS[symbol].scores]
     return evenly_spread(scoring[:-1], _MOST_DROPS)
 
 
@@ -182,7 +182,7 @@ def _row(
     return {
         "dropped_after": after,
         "layer": layer,
-        "type": SCORING_LAYERS[symbols[layer]],
+        "type": KINDS[symbols[layer]].name,
         "score": found.score,
         "shuffled": found.shuffled,
         "shuffled_high": found.shuffled_high,
@@ -202,7 +202,7 @@ def time_bins(frames_since: Sequence[int]) -> list[Tensor]:
 
 
 def by_drop(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
-    """Means over the layers behind each drop, by type of the layer that is read.
+    """Means over the layers after each drop, by type of the layer that is read.
 
     Args:
         rows: of one content, from ``evaluate_probes``.

@@ -146,14 +146,14 @@ def _stability_table(stability: dict[str, Any]) -> str:
 
 
 def _probe_table(probe: dict[str, Any]) -> str:
-    header = ("content", "read at", "dropped after", "layers behind", "dropped", "nothing dropped", "never entered")
+    header = ("content", "read at", "dropped after", "layers after", "dropped", "nothing dropped", "never entered")
     lines = [
         (content, kind, *(_text(row[key]) for key in ("dropped_after", "layers", "score", "held", "absent")))
         for content, found in probe["contents"].items()
         for kind, rows in found["by_drop"].items()
         for row in rows
     ]
-    return f"<p>{probe['samples']} clips; means over the layers behind each drop.</p>" + _table([header, *lines])
+    return f"<p>{probe['samples']} clips; means over the layers after each drop.</p>" + _table([header, *lines])
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -32,7 +32,7 @@ class Probe:
         score: on samples that were held out, each exactly once.
         shuffled: mean score when the targets are dealt to the samples at random: what no information at all looks like.
         shuffled_high: 95th percentile of these scores; a score below it says nothing.
-        predictions: float64 [n, K] behind ``score``.
+        predictions: float64 [n, K] after ``score``.
     """
 
     score: float

@@ -43,8 +43,8 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
         raise ValueError("reduction.budget=1: nothing is dropped, so there is nothing to analyse; set e.g. 0.25")
     if model.reduction.scorer is None:
         raise ValueError(
-            f"reduction.scorer={cfg.reduction.scorer}: it ranks what one drop takes and gives layers no scores to "
-            "compare; set e.g. reduction.scorer=query"
+            f"reduction.score={cfg.reduction.score.name}: it ranks what one drop takes and gives layers no scores to "
+            "compare; set e.g. reduction.score=query"
         )
     start = time.perf_counter()
     symbols = layer_symbols(cfg.model.hybrid_pattern)
@@ -68,7 +68,7 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
             "samples": len(found),
             "visual_tokens_per_sample": sum(visual) / len(visual),
             "layers": symbols,
-            "scorer": cfg.reduction.scorer,
+            "scorer": cfg.reduction.score.name,
             "budget": cfg.reduction.budget,
             "retention_by_layer": list(cfg.retention_by_layer),
         },

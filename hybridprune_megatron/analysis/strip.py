@@ -86,7 +86,7 @@ def grey_out(picture: np.ndarray, kept: np.ndarray) -> np.ndarray:
         kept: bool [M], row by row; M is a square number.
     """
     side = math.isqrt(len(kept))
-    assert side * side == len(kept), f"{len(kept)} tokens a frame are no square"
+    assert side * side == len(kept), f"{len(kept)} tokens a frame are not a square"
     cell = np.minimum(np.arange(len(picture)) * side // len(picture), side - 1)
     mask = kept.reshape(side, side)[np.ix_(cell, cell)][..., None]
     grey = picture.mean(-1, keepdims=True) * 0.3 + 0.7 * 225

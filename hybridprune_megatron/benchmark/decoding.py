@@ -18,6 +18,7 @@ from hybridprune_megatron.export.modeling_hybridprune import HybridLanguageModel
 from hybridprune_megatron.export.write import hf_weights, language_settings
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 _PREFIX = "language_model."
@@ -55,7 +56,7 @@ def check_decoding(
         model: of training.
         exported: the same weights.
         sample: gets one more token of text.
-        reduction: what is dropped in prefill; a token of text behind the question changes nothing of that.
+        reduction: what is dropped in prefill; a token of text after the question changes nothing of that.
 
     Raises:
         ValueError: it is above ``TOLERANCE``; nothing should be timed then.
@@ -63,7 +64,8 @@ def check_decoding(
     longer = Prompt.of(model, SampleLayout((*sample.spans, Span(TokenKind.TEXT, 1))))
     shorter = Prompt(TokenLayout.from_samples([sample], longer.hidden.device), longer.hidden[:-1])
     with measuring(model, None):
-        expected, _ = model.language_model(longer.hidden, longer.layout, reduction, longer.layout.origin[-1:])
+        dropping = longer.dropping(model, reduction)
+        expected, _ = model.language_model(longer.hidden, longer.layout, dropping, longer.layout.origin[-1:])
     with torch.no_grad():
         found = _decoded(exported, longer.hidden[-1], _prefilled(exported, shorter, reduction))
     allowed = TOLERANCE[longer.hidden.dtype]
@@ -106,10 +108,11 @@ def time_decoding(
 
 def _prefilled(exported: HybridLanguageModel, prompt: Prompt, reduction: Reduction | None) -> HybridCache:
     cache = HybridCache()
-    exported.backbone.prefill(prompt.hidden.squeeze(1), prompt.layout, reduction, cache, None)
+    dropping = ReductionPass.of(reduction, prompt.layout)
+    exported.backbone.prefill(prompt.hidden.squeeze(1), prompt.layout, dropping, cache, None)
     return cache
 
 
 def _decoded(exported: HybridLanguageModel, token: Tensor, cache: HybridCache) -> Tensor:
-    """Logits [1, vocabulary] behind one more token [1, D]."""
+    """Logits [1, vocabulary] after one more token [1, D]."""
     return exported.logits(exported.backbone.step(token, cache))

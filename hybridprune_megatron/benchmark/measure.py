@@ -19,7 +19,9 @@ from hybridprune_megatron.evaluation.forward import device_of, measuring
 from hybridprune_megatron.evaluation.timing import in_turn
 from hybridprune_megatron.method.layout import SampleLayout, TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
-from hybridprune_megatron.method.scorers import Scorer
+from hybridprune_megatron.method.reduction_pass import ReductionPass
+from hybridprune_megatron.method.scorer import Scorer
+from hybridprune_megatron.method.signals import Signals
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 #: Largest difference of logits from the peer's, relative to their largest.
@@ -47,6 +49,10 @@ class Prompt:
         values = torch.randn(layout.num_tokens, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
         return Prompt(layout, values.to(weight.device, weight.dtype))
 
+    def dropping(self, model: VideoLanguageModel, reduction: Reduction | None) -> ReductionPass:
+        """What is dropped in a pass over it."""
+        return model.language_model.decoder.pass_of(reduction, self.layout)
+
 
 def check_peer(model: VideoLanguageModel, peer: Any, prompt: Prompt) -> float:
     """Largest difference of any logit from the peer's, relative to the largest logit.
@@ -55,7 +61,7 @@ def check_peer(model: VideoLanguageModel, peer: Any, prompt: Prompt) -> float:
         ValueError: it is above ``TOLERANCE``; nothing should be timed then.
     """
     with measuring(model, None):
-        ours, _ = model.language_model(prompt.hidden, prompt.layout, None, None)
+        ours, _ = model.language_model(prompt.hidden, prompt.layout, prompt.dropping(model, None), None)
         theirs = peer(inputs_embeds=prompt.hidden.transpose(0, 1), use_cache=False).logits[0]
     return checked_difference(ours, theirs, TOLERANCE[prompt.hidden.dtype], "logits differ from transformers'")
 
@@ -95,7 +101,8 @@ def check_reduction(model: VideoLanguageModel, prompt: Prompt, reduction: Reduct
     trace: list[TokenLayout] = []
     decoder = model.language_model.decoder
     with measuring(model, None):
-        found, left = model.language_model(prompt.hidden, prompt.layout, reduction, None, None, trace)
+        dropping = prompt.dropping(model, reduction)
+        found, left = model.language_model(prompt.hidden, prompt.layout, dropping, None, None, trace)
     hidden, layout = prompt.hidden, prompt.layout
     with measuring(model, None), pass_context(decoder.config):
         for layer, after in zip(decoder.layers, [*trace[1:], left], strict=True):
@@ -110,7 +117,7 @@ def check_reduction(model: VideoLanguageModel, prompt: Prompt, reduction: Reduct
             hidden, layout = hidden[stays], after
         expected = model.language_model.output_layer(decoder.final_norm(hidden))[0].squeeze(1)
     counts = [sum(layout.visual_counts) for layout in trace]
-    wanted = [sum(counts) for counts in reduction.counts_by_layer(prompt.layout, decoder.multiple_of)]
+    wanted = [sum(counts) for counts in dropping.counts]
     difference = _relative_difference(found, expected)
     if counts != wanted or not difference <= TOLERANCE[prompt.hidden.dtype]:
         raise ValueError(
@@ -126,7 +133,7 @@ def time_prefill(
     last = prompt.layout.origin[-1:]
 
     def ours(reduction: Reduction | None) -> object:
-        return model.language_model(prompt.hidden, prompt.layout, reduction, last)
+        return model.language_model(prompt.hidden, prompt.layout, prompt.dropping(model, reduction), last)
 
     candidates: dict[str, Callable[[], object]] = {"full": partial(ours, None), "reduced": partial(ours, reduction)}
     if peer is not None:
@@ -136,7 +143,7 @@ def time_prefill(
         return in_turn(candidates, rounds)
 
 
-class TimedScorer:
+class TimedScorer(Scorer):
     """A scorer that keeps the seconds it took.
 
     Args:
@@ -146,21 +153,13 @@ class TimedScorer:
     def __init__(self, scorer: Scorer) -> None:
         self.scorer, self.seconds = scorer, 0.0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.scorer, name)
+    def pooling(self, kind: str) -> str:
+        return self.scorer.pooling(kind)
 
-    def attention(self, *arguments: Any) -> Tensor:
-        """As the scorer."""
-        return self._timed(self.scorer.attention, arguments)
-
-    def mamba(self, *arguments: Any) -> Tensor:
-        """As the scorer."""
-        return self._timed(self.scorer.mamba, arguments)
-
-    def _timed(self, score: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Tensor:
+    def score(self, signals: Signals, layout: TokenLayout, layer: int) -> Tensor:
         _wait()
         start = time.perf_counter()
-        scores = score(*arguments)
+        scores = self.scorer.score(signals, layout, layer)
         _wait()
         self.seconds += time.perf_counter() - start
         return scores
@@ -174,7 +173,8 @@ def time_scoring(model: VideoLanguageModel, prompt: Prompt, reduction: Reduction
     with measuring(model, None):
         for turn in range(rounds + 1):
             timed.seconds = 0.0
-            model.language_model(prompt.hidden, prompt.layout, replace(reduction, scorer=timed), last)
+            dropping = prompt.dropping(model, replace(reduction, score=timed))
+            model.language_model(prompt.hidden, prompt.layout, dropping, last)
             if turn:
                 taken.append(timed.seconds)
     return taken
@@ -195,7 +195,7 @@ def time_training(
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def loss(reduction: Reduction | None) -> Tensor:
-        return model.language_model(hidden, layout, reduction, rows, labels)[0].sum()
+        return model.language_model(hidden, layout, prompt.dropping(model, reduction), rows, labels)[0].sum()
 
     def step(reduction: Reduction | None) -> None:
         loss(reduction).backward()

@@ -123,7 +123,7 @@ def _decoding(rows: Sequence[Report]) -> Iterable[str]:
     if not any(row["decode_seconds"] for row in rows):
         return
     yield from _table_head(
-        "decoding behind visual tokens", "full, ms a token", "reduced, ms", "full / reduced", "transformers, ms"
+        "decoding after visual tokens", "full, ms a token", "reduced, ms", "full / reduced", "transformers, ms"
     )
     for row in rows:
         taken = {name: 1e3 * seconds for name, seconds in row["decode_seconds"].items()}

@@ -11,6 +11,7 @@ reading it.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.json_text import read_json
+from hybridprune_megatron.config.legacy import is_flat
+from hybridprune_megatron.config.reduction_schema import ReductionConfig
+from hybridprune_megatron.plugins import from_a_file
 
 RUN_FILE = "run.json"
 INCOMPLETE = ".incomplete"
@@ -60,10 +64,11 @@ def read_run_file(checkpoint: Path) -> dict[str, Any]:
 
 
 def saved_config(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run that wrote a checkpoint, as plain values.
+    """The configuration of the run that wrote a checkpoint, as plain values, in the keys of today.
 
     Raises:
-        ValueError: there is none, or it asks for values from elsewhere: a saved one is resolved.
+        ValueError: there is none, it asks for values from elsewhere (a saved one is resolved), or its reduction is one
+            of version 0.1 with values that were not allowed.
     """
     found = read_run_file(checkpoint).get("config")
     if not isinstance(found, dict):
@@ -73,6 +78,10 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"{checkpoint / RUN_FILE} has {asking!a:.80} in its configuration, which is not a resolved value"
         )
+    reduction = found.get("reduction")
+    if isinstance(reduction, dict) and is_flat(reduction):
+        with from_a_file():
+            found["reduction"] = json.loads(json.dumps(ReductionConfig.of(reduction).plain()))
     return found
 
 
@@ -122,7 +131,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 
 def resume_point(directory: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and a line for every newer one that is damaged.
+    """The checkpoint to continue from, and a line for every newer one that is damaged.
 
     Returns:
         The newest whole checkpoint (None: a run that has not saved yet), and the lines, newest first.

@@ -2,7 +2,7 @@
 
 Only Hydra and OmegaConf are imported, so that a recipe reports a wrong value within a second or two:
 
-    cfg = parse_command_line(sys.argv[1:])  # exits with code 2 and one line on an error
+    cfg = parse_command_line(sys.argv[1:])  # a ConfigError of one line if something is wrong
     from hybridprune_megatron import engine  # the slow imports come after it
 """
 
@@ -12,31 +12,28 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
-from hybridprune_megatron.config.checks import ConfigError, closest, fail, shown
+from hybridprune_megatron.checks import ConfigError, shown
 from hybridprune_megatron.config.data_sets import check_data_sets
 from hybridprune_megatron.config.explain import GROUPS, as_typed, explain_exception, explain_override
 from hybridprune_megatron.config.fields import is_group, type_of_key
 from hybridprune_megatron.config.files import check_files
 from hybridprune_megatron.config.help import usage
+from hybridprune_megatron.config.overrides import import_named, part_overrides
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.config.shipped import CONF_DIR, shipped_path
 from hybridprune_megatron.config.written import check_written
-
-# The package is installed editable, so conf/ lies beside it in the checkout, whatever the current folder is.
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
-EXIT_CODE = 2
+from hybridprune_megatron.plugins import from_a_file
 
 
 def register_schema() -> None:
@@ -57,19 +54,23 @@ def compose_config(
     Raises:
         ConfigError: one line on the first unknown key, wrong type, unknown option or broken file.
     """
-    if not CONF_DIR.is_dir():
-        raise ConfigError(f"{CONF_DIR} is not there: the package runs from a checkout; use pip install -e .")
     register_schema()
-    for override in overrides:
-        problem = explain_override(override, CONF_DIR)
-        if problem is not None:
-            raise ConfigError(problem)
-    typed = [as_typed(override) for override in overrides]
+    _check_overrides(overrides)
+    typed = [as_typed(override) for override in part_overrides(overrides)]
     with _explained(), initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         composed = compose(config_name, overrides=typed)
         if look_at_files:
             check_written(CONF_DIR, config_name, typed)
+        _find_shipped(composed)
         return composed
+
+
+def _find_shipped(composed: DictConfig) -> None:
+    """The demo's files, which its configuration names relative to a checkout, are found from any folder."""
+    for key in ("model.init_checkpoint", "data.tokenizer"):
+        named = OmegaConf.select(composed, key)
+        if isinstance(named, str) and shipped_path(named) != named:
+            OmegaConf.update(composed, key, shipped_path(named))
 
 
 @contextmanager
@@ -119,15 +120,6 @@ def to_config(composed: DictConfig) -> Config:
     with _explained():
         cfg = OmegaConf.to_object(composed)
     assert isinstance(cfg, Config), type(cfg)
-    scorers = known_scorers()
-    if cfg.reduction.scorer not in scorers:
-        nearest = closest(cfg.reduction.scorer, scorers)
-        raise fail(
-            "reduction.scorer",
-            cfg.reduction.scorer,
-            f"conf/reduction names the scorers {', '.join(scorers)}",
-            f"did you mean {nearest}?" if nearest else f"set e.g. reduction.scorer={scorers[0]}",
-        )
     return cfg
 
 
@@ -144,7 +136,9 @@ def change_config(
     Raises:
         ConfigError: as ``load_config``.
     """
-    with _explained():
+    _check_overrides(overrides)
+    import_named(overrides)
+    with _explained(), from_a_file():
         changed: Any = OmegaConf.merge(OmegaConf.structured(Config), saved)
         set_keys(changed, overrides)
         changed.merge_with(fixed or {})
@@ -158,55 +152,44 @@ def set_keys(composed: DictConfig, overrides: Sequence[str]) -> None:
         ConfigError: one line on the first override that cannot be.
     """
     with _explained():
-        for text in overrides:
-            override = _single_key(text)
+        _check_overrides(overrides)
+        for text in part_overrides(overrides):
+            override = OverridesParser.create().parse_override(as_typed(text))
             key = override.key_or_group
+            if key in GROUPS:
+                what = "the configuration is there already; change single keys as group.key=value"
+                raise ConfigError(f"{shown(text)}: {what}")
             group = key.rpartition(".")[0]
             if is_group(type_of_key(group)) and OmegaConf.select(composed, group) is None:
                 raise _null_group(group)
-            OmegaConf.update(composed, key, override.value(), merge=True, force_add=override.is_add())
+            added = override.is_add() or override.is_force_add()
+            OmegaConf.update(composed, key, override.value(), merge=True, force_add=added)
 
 
-def _single_key(text: str) -> Override:
-    """An override that sets a single key."""
-    problem = explain_override(text, CONF_DIR)
-    if problem is not None:
-        raise ConfigError(problem)
-    override = OverridesParser.create().parse_override(as_typed(text))
-    if override.key_or_group in GROUPS:
-        raise ConfigError(f"{shown(text)}: the configuration is there already; change single keys as group.key=value")
-    return override
+def _check_overrides(overrides: Sequence[str]) -> None:
+    for text in overrides:
+        problem = explain_override(text, CONF_DIR)
+        if problem is not None:
+            raise ConfigError(problem)
 
 
-def known_scorers() -> list[str]:
-    """The scorers that the files of ``conf/reduction`` name.
-
-    The registry of scorers imports torch; every scorer comes with a file in ``conf/reduction``, which is quick to read.
-    A test holds the two together.
-    """
-    found: set[str] = set()
-    for path in CONF_DIR.glob("reduction/*.yaml"):
-        found.update(re.findall(r"^scorer: *([\w-]+)", path.read_text(encoding="ascii"), flags=re.MULTILINE))
-    return sorted(found)
-
-
-def exit_on_config_error(overrides: Sequence[str], config_name: str = "config", need_files: bool = False) -> Config:
-    """``load_config`` for recipes: on an error prints its line to stderr and exits with code 2.
+def checked_config(overrides: Sequence[str], config_name: str = "config", need_files: bool = False) -> Config:
+    """``load_config`` for commands: files of ``conf/`` say what is read of them, too.
 
     Args:
         overrides: Hydra overrides.
         config_name: file of ``conf/`` to start from, without its ending.
         need_files: also check that the run can start: its files are there, and
             its folder holds no other run.
+
+    Raises:
+        ConfigError: as ``load_config``.
     """
-    try:
-        cfg = to_config(compose_config(overrides, config_name, look_at_files=True))
-        if need_files:
-            check_files(cfg)
-            check_data_sets(cfg)
-            check_resume(cfg)
-    except ConfigError as error:
-        _exit_with(str(error))
+    cfg = to_config(compose_config(overrides, config_name, look_at_files=True))
+    if need_files:
+        check_files(cfg)
+        check_data_sets(cfg)
+        check_resume(cfg)
     return cfg
 
 
@@ -221,26 +204,27 @@ def parse_command_line(argv: Sequence[str], need_files: bool = True) -> Config:
         need_files: check that the data, tokenizer and weights of the run are there.
 
     Returns:
-        The typed configuration. An error ends the process with code 2 and one line on stderr.
+        The typed configuration.
+
+    Raises:
+        ConfigError: one line on the first wrong argument.
     """
     options, overrides = _split_options(argv)
     if not options:
-        return exit_on_config_error(overrides, need_files=need_files)
-    try:
-        composed = compose_config(overrides)
-        if "--cfg" in options:
-            to_config(composed)
-            OmegaConf.resolve(composed)
-            print(OmegaConf.to_yaml(composed), end="")
-        else:
-            print(usage(composed, CONF_DIR, everything="--help-all" in options))
-    except ConfigError as error:
-        _exit_with(str(error))
+        return checked_config(overrides, need_files=need_files)
+    composed = compose_config(overrides)
+    if "--cfg" in options:
+        # With the keys of the score, the schedule and the front that were chosen.
+        reduction = to_config(composed).reduction.plain()
+        resolved: Any = OmegaConf.to_container(composed, resolve=True)
+        print(OmegaConf.to_yaml(OmegaConf.create(resolved | {"reduction": reduction})), end="")
+    else:
+        print(usage(composed, CONF_DIR, everything="--help-all" in options))
     sys.exit(0)
 
 
 def _split_options(argv: Sequence[str]) -> tuple[set[str], list[str]]:
-    """Options, spelled the long way, and overrides. Exits with code 2 on an unknown option."""
+    """Options, spelled the long way, and overrides; a ``ConfigError`` on an unknown option."""
     long_names = {"-h": "--help", "-c": "--cfg"}
     options: set[str] = set()
     overrides: list[str] = []
@@ -254,15 +238,10 @@ def _split_options(argv: Sequence[str]) -> tuple[set[str], list[str]]:
         if name == "--cfg":
             value = value or next(arguments, "")
             if value != "job":
-                _exit_with(f"--cfg {value}: only `--cfg job` (print the resolved configuration) is known")
+                raise ConfigError(f"--cfg {value}: only `--cfg job` (print the resolved configuration) is known")
         # Hydra's --resolve belongs to --cfg, which always resolves here.
         elif name not in ("--help", "--help-all", "--resolve"):
-            _exit_with(f"{argument}: unknown option; allowed are --help, --help-all, --cfg job and key=value overrides")
+            allowed = "--help, --help-all, --cfg job and key=value overrides"
+            raise ConfigError(f"{argument}: unknown option; allowed are {allowed}")
         options.add(name)
     return options - {"--resolve"}, overrides
-
-
-def _exit_with(line: str) -> None:
-    """Prints one line to stderr and ends the process with code 2."""
-    print(f"configuration error: {line}", file=sys.stderr)
-    sys.exit(EXIT_CODE)

@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from hybridprune_megatron.config.checks import divides, fail
-from hybridprune_megatron.config.reduction_schema import BUDGET_TOLERANCE, resolved_retention
-from hybridprune_megatron.method.schedule import cut_pattern, even_edges, kept_counts
-
-if TYPE_CHECKING:
-    from hybridprune_megatron.config.schema import Config, ModelConfig, ParallelConfig
-
-PATTERN_SYMBOLS = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "experts", "|": "stage cut"}
-# Symbols that megatron-core knows and this project does not.
-UNSUPPORTED_SYMBOLS = {
-    "G": "gated delta net",
-    "D": "sparse attention",
-    "+": "latent attention",
-    "/": "multi-token prediction",
-}
+from hybridprune_megatron.checks import divides, fail
+from hybridprune_megatron.config.groups import ParallelConfig, RunConfig
+from hybridprune_megatron.config.model_schema import ModelConfig
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.method.counts import kept_counts
+from hybridprune_megatron.method.schedule import BUDGET_TOLERANCE, cut_pattern, even_edges
 
 #: Loader processes, or loaders without processes, of one training process.
 MOST_LOADERS = 1024
 
 
-def check_pattern(pattern: str, has_experts: bool = False) -> None:
-    """Every symbol of the hybrid pattern is known, no pipeline stage is empty, and E layers have sizes.
-
-    Args:
-        pattern: layers with stage cuts.
-        has_experts: whether model.experts is given.
-    """
-    known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in PATTERN_SYMBOLS.items())
-    for symbol in pattern:
-        if symbol in UNSUPPORTED_SYMBOLS:
-            what = f"has {symbol!r} ({UNSUPPORTED_SYMBOLS[symbol]}), which is not supported yet"
-            raise fail("model.hybrid_pattern", pattern, what, f"use only {known}")
-        if symbol not in PATTERN_SYMBOLS:
-            raise fail("model.hybrid_pattern", pattern, f"has the unknown symbol {symbol!r}", f"use only {known}")
-    if not all(pattern.split("|")):
-        raise fail(
-            "model.hybrid_pattern",
-            pattern,
-            "every pipeline stage needs a layer",
-            "put a | only between two layers, e.g. M-M*|-M-",
-        )
-    if ("E" in pattern) != has_experts:
-        what = (
-            "has E layers, and model.experts is null" if "E" in pattern else "has no E layer, and model.experts is set"
-        )
-        raise fail("model.hybrid_pattern", pattern, what, "give both or neither")
-
-
-def check_config(cfg: Config) -> None:
+def check_config(cfg: RunConfig) -> None:
     """All checks across groups; raises ``ConfigError`` at the first that fails."""
     check_vision(cfg)
     check_stages(cfg.model, cfg.parallel)
@@ -61,11 +22,11 @@ def check_config(cfg: Config) -> None:
     check_batch(cfg)
     check_length(cfg)
     # Solving the schedule finds layers that cannot drop and budgets that cannot be reached.
-    check_kept(cfg, cfg.reduction.budget, resolved_retention(cfg.reduction, cfg.model.hybrid_pattern))
+    check_kept(cfg, cfg.reduction.budget, cfg.reduction.retention(cfg.model.hybrid_pattern))
     check_steps(cfg)
 
 
-def check_vision(cfg: Config) -> None:
+def check_vision(cfg: RunConfig) -> None:
     """A model with a vision tower gets frames that fit, one without gets none and drops none."""
     vision, data = cfg.model.vision, cfg.data
     if vision is None:
@@ -126,15 +87,14 @@ def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
 
 
-def check_split(cfg: Config) -> None:
+def check_split(cfg: RunConfig) -> None:
     """Tensor and context parallelism divide what they split."""
     model, parallel = cfg.model, cfg.parallel
     tensor, context = parallel.tensor, parallel.context
-    # Groups first: they are the fewest and name the largest size that is possible.
-    for name in ("mamba_num_groups", "num_query_groups", "mamba_num_heads", "num_attention_heads"):
-        divides(f"model.{name}", getattr(model, name), "parallel.tensor", tensor)
-    for name in ("ffn_hidden_size", "vocab_size"):
-        divides(f"model.{name}", getattr(model, name), "parallel.tensor", tensor)
+    for kind in KINDS.values():
+        for key, value in kind.split_sizes(model):
+            divides(key, value, "parallel.tensor", tensor)
+    divides("model.vocab_size", model.vocab_size, "parallel.tensor", tensor)
     if context > 1:
         # A Mamba layer swaps its share of the sequence for a share of the heads; attention takes the sequence in
         # 2 * context chunks.
@@ -153,7 +113,7 @@ def check_split(cfg: Config) -> None:
     check_experts(cfg)
 
 
-def check_experts(cfg: Config) -> None:
+def check_experts(cfg: RunConfig) -> None:
     """Expert parallelism has experts to split and processes to split them over."""
     experts, parallel = cfg.model.experts, cfg.parallel
     if experts is None:
@@ -180,7 +140,7 @@ def check_experts(cfg: Config) -> None:
         )
 
 
-def check_combinations(cfg: Config) -> None:
+def check_combinations(cfg: RunConfig) -> None:
     """What cannot be had together with stages or shards."""
     parallel = cfg.parallel
     for name in ("pipeline", "context"):
@@ -197,20 +157,13 @@ def check_combinations(cfg: Config) -> None:
         raise fail(
             "model.trainable.language",
             False,
-            f"leaves stages behind the first without anything to learn, and parallel.pipeline={parallel.pipeline}",
+            f"leaves stages after the first without anything to learn, and parallel.pipeline={parallel.pipeline}",
             "set model.trainable.language=true, tuning.lora.rank, or parallel.pipeline=1",
         )
-    groups = cfg.model.mamba_num_groups // parallel.tensor
-    if cfg.reduction.mamba_pooling == "max_groups" and groups < parallel.context:
-        raise fail(
-            "reduction.mamba_pooling",
-            "max_groups",
-            f"needs whole groups on a rank: {groups} are shared by parallel.context={parallel.context} ranks",
-            "set reduction.mamba_pooling=mean or max_heads, or lower parallel.context",
-        )
+    cfg.reduction.score.check_heads("mamba", cfg.model.mamba_num_groups // parallel.tensor, parallel.context)
 
 
-def check_batch(cfg: Config) -> None:
+def check_batch(cfg: RunConfig) -> None:
     """The processes make whole copies of the model, and the global batch is shared evenly among the copies."""
     trainer, size = cfg.trainer, cfg.parallel.model_parallel_size
     world = trainer.num_nodes * trainer.devices
@@ -247,7 +200,7 @@ def check_batch(cfg: Config) -> None:
         )
 
 
-def check_loaders(cfg: Config) -> None:
+def check_loaders(cfg: RunConfig) -> None:
     """A process has no more loaders than it can run: one for each of its packed sequences in a step."""
     sequences, workers = cfg.num_micro_batches, cfg.data.num_workers
     if sequences * max(workers, 1) > MOST_LOADERS:
@@ -261,7 +214,7 @@ def check_loaders(cfg: Config) -> None:
         )
 
 
-def check_length(cfg: Config) -> None:
+def check_length(cfg: RunConfig) -> None:
     """A packed sequence, of a length that divides, has room for a video and text."""
     multiple, length, visual = cfg.length_multiple, cfg.data.sequence_length, most_visual_tokens(cfg)
     room = length // multiple * multiple
@@ -269,20 +222,20 @@ def check_length(cfg: Config) -> None:
         return
     fix = f"raise data.sequence_length to at least {(visual // multiple + 1) * multiple}"
     reason = (
-        f"a packed sequence divides by {multiple} (reduction.multiple_of, fp8.recipe, ranks that share it), which "
-        f"leaves {room} of {length} tokens, and one video fills {visual}"
+        f"a packed sequence divides by {multiple} (reduction.select.multiple_of, fp8.recipe, ranks that share it), "
+        f"which leaves {room} of {length} tokens, and one video fills {visual}"
     )
-    if cfg.reduction.multiple_of > 1:
-        raise fail("reduction.multiple_of", cfg.reduction.multiple_of, reason, f"lower it, or {fix}")
+    if cfg.reduction.select.multiple_of > 1:
+        raise fail("reduction.select.multiple_of", cfg.reduction.select.multiple_of, reason, f"lower it, or {fix}")
     raise fail("data.sequence_length", length, reason, fix)
 
 
-def most_visual_tokens(cfg: Config) -> int:
+def most_visual_tokens(cfg: RunConfig) -> int:
     """Visual tokens of the longest video; 0 without a vision tower."""
     return cfg.data.most_frames * cfg.model.vision.tokens_per_frame if cfg.model.vision is not None else 0
 
 
-def check_kept(cfg: Config, budget: float, retention: tuple[float, ...]) -> None:
+def check_kept(cfg: RunConfig, budget: float, retention: tuple[float, ...]) -> None:
     """What stays of the longest video whatever the schedule says leaves room for the budget.
 
     Args:
@@ -290,31 +243,31 @@ def check_kept(cfg: Config, budget: float, retention: tuple[float, ...]) -> None
         budget: mean share of the visual tokens over all layers.
         retention: share that enters every layer, which meets it.
     """
-    reduction, visual = cfg.reduction, most_visual_tokens(cfg)
+    select, visual = cfg.reduction.select, most_visual_tokens(cfg)
     if budget == 1 or not visual:
         return
-    counts = kept_counts(retention, visual, reduction.min_tokens)
+    counts = kept_counts(retention, visual, select.min_tokens)
     kept = sum(counts) / (visual * len(counts))
     # One token stays in any case.
-    if reduction.min_tokens > 1 and kept > budget + BUDGET_TOLERANCE:
+    if select.min_tokens > 1 and kept > budget + BUDGET_TOLERANCE:
         raise fail(
-            "reduction.min_tokens",
-            reduction.min_tokens,
+            "reduction.select.min_tokens",
+            select.min_tokens,
             f"keeps {kept:.3f} of the {visual} visual tokens of the longest video, and the budget is {budget:g}",
             "lower it or raise the budget",
         )
     assert cfg.model.vision is not None, "visual tokens come from a tower"
     share = budget * cfg.model.vision.tokens_per_frame
-    if reduction.min_tokens_per_frame > share:
+    if select.min_tokens_per_frame > share:
         raise fail(
-            "reduction.min_tokens_per_frame",
-            reduction.min_tokens_per_frame,
+            "reduction.select.min_tokens_per_frame",
+            select.min_tokens_per_frame,
             f"must be at most {share:g}, what a budget of {budget:g} leaves of a frame on average",
             "lower it or raise the budget",
         )
 
 
-def check_steps(cfg: Config) -> None:
+def check_steps(cfg: RunConfig) -> None:
     """The warmup ends before the decay does, where both are given; the run's own end only cuts it (a short trial)."""
     end = cfg.optim.decay_steps
     if end is not None and cfg.optim.warmup_steps >= end:

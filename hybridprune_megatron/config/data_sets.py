@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml  # type: ignore[import-untyped]  # the package ships no types
 
-from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.features import FeaturesInfo, check_folder, read_info
 from hybridprune_megatron.config.json_text import is_plain, parse_json, short
 
@@ -114,7 +114,7 @@ def read_data_sets(path: str | Path, part: str, key: str) -> list[DataSet]:
         key: what sets the path, for errors.
 
     Raises:
-        ConfigError: it is no data set, or one that could make Energon run code or read other files.
+        ConfigError: it is not a data set, or one that could make Energon run code or read other files.
     """
     with _one_error(f"{key}={path}"):
         if not Path(path).is_file():
@@ -147,8 +147,8 @@ def _one_error(where: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{where} is no Energon data set that can be read ({reason!s:.800}): give a folder as "
-            "scripts/make_shards.py writes it, or a .yaml that blends such folders"
+            f"{where} is not an Energon data set that can be read ({reason!s:.800}): give a folder as "
+            "hybridprune shards writes it, or a .yaml that blends such folders"
         ) from None
 
 
@@ -246,10 +246,10 @@ def _read_counts(folder: Path) -> dict[str, int]:
 
 
 def _most_samples(folder: Path, name: str) -> int:
-    """How many samples a shard can hold; 0 for one that is lost, which is no error.
+    """How many samples a shard can hold; 0 for one that is lost, which is not an error.
 
     Raises:
-        ValueError: it is no tar file in the folder.
+        ValueError: it is not a tar file in the folder.
     """
     steps = name.split("/")
     plain = is_plain(name) and name.endswith(".tar") and len(name) <= 250 and not re.search(r"[\\:{}]", name)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybridprune_megatron.config.bounds import Range, Rule, check_value
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.bounds import Range, Rule, check_value
+from hybridprune_megatron.checks import fail
 
 _SWITCH = Rule(bool, optional=True)
 #: What ``conf/config.yaml`` sets, and the switches beside it.

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from hybridprune_megatron.config.checks import closest, shown
+from hybridprune_megatron.checks import closest, shown
 from hybridprune_megatron.config.fields import (
     all_keys,
     default_of,
@@ -27,6 +27,8 @@ from hybridprune_megatron.config.fields import (
     type_words,
     without_none,
 )
+from hybridprune_megatron.config.legacy import MOVED
+from hybridprune_megatron.config.reduction_schema import PARTS
 from hybridprune_megatron.config.schema import Config
 
 #: The groups of ``conf/``, in the order in which ``--help`` names them.
@@ -87,6 +89,13 @@ def _explain_key(key: str, value: Any, shown: str, added: bool) -> str | None:
     """A key exists in the schema and takes the value's type."""
     owner: Any = Config
     parts = key.split(".")
+    if len(parts) > 2 and parts[0] == "reduction" and parts[1] in PARTS:
+        # Which keys there are depends on what is chosen: the part itself refuses the others.
+        return None
+    if len(parts) == 2 and parts[0] == "reduction" and parts[1] in MOVED:
+        part, name = MOVED[parts[1]]
+        now = f"reduction.{part}" if name == "name" else f"reduction.{part}.{name}"
+        return f"{key}={shown}: {key} is {now} since version 0.2"
     for depth, part in enumerate(parts[:-1]):
         hint = field_types(owner).get(part)
         if is_passed_on(hint):

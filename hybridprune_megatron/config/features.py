@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.json_text import parse_json, short
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 #: Lies beside the shards of such a data set; every features part carries the same in its header.
 FEATURES_FILE = "features.json"
-_REMEDY = "precompute features with this configuration (scripts/precompute_features.py), or read the videos"
+_REMEDY = "precompute features with this configuration (hybridprune features), or read the videos"
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class FeaturesInfo:
     Attributes:
         tower: fingerprint of the tower's weights (``vision.fingerprint``).
         frame_size: side of the frames that the tower saw, pixels.
-        tokens_per_frame: tokens of a frame behind the pixel shuffle.
-        channels: width of a token in front of the projector.
+        tokens_per_frame: tokens of a frame after the pixel shuffle.
+        channels: width of a token before the projector.
         sampling: overrides of ``data`` that chose the stored frames.
         dtype: what features are stored in, bf16 or fp32.
     """
@@ -118,10 +118,10 @@ def check_folder(cfg: Config, where: str, folder: Path) -> FeaturesInfo | None:
     if info is None:
         return None
     info.check(cfg.model, where)
-    if cfg.reduction.front == "evs_pixels":
+    if cfg.reduction.front.needs_pixels:
         raise fail(
             "reduction.front",
-            "evs_pixels",
+            cfg.reduction.front.name,
             f"compares frames, and {where} holds features of them",
             "set reduction.front=evs, or read the videos",
         )

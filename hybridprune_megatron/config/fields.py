@@ -72,11 +72,14 @@ def default_of(owner: Any, name: str) -> Any:
 
 
 def field_help(owner: type, name: str) -> str:
-    """What the ``Attributes`` section of its dataclass says of a field, on one line."""
-    section = (owner.__doc__ or "").partition("Attributes:")[2]
-    # A line that is indented further goes on with the one above.
-    found = re.search(rf"^( +){name}: (.+(?:\n\1 +.+)*)$", section, flags=re.MULTILINE)
-    return " ".join(found.group(2).split()) if found else ""
+    """What the ``Attributes`` section of its dataclass, or of a base, says of a field, on one line."""
+    for described in owner.__mro__:
+        section = (described.__doc__ or "").partition("Attributes:")[2]
+        # A line that is indented further continues the one above.
+        found = re.search(rf"^( +){name}: (.+(?:\n\1 +.+)*)$", section, flags=re.MULTILINE)
+        if found:
+            return " ".join(found.group(2).split())
+    return ""
 
 
 def key_help(key: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.config.prompt_tokens import RESERVED_TOKENS
 from hybridprune_megatron.config.weight_files import check_weights
@@ -38,9 +38,9 @@ def check_files(cfg: Config) -> None:
             "data.train",
             None,
             "a run needs data",
-            "set data.train to an Energon dataset folder (scripts/make_shards.py writes one) or a metadataset .yaml",
+            "set data.train to an Energon dataset folder (hybridprune shards writes one) or a metadataset .yaml",
         )
-    shards = "scripts/make_shards.py writes a dataset, `make demo` the demo's"
+    shards = "hybridprune shards writes a dataset, `make demo` the demo's"
     makers = {
         "data.train": shards,
         "data.validation": f"{shards}; null = no evaluation",
@@ -93,7 +93,7 @@ def check_dataset(key: str, path: Path) -> None:
         raise fail(key, str(path), "is a file", "give an Energon data set's folder or a metadataset .yaml")
     if path.is_dir() and not (path / _META).is_dir():
         reason = f"is not an Energon data set, for it has no folder {_META}"
-        raise fail(key, str(path), reason, "scripts/make_shards.py writes one from videos and conversations")
+        raise fail(key, str(path), reason, "hybridprune shards writes one from videos and conversations")
 
 
 def _check_tokenizer(folder: Path) -> None:

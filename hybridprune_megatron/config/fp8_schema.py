@@ -1,4 +1,4 @@
-"""The fp8 group: which linears run in FP8 and how, and what that asks of the other groups.
+"""The fp8 group: which linears run in FP8 and how.
 
 Imports nothing slow: a width that does not divide is reported before torch is loaded.
 """
@@ -6,14 +6,10 @@ Imports nothing slow: a width that does not divide is reported before torch is l
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from hybridprune_megatron.config.bounds import OneOf, Size, Whole, check_bounds
-from hybridprune_megatron.config.checks import fail
-from hybridprune_megatron.method.schedule import layer_symbols
-
-if TYPE_CHECKING:
-    from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.bounds import OneOf, Size, Whole, check_bounds
+from hybridprune_megatron.checks import fail
 
 #: What rows and columns of every matrix in FP8 divide by: matrix products take 16 numbers at a time, a scale of mxfp8
 #: is that of 32 and one of blockwise that of 128. (How many rows an expert gets is megatron's matter.)
@@ -68,79 +64,3 @@ class Fp8Config:
         if self.recipe is None or not self.first_last_layers_bf16:
             return self.recipe is not None
         return self.num_layers_at_start_in_bf16 <= layer < num_layers - self.num_layers_at_end_in_bf16
-
-
-def check_fp8(cfg: Config) -> None:
-    """FP8 has layers to run in, the kernels for it, and widths that divide; raises ``ConfigError`` at the first."""
-    fp8 = cfg.fp8
-    if fp8.recipe is None:
-        return
-    if cfg.trainer.precision != "bf16":
-        reason = f"fp8.recipe={fp8.recipe} keeps weights and everything but the linears' products in bf16"
-        raise fail("trainer.precision", cfg.trainer.precision, reason, "set trainer.precision=bf16 or fp8=none")
-    if cfg.model.spec == "torch":
-        reason = f"plain torch has no FP8, and fp8.recipe={fp8.recipe}"
-        raise fail("model.spec", "torch", reason, "set model.spec=te or fp8=none")
-    _check_layers(cfg)
-    _check_widths(cfg)
-
-
-def _check_layers(cfg: Config) -> None:
-    fp8, layers = cfg.fp8, cfg.model.num_layers
-    if not fp8.first_last_layers_bf16:
-        return
-    # Megatron's own bound.
-    most = layers // cfg.parallel.pipeline
-    for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-        count = getattr(fp8, name)
-        if count > most:
-            reason = f"must not exceed the {most} layers of a pipeline stage"
-            raise fail(f"fp8.{name}", count, reason, f"lower fp8.{name}")
-    if not any(fp8.quantizes(layer, layers) for layer in range(layers)):
-        raise fail(
-            "fp8.num_layers_at_start_in_bf16",
-            fp8.num_layers_at_start_in_bf16,
-            f"leaves none of the {layers} layers to FP8 with "
-            f"fp8.num_layers_at_end_in_bf16={fp8.num_layers_at_end_in_bf16}",
-            "lower either, or set fp8=none",
-        )
-
-
-def _check_widths(cfg: Config) -> None:
-    """Both sides of every linear in FP8, as a tensor-parallel rank holds it, divide by the tile."""
-    tile, tensor = cfg.fp8.tile, cfg.parallel.tensor
-    for key, width, split in _widths(cfg):
-        own = width // tensor if split else width
-        if own % tile:
-            shared = split and tensor > 1
-            share = f"{width} / parallel.tensor={tensor} = {own}" if shared else f"{own}"
-            other = "fp8=tensorwise (16)" if tile > TILE["tensorwise"] else "fp8=none"
-            fix = f"set {other}" + (" or lower parallel.tensor" if shared else "")
-            raise fail(key, share, f"must be a multiple of {tile} for fp8.recipe={cfg.fp8.recipe}", fix)
-
-
-def _widths(cfg: Config) -> list[tuple[str, int, bool]]:
-    """Name, size, and whether tensor parallelism splits it: inputs and outputs of the linears in FP8."""
-    model = cfg.model
-    symbols = layer_symbols(model.hybrid_pattern)
-    present = {symbol for index, symbol in enumerate(symbols) if cfg.fp8.quantizes(index, len(symbols))}
-    found = [("model.hidden_size", model.hidden_size, False)]
-    if "M" in present:
-        inner, state = model.mamba_num_heads * model.mamba_head_dim, model.mamba_num_groups * model.mamba_state_dim
-        found.append(("model.mamba_num_heads*mamba_head_dim (columns of out_proj)", inner, True))
-        rows = 2 * inner + 2 * state + model.mamba_num_heads
-        found.append(("model.mamba_* (rows of in_proj)", rows, True))
-    if "*" in present:
-        heads = model.num_attention_heads * model.kv_channels
-        found.append(("model.num_attention_heads*kv_channels (columns of linear_proj)", heads, True))
-        rows = heads + 2 * model.num_query_groups * model.kv_channels
-        found.append(("model.num_attention_heads, num_query_groups, kv_channels (rows of linear_qkv)", rows, True))
-    if "-" in present:
-        found.append(("model.ffn_hidden_size", model.ffn_hidden_size, True))
-    if "E" in present and model.experts is not None:
-        experts = model.experts
-        # Routed experts are whole on their ranks.
-        found.append(("model.experts.ffn_hidden_size", experts.ffn_hidden_size, False))
-        found.append(("model.experts.shared_ffn_hidden_size", experts.shared_ffn_hidden_size, True))
-        found.append(("model.experts.latent_size", experts.latent_size or 0, False))
-    return found

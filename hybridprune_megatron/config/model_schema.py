@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from hybridprune_megatron.config.bounds import (
+from hybridprune_megatron.bounds import (
     Count,
     NotNegative,
     OneOf,
@@ -15,8 +15,8 @@ from hybridprune_megatron.config.bounds import (
     Size,
     check_bounds,
 )
-from hybridprune_megatron.config.checks import divides, fail
-from hybridprune_megatron.config.cross_checks import check_pattern
+from hybridprune_megatron.checks import divides, fail
+from hybridprune_megatron.config.pattern import check_pattern
 
 #: Sides of frames and patches.
 Pixels = Annotated[int, Range(1, 2**16)]
@@ -34,8 +34,8 @@ class VisionConfig:
         patch_size: side of a patch, pixels.
         frame_size: side that every frame is resized to (square), pixels.
         position_grid_px: largest image side that the learned position grid covers, pixels.
-        num_cls_tokens: class tokens in front of the patches (cut off behind the tower).
-        num_register_tokens: register tokens in front of the patches (cut off behind the tower).
+        num_cls_tokens: class tokens before the patches (cut off after the tower).
+        num_register_tokens: register tokens before the patches (cut off after the tower).
         projector_hidden_size: width inside the projector's MLP.
         pixel_shuffle: factor on each side of the patch grid; 0.5 makes one visual token out of 2x2 patches.
         image_mean: mean per colour channel (RGB), subtracted from pixels / 255.
@@ -92,7 +92,7 @@ class VisionConfig:
 
     @property
     def projector_input_size(self) -> int:
-        """Width of a visual token behind the pixel shuffle."""
+        """Width of a visual token after the pixel shuffle."""
         return round(self.hidden_size / self.pixel_shuffle**2)
 
 
@@ -105,7 +105,7 @@ class ExpertsConfig:
         experts_per_token: routed experts that a token visits; 2 or more, their weights add up to routed_scaling.
         ffn_hidden_size: width inside a routed expert (squared ReLU).
         shared_ffn_hidden_size: width inside the expert that every token visits; 0 = none.
-        latent_size: width that routed experts read and write, behind one linear and in front of another; null = the
+        latent_size: width that routed experts read and write, after one linear and before another; null = the
             residual stream's.
         routed_scaling: factor on the routed experts' sum.
         num_groups: groups of experts, of which a token visits few.

@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
-from hybridprune_megatron.config.checks import ConfigError
-
 #: Set in the environment, it shows tracebacks after all.
 TRACEBACK = "HYBRIDPRUNE_TRACEBACK"
 #: Exit status of a program that a user or a file has given something wrong; every other failure is 1.
@@ -22,7 +20,7 @@ INTERRUPTED = 130
 #: Characters of a line that are shown of its begin and its end.
 _LONGEST = (1200, 400)
 _ROOT = Path(__file__).resolve().parents[2]
-_OWN = tuple(f"{_ROOT}/{folder}/" for folder in ("hybridprune_megatron", "recipes", "scripts"))
+_OWN = tuple(f"{_ROOT}/{folder}/" for folder in ("hybridprune_megatron", "recipes", "scripts", "studies"))
 #: Their messages say all: errors of our own, and what the system refuses.
 _SPEAKING = (ValueError, OSError, RuntimeError, ArithmeticError)
 
@@ -30,15 +28,16 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def one_line_errors(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorates the main function of a program.
 
     What a user or a file can cause is a ``ValueError`` or an ``OSError``: one line, and status 2. Everything else ends
     in one line too, with status 1. ``HYBRIDPRUNE_TRACEBACK=1`` shows where an error came from.
 
     Args:
-        prefix: what the line starts with, e.g. "export failed".
+        command: the line starts with "hybridprune <command>: ".
     """
+    prefix = f"hybridprune {command}"
 
     def decorate(main: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(main)
@@ -50,12 +49,11 @@ def one_line_errors(prefix: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 raise
             except KeyboardInterrupt:
                 _end(f"{prefix}: stopped", INTERRUPTED)
-            # What torch raises for a checkpoint is no Exception.
+            # What torch raises for a checkpoint is not an Exception.
             except BaseException as error:
                 if os.environ.get(TRACEBACK):
                     raise
-                begin = "configuration error" if isinstance(error, ConfigError) else prefix
-                _end(f"{begin}: {one_line(error)}", USER_ERROR if isinstance(error, ValueError | OSError) else 1)
+                _end(f"{prefix}: {one_line(error)}", USER_ERROR if isinstance(error, ValueError | OSError) else 1)
 
         return run
 

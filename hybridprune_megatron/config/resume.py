@@ -1,11 +1,11 @@
-"""Whether a run may go on from what its folder holds; nothing slow is imported for it."""
+"""Whether a run may continue from what its folder holds; nothing slow is imported for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.checkpoint_folder import latest_checkpoint, saved_config
-from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.flat import config_values, leaves
 from hybridprune_megatron.config.schema import Config
 

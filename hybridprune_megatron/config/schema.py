@@ -1,40 +1,28 @@
-"""The typed configuration: one dataclass per Hydra group, checked when it is built.
-
-Every class checks its own fields in ``__post_init__``; ``Config`` checks what several groups must agree on. The line on
-a field in an ``Attributes`` section is also what ``--help`` prints. Fields without a default come from a file in
-``conf/``.
+"""The typed configuration of a run, checked when it is built.
 
 Nothing heavy is imported, so that a wrong value is reported before megatron or torch is loaded.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from dataclasses import dataclass
 
-from hybridprune_megatron.config.bounds import (
-    Count,
-    NotNegative,
-    OneOf,
-    Positive,
-    Range,
-    Seed,
-    Share,
-    ShareBelowOne,
-    Steps,
-    Text,
-    Ways,
-    Whole,
-    check_bounds,
-)
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.bounds import check_bounds
 from hybridprune_megatron.config.cross_checks import check_config
 from hybridprune_megatron.config.exp_manager import check_exp_manager
-from hybridprune_megatron.config.fp8_schema import Fp8Config, check_fp8
+from hybridprune_megatron.config.fp8_checks import check_fp8
+from hybridprune_megatron.config.fp8_schema import Fp8Config
+from hybridprune_megatron.config.groups import (
+    DataConfig,
+    LrScaleConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainerConfig,
+)
 from hybridprune_megatron.config.model_schema import ExpertsConfig, ModelConfig, TrainableConfig, VisionConfig
-from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
-from hybridprune_megatron.config.texts import check_frame_text, check_run_name
+from hybridprune_megatron.config.reduction_schema import ReductionConfig
+from hybridprune_megatron.config.texts import check_run_name
 from hybridprune_megatron.config.tuning_checks import check_tuning
 from hybridprune_megatron.config.tuning_schema import TuningConfig
 
@@ -56,245 +44,8 @@ __all__ = [
 
 
 @dataclass
-class DataConfig:
-    """Where samples come from and how a conversation about videos becomes tokens.
-
-    Attributes:
-        train: Energon dataset folder or metadataset .yaml to train on.
-        validation: Energon dataset folder or metadataset .yaml with held-out samples; null = no evaluation.
-        tokenizer: folder of a Hugging Face tokenizer.
-        sequence_length: tokens that samples are packed to before reduction (one micro-batch).
-        num_workers: loader processes per packed sequence of a rank's step; 0 loads in the training process.
-        shuffle_buffer: samples held in memory to shuffle among, over the whole job.
-        packing_buffer: samples that the packing looks at together.
-        sampling: frames taken from a video; uniform (num_frames), fps (frames per second), none (text only).
-        num_frames: frames per video with uniform sampling.
-        fps: frames per second with fps sampling.
-        max_frames: most frames of one video with fps sampling.
-        frame_text: text in front of a frame; {index} counts from 1, {seconds:.2f} is its time.
-        conversation: turns that become samples; first_question (it scores for all turns), split_turns, all_turns.
-        max_bad_share: share of broken samples (0 to 1) that is skipped and counted before the job fails.
-    """
-
-    tokenizer: str
-    sequence_length: Count
-    train: str | None = None
-    validation: str | None = None
-    num_workers: Annotated[int, Range(0, 1024)] = 2
-    shuffle_buffer: Annotated[int, Range(1, 10**7)] = 1000
-    packing_buffer: Annotated[int, Range(1, 10**5)] = 64
-    sampling: Annotated[str, OneOf("uniform", "fps", "none")] = "uniform"
-    num_frames: Count = 16
-    fps: Annotated[float, Range(0, 1000, above=True)] = 2.0
-    max_frames: Count = 128
-    frame_text: Annotated[str, Text()] = "Frame {index} sampled at {seconds:.2f} seconds: "
-    conversation: Annotated[str, OneOf("first_question", "split_turns", "all_turns")] = "first_question"
-    max_bad_share: Share = 0.01
-
-    def __post_init__(self) -> None:
-        check_bounds("data", self)
-        check_frame_text(self.frame_text)
-
-    @property
-    def most_frames(self) -> int:
-        """Most frames that one video can become."""
-        return {"uniform": self.num_frames, "fps": self.max_frames, "none": 0}[self.sampling]
-
-
-@dataclass
-class LrScaleConfig:
-    """What the learning rate is multiplied by in a part of the model, at every step of its schedule.
-
-    Attributes:
-        vision: factor for the vision tower.
-        projector: factor for the projector.
-        language: factor for the language model.
-    """
-
-    vision: Positive = 1.0
-    projector: Positive = 1.0
-    language: Positive = 1.0
-
-    def __post_init__(self) -> None:
-        for part, factor in vars(self).items():
-            if factor == 0:
-                fix = f"freeze the part with model.trainable.{part}=false"
-                raise fail(f"optim.lr_scale.{part}", factor, "must be a finite number above 0", fix)
-        check_bounds("optim.lr_scale", self)
-
-
-@dataclass
-class OptimConfig:
-    """Adam and its learning-rate schedule.
-
-    Attributes:
-        lr: peak learning rate.
-        min_lr: learning rate at the end of the decay.
-        warmup_steps: steps of linear warmup from 0.
-        decay_steps: step at which min_lr is reached; null = trainer.max_steps.
-        decay_style: constant, linear or cosine.
-        weight_decay: decoupled weight decay.
-        beta1: decay of Adam's first moment.
-        beta2: decay of Adam's second moment.
-        eps: epsilon of Adam.
-        clip_grad: largest gradient norm; 0 = no clipping.
-        lr_scale: factors on the learning rate by part of the model.
-    """
-
-    lr: Positive
-    min_lr: NotNegative = 0.0
-    warmup_steps: Annotated[int, Range(0, 10**9)] = 0
-    decay_steps: Steps | None = None
-    decay_style: Annotated[str, OneOf("constant", "linear", "cosine")] = "cosine"
-    weight_decay: NotNegative = 0.0
-    beta1: ShareBelowOne = 0.9
-    beta2: ShareBelowOne = 0.999
-    eps: Positive = 1e-8
-    clip_grad: NotNegative = 1.0
-    lr_scale: LrScaleConfig = field(default_factory=LrScaleConfig)
-
-    def __post_init__(self) -> None:
-        check_bounds("optim", self)
-        if self.min_lr > self.lr:
-            raise fail("optim.min_lr", self.min_lr, f"must be from 0 to optim.lr={self.lr}", "lower optim.min_lr")
-
-
-@dataclass
-class TrainerConfig:
-    """Length of the run, machines, precision, and what is written when.
-
-    Attributes:
-        max_steps: optimizer steps of the run.
-        num_nodes: machines.
-        devices: processes (GPUs) per machine.
-        precision: fp32 or bf16 (weights and activations; optimizer and states stay fp32).
-        global_batch_size: packed sequences per optimizer step, over all data-parallel ranks.
-        micro_batch_size: packed sequences per forward pass; always 1 (make data.sequence_length longer instead).
-        seed: seed of weights, data order and scorers.
-        log_every_n_steps: steps between two log lines.
-        save_every_n_steps: steps between two checkpoints (the last step is always saved).
-        eval_samples: held-out samples in an evaluation; 0 = no evaluation.
-        recompute: activations computed again in the backward pass to save memory; none, selective (convolution, scan
-            and attention's core) or full (whole layers).
-        async_save: write checkpoints in the background while training goes on.
-        nonfinite: what a loss or gradient that is not finite does; stop or skip (no update, logged with its samples).
-        timeout_minutes: how long a process waits for the others before the job fails.
-    """
-
-    max_steps: Steps
-    num_nodes: Annotated[int, Range(1, 2**16)] = 1
-    devices: Annotated[int, Range(1, 1024)] = 1
-    precision: Annotated[str, OneOf("fp32", "bf16")] = "bf16"
-    global_batch_size: Annotated[int, Range(1, 2**20)] = 1
-    micro_batch_size: Count = 1
-    seed: Seed = 1234
-    log_every_n_steps: Steps = 10
-    save_every_n_steps: Steps = 100
-    eval_samples: Whole = 0
-    recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
-    async_save: bool = False
-    nonfinite: Annotated[str, OneOf("stop", "skip")] = "stop"
-    # Up to a year: what is longer overflows in the libraries' counters.
-    timeout_minutes: Annotated[float, Range(0, 525600, above=True)] = 30.0
-
-    def __post_init__(self) -> None:
-        check_bounds("trainer", self)
-        if self.micro_batch_size != 1:
-            raise fail(
-                "trainer.micro_batch_size",
-                self.micro_batch_size,
-                "must be 1 (a micro-batch is one packed sequence)",
-                "make data.sequence_length longer to do more at once",
-            )
-
-
-@dataclass
-class ParallelConfig:
-    """How the model and the batch are split; what is left of the processes is data parallel.
-
-    Attributes:
-        tensor: processes that split every layer; divides heads and groups.
-        pipeline: processes that split the depth; one more than the | in model.hybrid_pattern.
-        virtual_pipeline: chunks of layers that each of these holds, interleaved for a smaller bubble; pipeline times
-            virtual_pipeline is then one more than the |.
-        context: processes that split a packed sequence.
-        expert: processes that share the routed experts of E layers, taken from those of all other kinds but pipeline.
-        sequence_parallel: split activations between layers along the sequence (needs tensor > 1).
-        distributed_optimizer: split optimizer states over data-parallel ranks.
-        overlap_grad_reduce: reduce gradients while the backward pass runs.
-        overlap_param_gather: gather parameters while the forward pass runs (needs the distributed optimizer).
-    """
-
-    tensor: Ways = 1
-    pipeline: Ways = 1
-    virtual_pipeline: Ways = 1
-    context: Ways = 1
-    expert: Ways = 1
-    sequence_parallel: bool = False
-    distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
-
-    def __post_init__(self) -> None:
-        check_bounds("parallel", self)
-        if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise fail(
-                "parallel.virtual_pipeline",
-                self.virtual_pipeline,
-                "one process runs all layers anyway",
-                "set parallel.virtual_pipeline=1 or parallel.pipeline=2",
-            )
-        if self.sequence_parallel and self.tensor == 1:
-            raise fail(
-                "parallel.sequence_parallel",
-                "true",
-                "needs parallel.tensor of 2 or more, and it is 1",
-                "set parallel.sequence_parallel=false",
-            )
-        if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
-            raise fail(
-                "parallel.overlap_param_gather",
-                "true",
-                "needs parallel.distributed_optimizer=true and parallel.overlap_grad_reduce=true",
-                "set both, or neither",
-            )
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Processes that hold one copy of the model."""
-        return self.tensor * self.pipeline * self.context
-
-
-@dataclass
-class Config:
-    """A whole run.
-
-    Attributes:
-        name: name of the run.
-        output_dir: folder that the run writes everything to.
-        model: shape of the model and the weights it starts from.
-        data: where samples come from.
-        reduction: how visual tokens are dropped.
-        optim: optimizer and learning rate.
-        trainer: length of the run, machines, precision.
-        parallel: how the model and the batch are split.
-        exp_manager: passed to NeMo's exp_manager; checkpoints are the run's own business.
-        tuning: how finetuning goes about budgets, targets and weights.
-        fp8: which layers run in FP8, and how numbers are scaled.
-    """
-
-    name: str
-    output_dir: str
-    model: ModelConfig
-    data: DataConfig
-    reduction: ReductionConfig
-    optim: OptimConfig
-    trainer: TrainerConfig
-    parallel: ParallelConfig
-    exp_manager: dict[str, Any]
-    # With defaults, so that checkpoints from before these groups can be read.
-    tuning: TuningConfig = field(default_factory=TuningConfig)
-    fp8: Fp8Config = field(default_factory=Fp8Config)
+class Config(RunConfig):
+    """A whole run whose groups agree; its keys are those of ``RunConfig``."""
 
     def __post_init__(self) -> None:
         check_bounds("", self)
@@ -303,31 +54,3 @@ class Config:
         check_config(self)
         check_tuning(self)
         check_fp8(self)
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Copies of the model that work on different packed sequences."""
-        return self.trainer.num_nodes * self.trainer.devices // self.parallel.model_parallel_size
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Packed sequences that one copy of the model runs through per optimizer step."""
-        return self.trainer.global_batch_size // (self.data_parallel_size * self.trainer.micro_batch_size)
-
-    @property
-    def length_multiple(self) -> int:
-        """What the length of a packed sequence divides by: ranks that share it, FP8's tiles, the reduction's own."""
-        parallel = self.parallel
-        shares = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
-        # Attention cuts a sequence into two chunks a context-parallel rank; a rank's part has whole tiles.
-        unit = math.lcm(2 if parallel.context > 1 else 1, self.fp8.tile)
-        return math.lcm(shares * unit, self.reduction.multiple_of)
-
-    @property
-    def retention_by_layer(self) -> tuple[float, ...]:
-        """Share of a sample's visual tokens that enters each layer: ``reduction.retention`` or the solved schedule."""
-        return resolved_retention(self.reduction, self.model.hybrid_pattern)
-
-    def retention_at(self, budget: float) -> tuple[float, ...]:
-        """``retention_by_layer`` at another budget."""
-        return resolved_retention(replace(self.reduction, budget=budget), self.model.hybrid_pattern)

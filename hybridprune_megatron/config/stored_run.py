@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint, saved_config
 from hybridprune_megatron.config.compose import change_config, load_config
+from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.weight_files import holds_tensors
 
@@ -65,7 +65,7 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
     if checkpoint.is_dir() and (checkpoint / RUN_FILE).is_file():
         saved: Any = saved_config(checkpoint)
     else:
-        saved = asdict(load_config(overrides))
+        saved = plain_config(load_config(overrides))
         overrides = ()
     try:
         saved["model"]["hybrid_pattern"] = saved["model"]["hybrid_pattern"].replace("|", "")

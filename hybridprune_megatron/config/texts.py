@@ -6,7 +6,7 @@ import re
 from itertools import product
 from string import Formatter
 
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.prompt_tokens import RESERVED_TOKENS, VIDEO_TOKEN
 
 #: File systems take 255 bytes; checkpoints are made under longer names.

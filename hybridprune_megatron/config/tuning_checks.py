@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.cross_checks import check_kept
-from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, PROJECTOR_TARGET
+from hybridprune_megatron.config.groups import RunConfig
+from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET, language_targets
 from hybridprune_megatron.method.budgets import budget_levels
-
-if TYPE_CHECKING:
-    from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.method.schedule import Listed
 
 
-def check_tuning(cfg: Config) -> None:
+def check_tuning(cfg: RunConfig) -> None:
     """All checks of this file; raises ``ConfigError`` at the first that fails."""
     check_budgets(cfg)
     check_teacher(cfg)
@@ -21,7 +18,7 @@ def check_tuning(cfg: Config) -> None:
     check_lora(cfg)
 
 
-def check_budgets(cfg: Config) -> None:
+def check_budgets(cfg: RunConfig) -> None:
     """Every budget that may be drawn has a schedule."""
     budget = cfg.tuning.budget
     if budget.distribution == "fixed":
@@ -30,9 +27,9 @@ def check_budgets(cfg: Config) -> None:
     if cfg.model.vision is None:
         reason = f"model {cfg.model.name} has no vision tower (model.vision=null), so there is nothing to drop"
         raise fail(key, budget.distribution, reason, f"set {key}=fixed")
-    if cfg.reduction.retention is not None:
-        reason = "reduction.retention is one fixed schedule, and every budget needs its own"
-        raise fail(key, budget.distribution, reason, f"set reduction.retention=null or {key}=fixed")
+    if isinstance(cfg.reduction.schedule, Listed):
+        reason = "reduction.schedule.retention is one fixed schedule, and every budget needs its own"
+        raise fail(key, budget.distribution, reason, f"take another reduction.schedule, or set {key}=fixed")
     levels = budget_levels(budget.distribution, budget.low, budget.high, budget.choices)
     for name, level in (("low", min(levels)), ("high", max(levels))):
         try:
@@ -42,7 +39,7 @@ def check_budgets(cfg: Config) -> None:
             raise ConfigError(f"tuning.budget.{source} draws {level}: {error}") from error
 
 
-def check_teacher(cfg: Config) -> None:
+def check_teacher(cfg: RunConfig) -> None:
     """The teacher of a distillation knows something that the student does not."""
     distillation = cfg.tuning.distillation
     if not distillation.weight:
@@ -56,7 +53,7 @@ def check_teacher(cfg: Config) -> None:
         raise fail(key, distillation.teacher, reason, f"set {key}=initial or reduction.budget below 1")
 
 
-def check_lr_scale(cfg: Config) -> None:
+def check_lr_scale(cfg: RunConfig) -> None:
     """A part with a learning rate of its own learns."""
     for part, factor in vars(cfg.optim.lr_scale).items():
         if factor != 1 and not getattr(cfg.model.trainable, part):
@@ -64,7 +61,7 @@ def check_lr_scale(cfg: Config) -> None:
             raise fail(key, factor, f"{switch}=false, so this part does not learn", f"set {switch}=true or {key}=1")
 
 
-def check_lora(cfg: Config) -> None:
+def check_lora(cfg: RunConfig) -> None:
     """Adapters stand on parts that are to learn."""
     lora, trainable = cfg.tuning.lora, cfg.model.trainable
     if not lora.rank:
@@ -72,7 +69,7 @@ def check_lora(cfg: Config) -> None:
     if lora.rank > cfg.model.hidden_size:
         reason = f"must be at most model.hidden_size={cfg.model.hidden_size}, one side of every linear"
         raise fail("tuning.lora.rank", lora.rank, reason, "set e.g. tuning.lora.rank=16")
-    for part, targets in (("language", LANGUAGE_TARGETS), ("projector", (PROJECTOR_TARGET,))):
+    for part, targets in (("language", language_targets()), ("projector", (PROJECTOR_TARGET,))):
         named = [target for target in lora.targets if target in targets]
         if named and not getattr(trainable, part):
             switch = f"model.trainable.{part}"

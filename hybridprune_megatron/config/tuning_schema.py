@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from hybridprune_megatron.config.bounds import OneOf, PositiveShare, Range, Share, ShareBelowOne, check_bounds
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.bounds import OneOf, PositiveShare, Range, Share, ShareBelowOne, check_bounds
+from hybridprune_megatron.checks import fail
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.budgets import DISTRIBUTIONS
 
-#: Linears of the language model: attention, MLP, Mamba.
-LANGUAGE_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj", "out_proj")
 PROJECTOR_TARGET = "projector"
+
+
+def language_targets() -> tuple[str, ...]:
+    """Linears of the language model that may have adapters, by kind of layer."""
+    return tuple(name for kind in KINDS.values() for name in kind.targets)
 
 
 @dataclass
@@ -75,12 +79,12 @@ class LoraConfig:
     rank: Annotated[int, Range(0, 2**20)] = 0
     alpha: Annotated[float, Range(0, 1e6, above=True)] = 32.0
     dropout: ShareBelowOne = 0.0
-    targets: list[str] = field(default_factory=lambda: list(LANGUAGE_TARGETS))
+    targets: list[str] = field(default_factory=lambda: list(language_targets()))
 
     def __post_init__(self) -> None:
         prefix = "tuning.lora"
         check_bounds(prefix, self)
-        allowed = (*LANGUAGE_TARGETS, PROJECTOR_TARGET)
+        allowed = (*language_targets(), PROJECTOR_TARGET)
         if not self.targets or not set(self.targets) <= set(allowed):
             words = f"allowed is a list of {', '.join(allowed)}"
             raise fail(f"{prefix}.targets", self.targets, words, f"set e.g. '{prefix}.targets=[in_proj,out_proj]'")

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint
-from hybridprune_megatron.config.checks import fail
 from hybridprune_megatron.config.json_text import parse_json, read_json
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _files(folder: Path) -> list[Path]:
         names = set(read_json(folder / _INDEX)["weight_map"].values())
         return [folder / name for name in sorted(names) if "/" not in name]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise fail(_KEY, str(folder), f"{_INDEX} is no index of safetensors files", "fetch it again") from None
+        raise fail(_KEY, str(folder), f"{_INDEX} is not an index of safetensors files", "fetch it again") from None
 
 
 def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -76,7 +76,7 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             header = parse_json(stream.read(length))
         entries = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise fail(_KEY, str(file), f"is no complete safetensors file ({error})", "fetch it again") from None
+        raise fail(_KEY, str(file), f"is not a complete safetensors file ({error})", "fetch it again") from None
     yield from entries.items()
 
 

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from hybridprune_megatron.config.checks import fail
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.fields import type_of_key, without_none
 from hybridprune_megatron.config.flat import leaves
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hybridprune_megatron.cost.ops import Cost
+from hybridprune_megatron.layers.operations import Cost
 
 
 @dataclass(frozen=True)

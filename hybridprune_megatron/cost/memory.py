@@ -28,7 +28,6 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.activations import (
-    Kept,
     block_activations,
     block_peak,
     context_activations,
@@ -36,13 +35,9 @@ from hybridprune_megatron.cost.activations import (
     layer_activations,
     layer_input,
     projector_activations,
-    scan_workspace,
     total_bytes,
 )
-from hybridprune_megatron.cost.layers import CONV_TAPS, attention_widths, mamba_channels, mamba_inner
-from hybridprune_megatron.cost.ops import WIDTH
 from hybridprune_megatron.cost.parameters import (
-    Parameters,
     adapter_parameters,
     embedding_parameters,
     final_norm_parameters,
@@ -52,6 +47,9 @@ from hybridprune_megatron.cost.parameters import (
     tower_parameters,
 )
 from hybridprune_megatron.cost.vision import patches_per_frame, tokens_in_tower
+from hybridprune_megatron.layers.kind import Kept, Parameters
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.layers.operations import WIDTH
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -221,10 +219,9 @@ class Stage:
             kept, tokens = self._layer(symbol), self._tokens(packed, layer)
             stored.append(self._bytes(self._stored(kept), tokens))
             again = self._bytes(kept, tokens) - stored[-1]
-            scan = 0
-            if symbol == "M" and not self.fused:
-                scan = scan_workspace(self.cfg.model, tokens, self.cfg.parallel.tensor)
-            needed.append(again + self._gradients(kept, tokens) + scan)
+            kind, tensor = KINDS[symbol], self.cfg.parallel.tensor
+            workspace = 0 if self.fused else kind.workspace(self.cfg.model, tokens, tensor)
+            needed.append(again + self._gradients(kept, tokens) + workspace)
         encoder = self._encoder(packed)
         others = (in_flight - 1) * (sum(stored) + encoder)
         moments = [
@@ -246,7 +243,8 @@ class Stage:
         caches, working = [], []
         for layer, symbol in enumerate(self.symbols, start=self.offset):
             tokens = packed.tokens(layer)
-            caches.append(self._cache(symbol, tokens, packed.samples))
+            cache = KINDS[symbol].cache_bytes(self.cfg.model, tokens, packed.samples, self.width)
+            caches.append(cache // self.cfg.parallel.tensor)
             working.append(self._bytes(self._layer(symbol), tokens))
         moments = [
             (kept, needed, f"layer {layer} ({symbol})")
@@ -317,7 +315,7 @@ class Stage:
         return kept
 
     def _encoding(self, packed: Packed, others: int) -> list[tuple[int, int, str]]:
-        """The moments of the tower, all frames at once, and of the projector behind it."""
+        """The moments of the tower, all frames at once, and of the projector after it."""
         vision = self.vision
         assert vision is not None, "only the first stage of a model with a tower encodes"
         frames, kept = self._frames(packed), self._encoder(packed)
@@ -340,13 +338,3 @@ class Stage:
         kept = projector_activations(self.vision, self.width)
         tokens = self._frames(packed) * self.vision.tokens_per_frame
         return 2 * max(total_bytes([each], tokens) for each in kept)
-
-    def _cache(self, symbol: str, tokens: int, samples: int) -> int:
-        """Bytes that decoding needs of a layer: keys and values, or the last inputs of the convolution and a state."""
-        model, tensor = self.cfg.model, self.cfg.parallel.tensor
-        if symbol == "*":
-            return tokens * 2 * attention_widths(model)[1] * self.width // tensor
-        if symbol == "M":
-            inputs = (CONV_TAPS - 1) * mamba_channels(model) * self.width
-            return samples * (inputs + mamba_inner(model) * model.mamba_state_dim * _FP32) // tensor
-        return 0

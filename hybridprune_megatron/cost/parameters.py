@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
-from hybridprune_megatron.cost.layers import (
-    CONV_TAPS,
-    attention_widths,
-    mamba_channels,
-    mamba_inner,
-    mamba_rows,
-)
 from hybridprune_megatron.cost.vision import projector_input
+from hybridprune_megatron.layers.kind import Parameters
+from hybridprune_megatron.layers.kinds import KINDS
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import ModelConfig, VisionConfig
@@ -22,91 +16,19 @@ if TYPE_CHECKING:
 _COLOURS = 3
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters of one part.
-
-    Attributes:
-        split: split over tensor-parallel ranks.
-        replicated: held by every rank.
-        fp32: of the split ones, those that stay fp32 whatever the precision (decay rates and skips of Mamba).
-        experts: routed experts', split over expert-parallel ranks.
-    """
-
-    split: int = 0
-    replicated: int = 0
-    fp32: int = 0
-    experts: int = 0
-
-    def __add__(self, other: Parameters) -> Parameters:
-        return Parameters(
-            self.split + other.split,
-            self.replicated + other.replicated,
-            self.fp32 + other.fp32,
-            self.experts + other.experts,
-        )
-
-    @property
-    def total(self) -> int:
-        """Parameters of the whole part."""
-        return self.split + self.replicated + self.experts
-
-    def on_rank(self, tensor: int) -> tuple[int, int]:
-        """Parameters of one rank in the run's precision, and those in fp32; without routed experts'."""
-        fp32 = self.fp32 // tensor
-        return self.split // tensor + self.replicated - fp32, fp32
-
-
 def layer_parameters(model: ModelConfig, symbol: str) -> Parameters:
-    """One layer with its norm.
-
-    Args:
-        model: dimensions.
-        symbol: M, *, - or E.
-    """
-    hidden = model.hidden_size
-    if symbol == "M":
-        heads, inner = model.mamba_num_heads, mamba_inner(model)
-        # Taps and bias of the convolution; dt_bias, A_log and D a head; the gated norm.
-        small = (CONV_TAPS + 1) * mamba_channels(model) + 3 * heads + inner
-        return Parameters(hidden * mamba_rows(model) + small + inner * hidden, hidden, 2 * heads)
-    if symbol == "*":
-        queries, keys = attention_widths(model)
-        return Parameters(hidden * (queries + 2 * keys) + queries * hidden, hidden)
-    if symbol == "-":
-        return Parameters(2 * hidden * model.ffn_hidden_size, hidden)
-    assert symbol == "E", symbol
-    experts = model.experts
-    assert experts is not None, "an E layer comes with its experts' sizes"
-    inner = experts.latent_size or hidden
-    latent = 2 * hidden * inner if experts.latent_size is not None else 0
-    return Parameters(
-        2 * hidden * experts.shared_ffn_hidden_size,
-        # Norm and router, whose correction bias is none of its parameters.
-        hidden + experts.num_experts * hidden + latent,
-        experts=2 * inner * experts.ffn_hidden_size * experts.num_experts,
-    )
+    """One layer with its norm."""
+    return KINDS[symbol].parameters(model)
 
 
 def adapter_parameters(model: ModelConfig, symbol: str, lora: LoraConfig) -> Parameters:
     """The low-rank adapters of one layer: A [r, in] and B [out, r] of every linear that has one.
 
-    Ranks split B of a column-parallel linear and A of a row-parallel one; the other half lies on every rank.
+    Ranks split B of a column-parallel linear and A of a row-parallel one; the other half lies on every rank, and its
+    side of the linear is the residual stream.
     """
-    hidden = model.hidden_size
-    queries, keys = attention_widths(model)
-    column, row = {
-        "M": (("in_proj", mamba_rows(model)), ("out_proj", mamba_inner(model))),
-        "*": (("linear_qkv", queries + 2 * keys), ("linear_proj", queries)),
-        "-": (("linear_fc1", model.ffn_hidden_size), ("linear_fc2", model.ffn_hidden_size)),
-        # Experts have no adapters.
-        "E": (("", 0), ("", 0)),
-    }[symbol]
-    # The other side of both is the residual stream.
-    return sum(
-        (Parameters(lora.rank * wide, lora.rank * hidden) for name, wide in (column, row) if name in lora.targets),
-        Parameters(),
-    )
+    adapted = [each for each in KINDS[symbol].linears(model) if each.name in lora.targets]
+    return sum((Parameters(lora.rank * each.width, lora.rank * model.hidden_size) for each in adapted), Parameters())
 
 
 def embedding_parameters(model: ModelConfig) -> Parameters:
@@ -115,7 +37,7 @@ def embedding_parameters(model: ModelConfig) -> Parameters:
 
 
 def final_norm_parameters(model: ModelConfig) -> Parameters:
-    """The norm in front of the output layer."""
+    """The norm before the output layer."""
     return Parameters(replicated=model.hidden_size)
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.config.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.cost.memory import GIB, Memory, Packed, prefill_memory, training_memory
 from hybridprune_megatron.cost.planner import largest_budget, smallest_budget
 from hybridprune_megatron.cost.prefill import Prefill, Prompt, prefill_cost
+from hybridprune_megatron.method.schedule import Listed
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -66,10 +67,9 @@ def make_plan(cfg: Config, target: TargetConfig) -> Plan:
     counted = _Counter(cfg, target)
     if target.speedup is None and target.memory_gib is None:
         return counted.plan(cfg.reduction.budget)
-    if cfg.reduction.retention is not None:
+    if isinstance(cfg.reduction.schedule, Listed):
         raise ConfigError(
-            "reduction.retention is set: a list of shares has no budget to solve for; set reduction.retention=null and "
-            "a reduction.schedule"
+            "reduction.schedule=listed: a list of shares has no budget to solve for; take another reduction.schedule"
         )
     found = []
     if target.speedup is not None:
@@ -129,7 +129,7 @@ class _Counter:
 
     def largest(self, reached: Callable[[float], bool], error: Callable[[float], ConfigError]) -> float:
         """The largest budget that reaches something, or the error of the smallest there is."""
-        retention_at, highest = lru_cache(None)(self.cfg.retention_at), self.cfg.reduction.front_retention
+        retention_at, highest = lru_cache(None)(self.cfg.retention_at), self.cfg.reduction.front.retention
         budget = largest_budget(retention_at, reached, highest)
         if budget is None:
             raise error(smallest_budget(retention_at, highest))
@@ -142,7 +142,7 @@ class _Counter:
             "target.speedup",
             f"{self.target.speedup:g}",
             f"the best that this schedule reaches is {self.speedup(lowest):.3f}, at reduction.budget={lowest:g} "
-            f"({parts} and the layers in front of the first drop stay)",
+            f"({parts} and the layers before the first drop stay)",
             "lower target.speedup, or let earlier layers drop (reduction.layers, reduction.schedule)",
         )
 

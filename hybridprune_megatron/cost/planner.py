@@ -22,7 +22,7 @@ def largest_budget(
     Args:
         retention_at: retention per layer at a budget; raises ``ValueError`` below the smallest that has a schedule.
         reached: whether a budget reaches the target; true for all budgets below one that does.
-        highest: the largest budget there is (1, or what a reduction in front of the model hands on).
+        highest: the largest budget there is (1, or what a reduction before the model passes on).
     """
     top = round(highest * GRID)
 

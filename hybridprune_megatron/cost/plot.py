@@ -7,13 +7,11 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hybridprune_megatron.cost.ops import sum_costs
 from hybridprune_megatron.cost.prefill import Prefill
 from hybridprune_megatron.cost.report import flop_unit
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.layers.operations import sum_costs
 
-# Colour-blind safe (Okabe and Ito), as in the plots of runs.
-_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#999999", "E": "#009E73"}
-_NAMES = {"M": "Mamba", "*": "attention", "-": "MLP", "E": "experts"}
 _FULL = "#dddddd"
 
 
@@ -36,8 +34,8 @@ def plot_plan(path: Path, prefill: Prefill, name: str) -> None:
     right.bar(range(len(rows)), full, color=_FULL, label="without reduction")
     for symbol in dict.fromkeys(row.symbol for row in rows):
         mine = [layer for layer, row in enumerate(rows) if row.symbol == symbol]
-        left.bar(mine, [rows[layer].retention for layer in mine], color=_COLOURS[symbol], label=_NAMES[symbol])
-        right.bar(mine, [reduced[layer] for layer in mine], color=_COLOURS[symbol])
+        left.bar(mine, [rows[layer].retention for layer in mine], color=KINDS[symbol].colour, label=KINDS[symbol].label)
+        right.bar(mine, [reduced[layer] for layer in mine], color=KINDS[symbol].colour)
     budget = sum(row.retention for row in rows) / len(rows)
     left.axhline(budget, color="black", linestyle=":", linewidth=1)
     left.set(title=f"Share of the visual tokens that enters, mean {budget:.4f}", xlabel="layer", ylim=(0, 1.05))

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.layers import embedding_cost, head_cost, layer_operations
-from hybridprune_megatron.cost.ops import WIDTH, Cost, sum_costs
 from hybridprune_megatron.cost.scoring import drop_operations, front_operations, scoring_operations
 from hybridprune_megatron.cost.vision import projector_cost, tower_cost
-from hybridprune_megatron.method.schedule import kept_counts, layer_symbols
+from hybridprune_megatron.layers.operations import WIDTH, Cost, sum_costs
+from hybridprune_megatron.method.counts import kept_counts
+from hybridprune_megatron.method.reduction import at_least
+from hybridprune_megatron.method.schedule import layer_symbols
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import ModelConfig, ReductionConfig
@@ -50,7 +52,7 @@ class LayerRow:
         visual: visual tokens that enter it.
         full: operations without reduction.
         reduced: operations with it.
-        scoring: what scoring and dropping behind the layer add.
+        scoring: what scoring and dropping after the layer add.
     """
 
     symbol: str
@@ -70,7 +72,7 @@ class Prefill:
         rows: the layers.
         ends_full: embedding, final norm and output layer for one row, without reduction.
         ends_reduced: the same with it.
-        front: reduction in front of the language model.
+        front: reduction before the language model.
         vision: tower and projector; reduction cannot touch them.
     """
 
@@ -130,7 +132,7 @@ def prefill_cost(
         precision: fp32 or bf16.
     """
     width, symbols = WIDTH[precision], layer_symbols(model.hybrid_pattern)
-    counts = kept_counts(_handed_on(model, reduction, retention, prompt), prompt.visual, reduction.min_tokens)
+    counts = kept_counts(_passed_on(model, reduction, retention, prompt), prompt.visual, reduction.select.min_tokens)
     full = {symbol: layer_operations(model, symbol, [prompt.tokens], width) for symbol in set(symbols)}
     rows = []
     for layer, symbol in enumerate(symbols):
@@ -163,14 +165,13 @@ def prefill_cost(
     )
 
 
-def _handed_on(
+def _passed_on(
     model: ModelConfig, reduction: ReductionConfig, retention: Sequence[float], prompt: Prompt
 ) -> tuple[float, ...]:
     """The retention under a front that keeps the first frame of a video whatever its share."""
-    if not reduction.front.startswith("evs") or model.vision is None:
+    if not reduction.front.keeps_first_frames or model.vision is None:
         return tuple(retention)
-    least = min(1.0, model.vision.tokens_per_frame / prompt.visual)
-    return tuple(max(share, least) if share == retention[0] else share for share in retention)
+    return at_least(retention, min(model.vision.tokens_per_frame, prompt.visual), prompt.visual)
 
 
 def _ends(model: ModelConfig, tokens: int, left: int, width: int) -> Operations:

@@ -1,4 +1,4 @@
-"""What ``recipes/plan.py`` prints."""
+"""What ``hybridprune plan`` prints."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.device import DEVICES
 from hybridprune_megatron.cost.memory import GIB, Memory
-from hybridprune_megatron.cost.ops import Cost, sum_costs
 from hybridprune_megatron.cost.prefill import Operations, Prefill
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.layers.operations import Cost, sum_costs
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from hybridprune_megatron.cost.plan import Plan
     from hybridprune_megatron.cost.target import TargetConfig
 
-NAMES = {"M": "Mamba", "*": "attention", "-": "MLP", "E": "experts"}
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 
 
@@ -29,7 +29,7 @@ def layer_table(prefill: Prefill) -> Iterator[str]:
         full = sum_costs(row.full.values()).flops
         reduced = sum_costs([*row.reduced.values(), *row.scoring.values()]).flops
         yield (
-            f"{layer:>5}  {row.symbol + ' ' + NAMES[row.symbol]:<11}{row.retention:>9.4f}  {row.visual:>11,}  "
+            f"{layer:>5}  {row.symbol + ' ' + KINDS[row.symbol].label:<11}{row.retention:>9.4f}  {row.visual:>11,}  "
             f"{full / scale:>12.4f}  {reduced / scale:>9.4f}  {reduced / total:>6.1%}"
         )
 
@@ -44,7 +44,7 @@ def part_table(prefill: Prefill, device: Device, name: str, precision: str) -> I
     parts: list[tuple[str, Sequence[Cost], Sequence[Cost]]] = []
     for symbol in dict.fromkeys(row.symbol for row in rows):
         mine = [row for row in rows if row.symbol == symbol]
-        title = f"{len(mine)} {NAMES[symbol]} layers"
+        title = f"{len(mine)} {KINDS[symbol].label} layers"
         parts.append((title, _flat(row.full for row in mine), _flat(row.reduced for row in mine)))
     parts.append(("embedding, head", _flat([prefill.ends_full]), _flat([prefill.ends_reduced])))
     scoring = _flat([*(row.scoring for row in rows), prefill.front])
@@ -116,7 +116,7 @@ def heading(cfg: Config, prefill: Prefill) -> str:
     layers = reduction.layers if isinstance(reduction.layers, str) else f"layers {reduction.layers}"
     return (
         f"{cfg.model.name}: one sample of {video}{prompt.visual:,} visual and {prompt.text:,} text tokens "
-        f"({prompt.question} ask); scorer {reduction.scorer}, schedule {reduction.schedule} over {layers}"
+        f"({prompt.question} ask); score {reduction.score.name}, schedule {reduction.schedule.name} over {layers}"
     )
 
 

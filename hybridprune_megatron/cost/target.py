@@ -1,4 +1,4 @@
-"""The ``target.*`` keys of ``recipes/plan.py``: what is to be reached, and for which video."""
+"""The ``target.*`` keys of ``hybridprune plan``: what is to be reached, and for which video."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated
 
-from hybridprune_megatron.config.bounds import FLOAT_MAX, Count, OneOf, Range, Whole, check_bounds, read_value
-from hybridprune_megatron.config.checks import closest, fail
+from hybridprune_megatron.bounds import FLOAT_MAX, Count, OneOf, Range, Whole, check_bounds, read_value
+from hybridprune_megatron.checks import closest, fail
 from hybridprune_megatron.cost.device import DEVICES
 
 PREFIX = "target."
@@ -77,7 +77,7 @@ def read_target(overrides: Sequence[str]) -> TargetConfig:
         name = key.removeprefix(PREFIX)
         if name not in known:
             near = closest(name, known)
-            fix = f"did you mean {PREFIX}{near}?" if near else "python recipes/plan.py --help shows them"
+            fix = f"did you mean {PREFIX}{near}?" if near else "hybridprune plan --help shows them"
             raise fail(key, text, f"unknown key; target has {', '.join(known)}", fix)
         values[name] = read_value(key, text, TargetConfig, name)
     return TargetConfig(**values)

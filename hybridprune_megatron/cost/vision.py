@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.ops import Cost, elementwise, linear, sum_costs
+from hybridprune_megatron.layers.operations import Cost, elementwise, linear, sum_costs
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import VisionConfig
@@ -23,7 +23,7 @@ def tokens_in_tower(vision: VisionConfig) -> int:
 
 
 def projector_input(vision: VisionConfig) -> int:
-    """Width of a token behind the pixel shuffle."""
+    """Width of a token after the pixel shuffle."""
     return round(vision.hidden_size / vision.pixel_shuffle**2)
 
 

@@ -22,7 +22,7 @@ PADDING_KEY = ""
 
 @dataclass(frozen=True)
 class FrameFeatures:
-    """What a frozen vision tower made of frames, behind the pixel shuffle and in front of the projector.
+    """What a frozen vision tower made of frames, after the pixel shuffle and before the projector.
 
     Attributes:
         values: bf16 or float32 [F, M, C], M tokens a frame of C channels.
@@ -156,7 +156,7 @@ def pack(samples: Sequence[EncodedSample], pad_to_multiple_of: int = 1, pad_id: 
 def _filling(samples: Sequence[EncodedSample], length: int, pad_id: int) -> list[Tensor]:
     """``length`` tokens to fill a sequence up with: the longest text that one of the samples begins with, again.
 
-    Nothing behind a token reaches it, so in every layer these rows are copies of rows that are there anyway. A scale of
+    Nothing after a token reaches it, so in every layer these rows are copies of rows that are there anyway. A scale of
     FP8, which the largest number decides, is the same with and without them; padding tokens would bring their own.
 
     Args:

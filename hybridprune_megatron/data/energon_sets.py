@@ -9,7 +9,7 @@ from megatron.energon import CrudeWebdataset, WorkerConfig
 from megatron.energon.epathlib import EPath
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.data_sets import DataSet
 
 

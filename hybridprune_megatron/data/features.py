@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.features import FeaturesInfo
 from hybridprune_megatron.config.json_text import parse_json, short
 from hybridprune_megatron.data.batch import FrameFeatures
@@ -72,7 +72,7 @@ class StoredFeatures:
         """Where the features come from.
 
         Raises:
-            ValueError: this is no features part.
+            ValueError: this is not a features part.
         """
         return FeaturesInfo.from_json(self._header["__metadata__"]["info"])
 
@@ -81,7 +81,7 @@ class StoredFeatures:
 
         Raises:
             ConfigError: it takes frames that are not stored.
-            ValueError: this is no features part.
+            ValueError: this is not a features part.
         """
         return self._chosen(sampling)[1]
 
@@ -90,7 +90,7 @@ class StoredFeatures:
 
         Raises:
             ConfigError: it takes frames that are not stored.
-            ValueError: this is no features part.
+            ValueError: this is not a features part.
         """
         rows, seconds = self._chosen(sampling)
         values = self._tensor("features")

@@ -229,7 +229,7 @@ class PromptEncoder:
 
     def _question_text(self, pieces: _Pieces, text: str, kind: TokenKind) -> None:
         # The newline that closes the content is tokenized with it, as a model trained on whole prompts expects, but it
-        # is no part of the question where the tokenizer keeps it apart.
+        # is not part of the question where the tokenizer keeps it apart.
         ids, newline = self._tokenize(text), self._tokenize("\n")
         if text.endswith("\n") and len(ids) > len(newline) and ids[-len(newline) :] == newline:
             pieces.add(ids[: -len(newline)], kind)

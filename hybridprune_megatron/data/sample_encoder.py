@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample, FrameFeatures, join_features, no_pixels
 from hybridprune_megatron.data.conversation import Conversation, check_videos, read_conversation

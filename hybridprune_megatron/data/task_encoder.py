@@ -26,7 +26,7 @@ from megatron.energon import (
 )
 from megatron.energon.errors import FatalSampleError, reraise_exception
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.data_sets import DataSet, features_of, read_data_sets
 from hybridprune_megatron.config.features import FeaturesInfo
 from hybridprune_megatron.config.json_text import parse_json
@@ -332,7 +332,7 @@ def build_eval_loader(cfg: Config, rank: int = 0, world_size: int = 1) -> Iterat
 
 def _data_sets(path: str | None, key: str, part: str) -> list[DataSet]:
     if path is None:
-        raise ConfigError(f"{key}=null: give an Energon data set folder; scripts/make_shards.py writes one")
+        raise ConfigError(f"{key}=null: give an Energon data set folder; hybridprune shards writes one")
     return read_data_sets(path, part, key)
 
 

@@ -28,7 +28,7 @@ def load_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit):
         raise
-    # A broken file ends in errors of every kind, down to panics of the library below, which are no Exception.
+    # A broken file ends in errors of every kind, down to panics of the library below, which are not an Exception.
     except BaseException as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason or "custom code" in reason:

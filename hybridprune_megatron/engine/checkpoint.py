@@ -1,13 +1,13 @@
 """Distributed checkpoints of a whole run: complete or not there, and good for any parallel layout.
 
-All ranks write into a ``.incomplete`` folder (names: :mod:`hybridprune_megatron.config.checkpoint_folder`); behind a
+All ranks write into a ``.incomplete`` folder (names: :mod:`hybridprune_megatron.config.checkpoint_folder`); after a
 barrier rank 0 writes ``run.json``, syncs everything to disk and renames the folder, which is one step for the file
 system.
 
 What follows a change of layout: weights and optimizer states are stored whole, a parameter a tensor, so every rank
 reads its own part of them under any tensor, pipeline, context and data-parallel size. The loader's state is stored by
 stream (:mod:`hybridprune_megatron.data.streams`), which no layout changes. Generators are stored by rank: the same
-layout continues them digit for digit, another one seeds them anew from the run's seed and the step.
+layout continues them bitwise, another one seeds them anew from the run's seed and the step.
 
 What is stored how (megatron-core 0.19.2): tensors as raw shards; everything else is ``torch.save``d bytes.
 Megatron reads these bytes, and the ``.metadata`` index, through pickle. A run's folder may come from somebody else too,
@@ -144,7 +144,7 @@ class CheckpointSaver:
     """Writes the checkpoints of a run into one folder. Every rank has one and makes the same calls.
 
     With ``asynchronous``, ``save`` returns when this process' values are copied, and a process of its own writes them
-    while training goes on; the checkpoint is not there until ``finish`` has found that all ranks are done.
+    while training continues; the checkpoint is not there until ``finish`` has found that all ranks are done.
     """
 
     def __init__(self, directory: Path, keep_last: int = 2, asynchronous: bool = False) -> None:

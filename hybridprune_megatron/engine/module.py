@@ -30,7 +30,7 @@ class TrainLoader(Protocol):
     """Endless packed batches of one data-parallel rank, in an order that can be saved.
 
     They come from the rank's streams (:func:`~hybridprune_megatron.data.streams.streams_of`) in turn. A stream's state
-    is plain values (str, numbers, lists, dicts, tensors) and describes what comes behind its last batch handed out.
+    is plain values (str, numbers, lists, dicts, tensors) and describes what comes after its last batch handed out.
     States are asked for between two steps.
     """
 

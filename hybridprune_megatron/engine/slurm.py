@@ -56,7 +56,7 @@ def env_int(*names: str) -> int | None:
 
 
 def slurm_task() -> SlurmTask | None:
-    """This process's place in its step; None: it is no task of srun, or the only one.
+    """This process's place in its step; None: it is not a task of srun, or the only one.
 
     Raises:
         ValueError: variables that are missing or cannot all be true.
@@ -184,7 +184,7 @@ def first_host(node_list: str) -> str:
     """First host of a Slurm node list: "n[03-05,9],m1" -> "n03", "r[1-2]n[3-4]" -> "r1n3", "g[1-4]-ib" -> "g1-ib".
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: it is not such a list.
     """
     return _told_by_scontrol(node_list) or _first_of(node_list)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from hybridprune_megatron.config.checkpoint_folder import remove_incomplete
+from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.engine.agreement import check_agreement
 from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint, start_save_helper
@@ -119,7 +119,7 @@ class MegatronStrategy(DDPStrategy):
         run = {
             "consumed_samples": module.consumed_samples,
             "world_size": dist.get_world_size(),
-            "config": asdict(module.cfg),
+            "config": plain_config(module.cfg),
             "versions": versions(),
             "commit": source_commit(),
         }

@@ -250,8 +250,8 @@ def train_step(
         problem = f"{what} at step {step}; {_named_samples(recorder, sums)}"
         if not skips:
             raise FloatingPointError(
-                f"{problem}; lower optim.lr or check those samples; the same command goes on from the last checkpoint, "
-                "with trainer.nonfinite=skip past such steps"
+                f"{problem}; lower optim.lr or check those samples; the same command continues from the last "
+                "checkpoint, with trainer.nonfinite=skip past such steps"
             )
     state.scheduler.step(increment=1)
     tokens, samples = _gather_counts(recorder, device)

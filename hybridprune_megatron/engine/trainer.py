@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import Trainer
 from omegaconf.errors import OmegaConfBaseException
 
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.checkpoint_folder import resume_point
-from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
@@ -53,7 +53,7 @@ def build_trainer(cfg: Config, launch: Launch) -> Trainer:
 
 
 def resume_checkpoint(cfg: Config, say: bool) -> Path | None:
-    """The checkpoint that a run goes on from, None at its start; tells what it leaves out and what it takes.
+    """The checkpoint that a run continues from, None at its start; tells what it leaves out and what it takes.
 
     Args:
         cfg: ``output_dir`` is read.

@@ -45,7 +45,7 @@ def start_watch(launch: Launch) -> None:
 def report_failure(error: BaseException) -> None:
     """Tells the others why this rank ends; if another rank is the cause, that ends the process.
 
-    A SystemExit is no failure: all ranks have agreed on it.
+    A SystemExit is not a failure: all ranks have agreed on it.
     """
     if _current is not None and not isinstance(error, SystemExit):
         _current.fail(error)
@@ -146,7 +146,7 @@ class Watch:
             self._over.set()
             return
         if self._rank == 0 or told is None:
-            message = f"job ended: {verdict['line']}; the same command goes on from the last checkpoint\n"
+            message = f"job ended: {verdict['line']}; the same command continues from the last checkpoint\n"
             os.write(2, message.encode())
         os._exit(1)
 

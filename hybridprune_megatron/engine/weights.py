@@ -39,7 +39,7 @@ def load_initial_weights(module: MegatronModule, path: str | Path, model: ModelC
     Args:
         module: any tensor/pipeline split; every weight must be in the file, and every weight of the file in
             some rank's model. Adapters may be missing all together: then they stay as they were built.
-        path: a ``.safetensors`` file or a folder of such files (scripts/import_hf.py), a Hugging Face folder of a
+        path: a ``.safetensors`` file or a folder of such files (hybridprune import), a Hugging Face folder of a
             family that ``huggingface.names`` knows, or a distributed checkpoint folder (ours or stock megatron's).
         model: the module's configuration, which a Hugging Face folder's has to equal; None: only shapes are compared.
 

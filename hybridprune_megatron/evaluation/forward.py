@@ -60,7 +60,7 @@ def packed_batches(samples: Iterable[EncodedSample], max_tokens: int, multiple_o
 def length_multiple(model: VideoLanguageModel, *reductions: Reduction | None) -> int:
     """What the length of a batch must divide by for this model under each of some reductions."""
     own = model.language_model.decoder.multiple_of
-    return math.lcm(own, *(reduction.multiple_of for reduction in reductions if reduction is not None))
+    return math.lcm(own, *(reduction.select.multiple_of for reduction in reductions if reduction is not None))
 
 
 def device_of(model: VideoLanguageModel) -> torch.device:

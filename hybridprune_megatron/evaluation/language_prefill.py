@@ -13,10 +13,13 @@ from torch import Tensor
 
 from hybridprune_megatron.evaluation.forward import device_of, measuring
 from hybridprune_megatron.evaluation.timing import in_turn
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
-from hybridprune_megatron.method.schedule import SCORING_LAYERS, layer_symbols
-from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
+from hybridprune_megatron.method.reduction_pass import ReductionPass
+from hybridprune_megatron.method.schedule import layer_symbols
+from hybridprune_megatron.method.scorer import Scorer
+from hybridprune_megatron.method.signals import Signals
 from hybridprune_megatron.models.packed import LayerPacking, pack_for_layer
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
@@ -61,7 +64,8 @@ def time_language_prefill(
     last = layout.origin[-1:]
 
     def prefill(reduction: Reduction | None) -> object:
-        return model.language_model(hidden, layout, reduction, last)
+        dropping = model.language_model.decoder.pass_of(reduction, layout)
+        return model.language_model(hidden, layout, dropping, last)
 
     candidates = {name: partial(prefill, reduction) for name, reduction in reductions.items()}
     with measuring(model, None):
@@ -95,8 +99,8 @@ def time_pieces(
         for symbol in dict.fromkeys(symbols):
             layers = [layer for layer, kind in zip(decoder.layers, symbols) if kind == symbol]
             candidates[symbol], shares[symbol] = partial(_run_layers, layers, hidden, packing), len(layers)
-            if symbol in SCORING_LAYERS and reduction.scorer is not None:
-                candidates[f"score {symbol}"] = _score(reduction, symbol, layers[0], hidden, layout)
+            if KINDS[symbol].scores and reduction.scorer is not None:
+                candidates[f"score {symbol}"] = _score(reduction, layers[0], hidden, layout)
         counts = tuple(round(count * _KEPT_IN_A_DROP) for count in layout.visual_counts)
         candidates["drop"] = partial(_drop, reduction, hidden, layout, counts)
         candidates["ends"] = lambda: model.language_model.output_layer(decoder.final_norm(hidden)[-1:])
@@ -118,31 +122,23 @@ def _run_layers(layers: list, hidden: Tensor, packing: LayerPacking) -> None:
 
 def _drop(reduction: Reduction, hidden: Tensor, layout: TokenLayout, counts: tuple[int, ...]) -> None:
     scores = torch.linspace(0, 1, len(layout.visual_index), device=hidden.device)
-    _, left = reduction.drop(hidden, layout, counts, scores)
+    _, left = ReductionPass(reduction, (layout.visual_counts, counts)).step(0, hidden, layout, scores)
     pack_for_layer(left, None, None, None)
 
 
-class _Catch:
+class _Catch(Scorer):
     """A scorer that only keeps what it is given."""
 
-    attention_pooling = mamba_pooling = "mean"
+    signals: Signals
 
-    def __init__(self) -> None:
-        self.signals: AttentionSignals | MambaSignals | None = None
-
-    def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
-        self.signals = signals
-        return torch.zeros(len(layout.visual_index), device=layout.visual_index.device)
-
-    def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
+    def score(self, signals: Signals, layout: TokenLayout, layer: int) -> Tensor:
         self.signals = signals
         return torch.zeros(len(layout.visual_index), device=layout.visual_index.device)
 
 
-def _score(
-    reduction: Reduction, symbol: str, layer: torch.nn.Module, hidden: Tensor, layout: TokenLayout
-) -> Callable[[], object]:
+def _score(reduction: Reduction, layer: torch.nn.Module, hidden: Tensor, layout: TokenLayout) -> Callable[[], object]:
     """The score of one layer, ready to be timed on what the layer computes."""
     catch = _Catch()
     _run_layers([layer], hidden, pack_for_layer(layout, catch, reduction.dt_filter, None))
-    return partial(getattr(reduction.scorer, SCORING_LAYERS[symbol]), catch.signals, layout, 0)
+    assert reduction.scorer is not None, "a score that asks no mixer"
+    return partial(reduction.scorer.score, catch.signals, layout, 0)

@@ -17,7 +17,7 @@ from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 def max_logit_difference(model: VideoLanguageModel, exported: Any, samples: Sequence[EncodedSample]) -> float:
     """Largest absolute difference of any logit of any token that is left, each model under its own reduction.
 
-    Alignment of packed lengths (``reduction.multiple_of``) is left out: the export has none.
+    Alignment of packed lengths (``reduction.select.multiple_of``) is left out: the export has none.
 
     Args:
         model: the training model, unsplit.
@@ -29,7 +29,7 @@ def max_logit_difference(model: VideoLanguageModel, exported: Any, samples: Sequ
             of frames, which the export does not take.
     """
     largest = 0.0
-    reduction = model.reduction and replace(model.reduction, multiple_of=1)
+    reduction = model.reduction and replace(model.reduction, select=replace(model.reduction.select, multiple_of=1))
     with measuring(model, reduction):
         for sample in samples:
             largest = max(largest, _difference(model, exported, sample))

@@ -10,11 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.schedule import layer_symbols
 
-#: Colour-blind safe (Okabe and Ito).
-LAYER_COLOURS = {"M": "#0072B2", "*": "#D55E00", "-": "#999999"}
-LAYER_NAMES = {"M": "Mamba", "*": "attention", "-": "MLP (cannot score)"}
 _LOSS_COLOUR = "#333333"
 _SMOOTH_STEPS = 10
 
@@ -74,7 +72,8 @@ def _plot_retention(
     layers = range(len(symbols))
     for symbol in dict.fromkeys(symbols):
         mine = [layer for layer in layers if symbols[layer] == symbol]
-        name, colour = LAYER_NAMES.get(symbol, symbol), LAYER_COLOURS.get(symbol, "#009E73")
+        kind = KINDS[symbol]
+        name, colour = kind.label if kind.scores else f"{kind.label} (cannot score)", kind.colour
         axes.bar(mine, [measured[layer] for layer in mine], color=colour, label=f"measured, {name}")
     axes.plot(layers, target, color="black", marker="_", markersize=14, linestyle="none", label="schedule")
     axes.axhline(budget, color="black", linestyle=":", linewidth=1)

@@ -13,7 +13,7 @@ _WIDTH = 64
 
 
 class Stages:
-    """Runs stages and keeps their results as JSON files, so that a killed job goes on where it was.
+    """Runs stages and keeps their results as JSON files, so that a killed job continues where it was.
 
     Args:
         folder: where the results go.

@@ -89,9 +89,9 @@ class HybridCache:
     """The caches of a model; what ``generate`` calls ``past_key_values`` or ``cache``.
 
     Each layer holds the tokens that entered it, and Mamba's states what they wrote. A dropped token stays dropped for
-    whatever comes later: layers in front of the drop remember it, those behind it never saw it.
+    whatever comes later: layers before the drop remember it, those after it never saw it.
 
-    A cache is written in place. Two questions over one video need ``copy.deepcopy`` of it in front of the first.
+    A cache is written in place. Two questions over one video need ``copy.deepcopy`` of it before the first.
 
     Attributes:
         layers: by index, of the layers that have a state.

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import transformers
 
-from hybridprune_megatron.config.checks import closest, fail
-from hybridprune_megatron.config.reduction_schema import ReductionConfig, resolved_retention
+from hybridprune_megatron.checks import fail
+from hybridprune_megatron.config.legacy import nested
+from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE, check_transformers
-from hybridprune_megatron.method.schedule import Shape, layer_symbols
+from hybridprune_megatron.method.schedule import Listed, layer_symbols
+from hybridprune_megatron.plugins import from_a_file
 
 # Before anything is asked of transformers that older ones lack: this is the first file of an export that is read.
 check_transformers(TRANSFORMERS_RANGE)
 
 # Alignment of packed training batches: here it would make a sample's result depend on what it is batched with.
 TRAINING_ONLY = {"multiple_of", "local_choice"}
-_KEYS = [field.name for field in fields(ReductionConfig) if field.name not in TRAINING_ONLY]
-# What the solved retention per layer follows from.
-_SCHEDULE_KEYS = {"budget", "layers", "front_retention", *(field.name for field in fields(Shape))}
 
 
+@from_a_file()
 def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """A complete reduction, its retention per layer solved from the budget if it is not given.
 
     Args:
         pattern: hybrid layer pattern.
-        reduction: any keys of the training configuration's reduction group but ``TRAINING_ONLY``; None: no reduction.
+        reduction: any keys of the training configuration's reduction group but ``TRAINING_ONLY``, and the shares of
+            the layers under "retention"; None: no reduction.
 
     Raises:
         ValueError: an unknown key, a value that the key does not allow, a budget that cannot be met, or a retention of
@@ -36,24 +36,47 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
     """
     if reduction is None:
         return None
-    _check_keys(reduction)
-    settings = ReductionConfig(**{"scorer": "query", "budget": 1.0, **reduction})
-    resolved = {name: getattr(settings, name) for name in _KEYS}
-    return resolved | {"retention": list(resolved_retention(settings, pattern))}
+    given = {"budget": 1.0, **nested(_group(reduction))}
+    _refuse_alignment(given)
+    stored = given.pop("retention", None)
+    settings = ReductionConfig.of(given)
+    plain = exported_settings(settings)
+    if stored is not None:
+        as_list = {"name": Listed.name, "retention": stored}
+        return plain | {"retention": list(ReductionConfig.of(given | {"schedule": as_list}).retention(pattern))}
+    return plain | {"retention": list(settings.retention(pattern))}
 
 
+def exported_settings(settings: ReductionConfig) -> dict[str, Any]:
+    """What an export keeps of the training configuration's reduction group: all but ``TRAINING_ONLY``."""
+    plain = settings.plain()
+    select = {name: value for name, value in plain["select"].items() if name not in TRAINING_ONLY}
+    return plain | {"select": select}
+
+
+@from_a_file()
 def merge_reduction(saved: Mapping[str, Any] | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The saved reduction with some settings replaced; None turns it off.
 
-    The saved retention goes if anything is replaced that it was solved from.
+    A part (score, schedule, front) that is given by another name replaces the saved one, keys alone change it. The
+    saved retention goes if anything is replaced that it was solved from.
 
     Raises:
-        ValueError: what is given is no mapping.
+        ValueError: what is given is not a mapping.
     """
     if given is None:
         return None
-    merged = {**_group(saved or {}), **_group(given)}
-    if "retention" not in given and _SCHEDULE_KEYS & set(given):
+    merged, changes = nested(_group(saved or {})), nested(_group(given))
+    for name, value in changes.items():
+        before = merged.get(name)
+        if (
+            isinstance(value, Mapping)
+            and isinstance(before, Mapping)
+            and value.get("name") in (None, before.get("name"))
+        ):
+            value = {**before, **value}
+        merged[name] = value
+    if "retention" not in changes and set(changes) & {"budget", "layers", "front", "schedule"}:
         merged["retention"] = None
     return merged
 
@@ -87,7 +110,7 @@ class HybridPruneConfig(transformers.PreTrainedConfig):
         vision: fields of the training configuration's ``model.vision``; None: text only.
         reduction: see ``resolve_reduction``; None: no reduction.
         image_token_id, image_start_token_id, image_end_token_id, turn_token_id: special tokens of the prompt format.
-        special_token_ids: all ids that are no plain text.
+        special_token_ids: all ids that are not plain text.
         use_cache: whether generation keeps caches.
         initializer_range: deviation of new weights.
         tie_word_embeddings: whether the output layer is the embedding.
@@ -165,13 +188,13 @@ def _group(reduction: Any) -> Mapping[str, Any]:
     return reduction
 
 
-def _check_keys(reduction: Mapping[str, Any]) -> None:
-    """Keys are known; what they may hold is said by the class that is built of them."""
-    for name, value in _group(reduction).items():
-        if name not in _KEYS:
-            nearest = closest(name, _KEYS)
-            fix = f"did you mean {nearest}?" if nearest else f"leave {name} out"
-            raise fail(f"reduction.{name}", value, f"no such key; allowed are {', '.join(_KEYS)}", fix)
+def _refuse_alignment(reduction: Mapping[str, Any]) -> None:
+    select = reduction.get("select")
+    if not isinstance(select, Mapping):
+        return
+    for name in sorted(TRAINING_ONLY & set(select)):
+        key, allowed = f"reduction.select.{name}", "aligns the batches of training, and there are none here"
+        raise fail(key, select[name], allowed, f"leave {name} out")
 
 
 def _checked_limit(limit: Sequence[float | str]) -> list[float | str]:

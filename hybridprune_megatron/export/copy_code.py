@@ -1,13 +1,19 @@
 """Copies the modelling code into an export: the modules it needs, flat, importing each other relatively.
 
-The export is self-contained, and nothing is written twice: the files are this package's own. transformers imports a
-folder's code as one flat package and follows ``from .module import name`` lines by itself.
+The export is self-contained, and nothing is written twice: the files are this package's own, and the file of a score
+that is somebody else's. transformers imports a folder's code as one flat package and follows ``from .module import
+name`` lines by itself.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import sys
 from pathlib import Path
+
+from hybridprune_megatron.method.scorer import Score
 
 _PACKAGE = "hybridprune_megatron"
 _ROOT = Path(__file__).resolve().parents[1]
@@ -18,12 +24,18 @@ _ENTRY_MODULES = (
     "export.modeling_hybridprune",
     "export.processing_hybridprune",
 )
+#: The module that an export which brings a score along has another version of.
+_ANNOUNCED = "method.announced"
 
 
-def needed_modules() -> list[str]:
-    """The modules of the export and all modules they import, as dotted names inside the package, sorted."""
+def needed_modules(further: str = "") -> list[str]:
+    """The modules of the export and all modules they import, as dotted names inside the package, sorted.
+
+    Args:
+        further: source that is exported as well.
+    """
     found: set[str] = set()
-    waiting = list(_ENTRY_MODULES)
+    waiting = [*_ENTRY_MODULES, *(match.group(2) for match in _IMPORT.finditer(further))]
     while waiting:
         module = waiting.pop()
         if module not in found:
@@ -32,13 +44,18 @@ def needed_modules() -> list[str]:
     return sorted(found)
 
 
-def relative_source(module: str) -> str:
+def relative_source(module: str, text: str | None = None) -> str:
     """A module's source with the package's imports made relative and flat.
+
+    Args:
+        module: for the error.
+        text: its source; None: of a module of this package.
 
     Raises:
         ValueError: an import of the package in a form that is not rewritten.
     """
-    text = _IMPORT.sub(lambda match: f"{match.group(1)}from .{match.group(2).split('.')[-1]} import ", _source(module))
+    text = _source(module) if text is None else text
+    text = _IMPORT.sub(lambda match: f"{match.group(1)}from .{match.group(2).split('.')[-1]} import ", text)
     left = _ANY_IMPORT.search(text)
     if left is not None:
         raise ValueError(
@@ -47,23 +64,68 @@ def relative_source(module: str) -> str:
     return text
 
 
-def copy_code(folder: Path) -> list[str]:
+def copy_code(folder: Path, score: Score | None = None) -> list[str]:
     """Writes the code into a folder.
+
+    Args:
+        folder: the export.
+        score: what it ranks by; the file of one that is not ours goes along.
 
     Returns:
         The names of the files.
 
     Raises:
-        ValueError: two modules would get the same file name, or see ``relative_source``.
+        ValueError: two modules would get the same file name, or see ``relative_source`` and ``_source_of``.
     """
-    modules = needed_modules()
-    names = [module.split(".")[-1] for module in modules]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(f"exported modules share the file name {sorted(twice)[0]}.py: rename one of them")
-    for module, name in zip(modules, names):
-        (folder / f"{name}.py").write_text(relative_source(module), encoding="ascii")
-    return [f"{name}.py" for name in names]
+    sources: dict[str, str] = {}
+    own = score is None or type(score).__module__.partition(".")[0] == _PACKAGE
+    brought = "" if score is None or own else _source_of(type(score))
+    for module in needed_modules(brought):
+        name = module.split(".")[-1]
+        if name in sources:
+            raise ValueError(f"exported modules share the file name {name}.py: rename one of them")
+        sources[name] = relative_source(module)
+    if score is not None and not own:
+        module = type(score).__module__
+        name = module.split(".")[-1]
+        if name in sources:
+            raise ValueError(f"{module}: the export has a {name}.py of its own; give the score's file another name")
+        sources[name] = relative_source(module, brought)
+        sources[_ANNOUNCED.split(".")[-1]] = _announcement(name, type(score))
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    return [f"{name}.py" for name in sources]
+
+
+def _source_of(kind: type[Score]) -> str:
+    """The file of somebody else's score.
+
+    Raises:
+        ValueError: it imports from its own package, which the export does not have.
+    """
+    text = inspect.getsource(sys.modules[kind.__module__])
+    package = kind.__module__.partition(".")[0]
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            # A relative import is of its package.
+            names.append(package if node.level else node.module or "")
+        if package in (name.partition(".")[0] for name in names):
+            raise ValueError(
+                f"reduction.score={kind.name}: its file imports from its own package, {package}, and an export takes "
+                "this one file along; put what the score needs into it"
+            )
+    return text
+
+
+def _announcement(module: str, kind: type[Score]) -> str:
+    return (
+        '"""The score that this export brings along."""\n\n'
+        f"from .{module} import {kind.__name__}\n"
+        "from .scorer import Score\n\n"
+        f"{kind.__name__}.name = {kind.name!r}\n"
+        f"ANNOUNCED: tuple[type[Score], ...] = ({kind.__name__},)\n"
+    )
 
 
 def _source(module: str) -> str:

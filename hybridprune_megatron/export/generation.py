@@ -1,15 +1,15 @@
 """What transformers' ``generate`` asks of the exported model.
 
-A second question in the same chat goes on over the caches of the first one, or prefills the video again:
+A second question in the same chat continues over the caches of the first one, or prefills the video again:
 
 - ``generate(input_ids=chat_so_far_and_question, past_key_values=cache)`` goes on. The second question reads what the
   first one kept, layer by layer, and every token since; it scores nothing and drops nothing. A token that the
-  first question dropped behind layer l is gone for all layers behind l, and for the attention of none before; its trace
+  first question dropped after layer l is gone for all layers after l, and for the attention of none before; its trace
   in the Mamba states of layers up to l remains.
 - ``generate(**inputs_of_the_whole_chat)`` without ``past_key_values`` prefills again. Which question then scores is the
   processor's ``conversation_mode``: "split_turns" lets the last one choose.
 
-All videos come in the first call: image tokens behind filled caches are refused.
+All videos come in the first call: image tokens after filled caches are refused.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def refuse_other_arguments(config: PreTrainedConfig, others: dict[str, Any]) -> 
 
 
 def _check_continuation(input_ids: Tensor, num_new: int | None, seen: Tensor, attention_mask: Tensor | None) -> None:
-    """The new columns go on where the caches end.
+    """The new columns continue where the caches end.
 
     Args:
         input_ids: int64 [B, L], all columns or the new ones.
@@ -152,7 +152,7 @@ def _check_continuation(input_ids: Tensor, num_new: int | None, seen: Tensor, at
     if num_new is not None and len(differs):
         raise ValueError(
             f"input_ids differ from column {int(differs[0])} on from what the caches have seen: give the ids that "
-            f"generate returned with the new turn behind them (processor.next_turn), or {again}"
+            f"generate returned with the new turn after them (processor.next_turn), or {again}"
         )
     if num_new is None and not len(differs) and input_ids.shape[1] > past:
         # transformers takes all columns for new ones where the mask is of another length.
@@ -162,6 +162,6 @@ def _check_continuation(input_ids: Tensor, num_new: int | None, seen: Tensor, at
         )
     if attention_mask is not None and bool((attention_mask[:, 1:] < attention_mask[:, :-1]).any()):
         raise ValueError(
-            "attention_mask has padding inside a row, where an answer ended before the others of its batch: go on with "
-            f"such chats one by one, or {again}"
+            "attention_mask has padding inside a row, where an answer ended before the others of its batch: continue "
+            f"with such chats one by one, or {again}"
         )

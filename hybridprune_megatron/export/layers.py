@@ -14,14 +14,15 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 
 from hybridprune_megatron.export.cache import AttentionCache, HybridCache, MambaCache
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
-from hybridprune_megatron.export.experts import Expert, ExpertsMixture
+from hybridprune_megatron.export.experts_layer import Expert, ExpertsMixture
+from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.method.dt_filter import filtered_steps
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.scorers import Scorer
+from hybridprune_megatron.method.scorer import Scorer
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
-from hybridprune_megatron.ops.attention import packed_attention
 from hybridprune_megatron.ops.conv import causal_conv_silu
 from hybridprune_megatron.ops.norm import gated_rms_norm
+from hybridprune_megatron.ops.packed_attention import packed_attention
 from hybridprune_megatron.ops.ssd import ssd_final_states, ssd_scan, ssd_step
 
 
@@ -95,7 +96,7 @@ class MambaMixer(nn.Module):
         scores = None
         if scorer is not None:
             with torch.no_grad():
-                scores = scorer.mamba(MambaSignals(B, C, dt, A), packing.layout, self.index)
+                scores = scorer.score(MambaSignals(B, C, dt, A), packing.layout, self.index)
         if cache is not None:
             state = ssd_final_states(x, dt, A, B, packing.layout.cu_seqlens, packing.sample_index)
             cache.layers[self.index] = MambaCache(_last_rows(inputs, packing, weight.shape[1] - 1), state)
@@ -157,7 +158,7 @@ class AttentionMixer(nn.Module):
         scores = None
         if scorer is not None:
             with torch.no_grad():
-                scores = scorer.attention(AttentionSignals.of(query, key, packing.layout), packing.layout, self.index)
+                scores = scorer.score(AttentionSignals.of(query, key, packing.layout), packing.layout, self.index)
         if cache is not None:
             cache.layers[self.index] = AttentionCache(
                 key, value, lengths, packing.sample_index, packing.sample_position
@@ -206,11 +207,12 @@ class ExpertsMixer(ExpertsMixture):
         return super().forward(hidden), None
 
 
-_MIXERS: dict[str, type[MambaMixer] | type[AttentionMixer] | type[MLPMixer] | type[ExpertsMixer]] = {
-    "M": MambaMixer,
-    "*": AttentionMixer,
-    "-": MLPMixer,
-    "E": ExpertsMixer,
+#: By kind of layer.
+MIXERS: dict[str, type[nn.Module]] = {
+    "mamba": MambaMixer,
+    "attention": AttentionMixer,
+    "mlp": MLPMixer,
+    "experts": ExpertsMixer,
 }
 
 
@@ -220,12 +222,12 @@ class HybridLayer(nn.Module):
     def __init__(self, config: HybridPruneConfig, symbol: str, index: int) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = _MIXERS[symbol](config, index)
+        self.mixer = MIXERS[KINDS[symbol].name](config, index)
 
     def forward(
         self, hidden: Tensor, packing: Packing | None, scorer: Scorer | None, cache: HybridCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A packed sequence, or one more token of every sample behind the caches.
+        """A packed sequence, or one more token of every sample after the caches.
 
         Both go through ``forward``, where accelerate moves inputs and weights if layers lie on several devices.
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.config.checks import closest
+from hybridprune_megatron.checks import closest
 from hybridprune_megatron.data.conversation import MEDIA_TOKENS
 
 _SCHEME = re.compile(r"(?P<any>[a-z][a-z0-9+.-]*)://|(?P<bare>data|file):", flags=re.ASCII | re.IGNORECASE)

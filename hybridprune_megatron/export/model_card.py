@@ -19,7 +19,7 @@ A hybrid Mamba-2, attention and MLP language model ({pattern}){vision}, exported
 
 """
 
-_REDUCED = """It drops visual tokens inside its layers, once, in prefill; decoding goes on over the shortened caches.
+_REDUCED = """It drops visual tokens inside its layers, once, in prefill; decoding continues over the shortened caches.
 """
 
 _PLAIN = """The layout is the one that the weights came in: engines that load that run this, and nothing is dropped.
@@ -71,7 +71,7 @@ def model_card(cfg: Config, facts: RunFacts, dt_limit: str, reduced: bool = True
     card += _REDUCED if reduced else _PLAIN
     reduction = {
         "budget (mean share of visual tokens over all layers)": f"{cfg.reduction.budget}",
-        "score": cfg.reduction.scorer,
+        "score": cfg.reduction.score.name,
         "layers that drop": f"{cfg.reduction.layers}",
         "share that enters the last layer": f"{cfg.retention_by_layer[-1]:.4f}",
     }

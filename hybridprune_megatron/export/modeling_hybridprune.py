@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, RadioModel
 from transformers import initialization as init
 
+from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.export.cache import HybridCache
 from hybridprune_megatron.export.cache_name import cache_argument, given_cache
 from hybridprune_megatron.export.configuration_hybridprune import (
@@ -30,8 +31,10 @@ from hybridprune_megatron.export.layers import HybridLayer, MambaMixer, Packing
 from hybridprune_megatron.export.outputs import HybridPruneOutput, ReductionStatistics
 from hybridprune_megatron.export.padded_batch import PaddedBatch, kept_columns
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.reduction import Reduction, counts_after
+from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.method.schedule import layer_symbols
+from hybridprune_megatron.method.scorer import Scorer
 from hybridprune_megatron.vision.encoder import build_projector, encode_frames, radio_config
 
 
@@ -51,26 +54,20 @@ class HybridBackbone(nn.Module):
         self,
         hidden: Tensor,
         layout: TokenLayout,
-        reduction: Reduction | None,
+        dropping: ReductionPass,
         cache: HybridCache | None,
         trace: list[TokenLayout] | None,
     ) -> tuple[Tensor, TokenLayout]:
         """Runs the layers over packed tokens [R, D] and drops visual tokens in between; the caller applies the norm."""
-        by_layer = reduction.counts_by_layer(layout) if reduction is not None else None
-        dt_filter = reduction.dt_filter if reduction is not None else None
-        packing = Packing.of(layout, dt_filter)
-        for index, layer in enumerate(self.layers):
-            if trace is not None:
-                trace.append(layout)
-            counts = counts_after(index, layout, by_layer)
-            dropping = reduction if counts != layout.visual_counts else None
-            hidden, scores = layer(hidden, packing, dropping.scorer if dropping is not None else None, cache)
-            if dropping is not None:
-                # Layers may lie on several devices.
-                layout = layout.to(hidden.device)
-                hidden, layout = dropping.drop(hidden, layout, counts, scores)
-                packing = Packing.of(layout, dt_filter)
-        return hidden, layout
+        packing = Packing.of(layout, dropping.dt_filter)
+
+        def run(index: int, hidden: Tensor, layout: TokenLayout, scorer: Scorer | None) -> tuple[Tensor, Tensor | None]:
+            nonlocal packing
+            if packing.layout is not layout:
+                packing = Packing.of(layout, dropping.dt_filter)
+            return self.layers[index](hidden, packing, scorer, cache)
+
+        return dropping.walk(range(len(self.layers)), hidden, layout, run, trace=trace)
 
     def step(self, hidden: Tensor, cache: HybridCache) -> Tensor:
         """One more token of every sample: [B, D] to [B, D], the norm left to the caller."""
@@ -174,7 +171,7 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
             pixel_values: [F, 3, height, width] from 0 to 255, the frames of all samples in order.
             token_kinds: int [B, L] ``TokenKind`` values from the processor; columns it does not cover (generated ones)
                 are ANSWER. None: derived from the ids, see ``derive_token_kinds``.
-            frames_per_video: int [B, videos] frames of every video of a row, 0 behind its last; None: the frames of a
+            frames_per_video: int [B, videos] frames of every video of a row, 0 after its last; None: the frames of a
                 row are one video.
             past_key_values, cache: caches of an earlier call, under either of transformers' names.
             labels: int64 [B, L] like ``input_ids``, shifted inside; -100: no loss.
@@ -203,7 +200,9 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         filled = None
         if use_cache:
             if bool((batch.packed_index[:, -1] < 0).any()):
-                raise ValueError("a row is padded on the right: decoding goes on from the last column; pad on the left")
+                raise ValueError(
+                    "a row is padded on the right: decoding continues from the last column; pad on the left"
+                )
             filled = cache if cache is not None else HybridCache()
             filled.add_columns(input_ids)
         output = self._forward_prompt(batch, pixel_values, filled, labels, logits_to_keep, output_reduction)
@@ -222,9 +221,9 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         trace: list[TokenLayout] | None = [] if output_reduction else None
         hidden = self._embed(batch, pixel_values)
         layout = batch.layout.to(hidden.device)
-        if self._reduction is not None:
-            hidden, layout = self._reduction.in_front(hidden, layout, pixel_values)
-        hidden, layout = self.language_model.backbone.prefill(hidden, layout, self._reduction, cache, trace)
+        dropping = ReductionPass.of(self._reduction, layout)
+        hidden, layout = dropping.enter(hidden, layout, pixel_values)
+        hidden, layout = self.language_model.backbone.prefill(hidden, layout, dropping, cache, trace)
         statistics = None if trace is None else ReductionStatistics.of(trace)
         if cache is not None:
             cache.reduction = statistics
@@ -293,7 +292,11 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
 
 def _build_reduction(config: HybridPruneConfig) -> Reduction | None:
     """None at a budget of 1, which is the model without reduction."""
-    return None if config.reduction is None else Reduction.of(config.reduction, config.reduction["retention"])
+    if config.reduction is None:
+        return None
+    values = dict(config.reduction)
+    retention = tuple(values.pop("retention"))
+    return ReductionConfig.of(values).policy(config.hybrid_override_pattern, retention=retention)
 
 
 def _loss(logits: Tensor, shown: Tensor, labels: Tensor) -> Tensor:

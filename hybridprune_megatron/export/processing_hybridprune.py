@@ -44,7 +44,7 @@ class HybridPruneProcessor(ProcessorMixin):
         num_frames: frames of a video with "uniform".
         fps: frames a second with "fps".
         max_frames: most frames of a video with "fps".
-        frame_text: template in front of every frame.
+        frame_text: template before every frame.
         conversation: which question scores visual tokens, as in training.
         chat_template: unused; the format is fixed.
     """
@@ -148,7 +148,7 @@ class HybridPruneProcessor(ProcessorMixin):
 
         Returns:
             input_ids, attention_mask, token_kinds: int64 [B, L]; if there are videos, pixel_values uint8 [F, 3, S, S]
-            and frames_per_video int64 [B, most videos of a text], 0 behind a text's last.
+            and frames_per_video int64 [B, most videos of a text], 0 after a text's last.
 
         Raises:
             ValueError: inputs this model does not take, unreadable videos, or a text in another format.
@@ -176,7 +176,7 @@ class HybridPruneProcessor(ProcessorMixin):
         return BatchFeature(features)
 
     def next_turn(self, sequences: Tensor, question: str) -> BatchFeature:
-        """The inputs of a second question that goes on over the caches of the first.
+        """The inputs of a second question that continues over the caches of the first.
 
         Args:
             sequences: int64 [1, L] the chat as ``generate`` returned it; an answer that was cut gets its end.
@@ -189,7 +189,7 @@ class HybridPruneProcessor(ProcessorMixin):
             ValueError: several chats, or a question that holds a video.
         """
         if len(sequences) != 1:
-            raise ValueError(f"{len(sequences)} chats: answers end apart, so each goes on by itself; give one row")
+            raise ValueError(f"{len(sequences)} chats: answers end apart, so each continues by itself; give one row")
         encoder = PromptEncoder(self.tokenizer, self.tokens_per_frame, self.frame_text)
         closed = int(sequences[0, -1]) == special_token_id(self.tokenizer, END_TOKEN)
         new = torch.tensor([encoder.encode_next_turn(question, closed)]).to(sequences)
@@ -285,7 +285,7 @@ def _frames(source: Any, kind: str, allowed: str) -> Sequence[np.ndarray]:
 
 
 def _frame_times(count: int, metadata: Any) -> list[float]:
-    """Seconds of the frames of a video that is no file.
+    """Seconds of the frames of a video that is not a file.
 
     Raises:
         ValueError: they do not follow from its metadata.

@@ -12,8 +12,8 @@ from hybridprune_megatron.method.layout import TokenKind
 def derive_token_kinds(input_ids: Tensor, mask: Tensor, config: HybridPruneConfig) -> Tensor:
     """Guesses token kinds from ids; the processor's ``token_kinds`` are exact and go first.
 
-    FRAME are the image tokens. QUESTION is the plain text of the first user turn behind its last frame; if there is
-    none, the turn's plain text in front of its first frame, which then includes the role name and that frame's text
+    FRAME are the image tokens. QUESTION is the plain text of the first user turn after its last frame; if there is
+    none, the turn's plain text before its first frame, which then includes the role name and that frame's text
     (ids cannot tell them apart). Without turn tokens, the whole row is one turn.
 
     Args:

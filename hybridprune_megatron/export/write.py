@@ -29,7 +29,7 @@ from hybridprune_megatron.data.prompt import special_token_id
 from hybridprune_megatron.data.tokenizer import load_tokenizer
 from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export import COMMAND
-from hybridprune_megatron.export.configuration_hybridprune import TRAINING_ONLY, HybridPruneConfig
+from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig, exported_settings
 from hybridprune_megatron.export.copy_code import copy_code
 from hybridprune_megatron.export.model_card import model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
@@ -82,7 +82,7 @@ def export_model(
     if cfg.parallel.model_parallel_size > 1:
         raise ValueError(
             f"the model is split over {cfg.parallel.model_parallel_size} processes: build it with parallel.tensor=1, "
-            "parallel.pipeline=1, parallel.context=1 and load its checkpoint (scripts/export_hf.py does)"
+            "parallel.pipeline=1, parallel.context=1 and load its checkpoint (hybridprune export does)"
         )
     config = hf_config(cfg)
     weights = hf_weights(model, cfg)
@@ -98,7 +98,7 @@ def export_model(
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="ascii")
         _end_with_the_answer(folder)
         _write_json(folder / "processor_config.json", processor_settings(cfg))
-        copy_code(folder)
+        copy_code(folder, cfg.reduction.score)
         low, high = config.time_step_limit
         clamp = "as it comes, not clamped" if (low, high) == (0.0, "inf") else f"clamped to [{low}, {high}]"
         card = model_card(cfg, facts or RunFacts(), f"{clamp} (`time_step_limit`)")
@@ -110,7 +110,6 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
     """The export's configuration of a run."""
     model, tokenizer = cfg.model, load_tokenizer(cfg.data.tokenizer)
     vision = asdict(model.vision) if model.vision is not None else None
-    reduction = {name: value for name, value in asdict(cfg.reduction).items() if name not in TRAINING_ONLY}
     special = [SYSTEM_TOKEN, TURN_TOKEN, END_TOKEN, IMAGE_START_TOKEN, IMAGE_END_TOKEN]
     ids = {token: special_token_id(tokenizer, token) for token in (*special, IMAGE_TOKEN)}
     if max(ids.values()) >= model.vocab_size:
@@ -121,7 +120,7 @@ def hf_config(cfg: Config) -> HybridPruneConfig:
     config = HybridPruneConfig(
         **language_settings(model),
         vision=vision,
-        reduction=reduction,
+        reduction=exported_settings(cfg.reduction),
         image_token_id=ids[IMAGE_TOKEN],
         image_start_token_id=ids[IMAGE_START_TOKEN],
         image_end_token_id=ids[IMAGE_END_TOKEN],

@@ -18,6 +18,8 @@ from hybridprune_megatron.config.model_schema import ExpertsConfig, VisionConfig
 from hybridprune_megatron.huggingface.fields import LANGUAGE, OWN, RADIO, VIDEO, Fields, Shape, dims, shown
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 from hybridprune_megatron.huggingface.towers import video_model_vision
+from hybridprune_megatron.layers.experts import Experts
+from hybridprune_megatron.layers.kinds import KINDS
 
 Values = Mapping[str, Any]
 
@@ -28,7 +30,6 @@ _FAMILIES = {
     "radio": "radio",
     "hybridprune_vl": "hybridprune",
 }
-_SYMBOLS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*", "mlp": "-", "moe": "E"}
 _BLOCK = re.compile(r"(?:vision_model\.)?(?:radio_model\.model\.blocks|encoder\.layer)\.(\d+)\.")
 # Of Mamba's gated norm, which transformers gives the layer norm's epsilon and megatron always this one.
 _GATED_NORM_EPSILON = 1e-5
@@ -105,7 +106,7 @@ def weight_names(config: Values, names: Collection[str]) -> WeightNames:
         return WeightNames(family, "", Heads(1, 1), blocks=len(blocks), layer_scale=layer_scale)
     language = language_fields(config)
     pattern = pattern_of(language)
-    experts = ExpertParts.of(_expert_values(language)) if "E" in pattern else None
+    experts = ExpertParts.of(_expert_values(language)) if Experts.symbol in pattern else None
     # Before a rule is made for each of them.
     for count, words in ((len(pattern), "layers"), (experts.count if experts else 0, "routed experts")):
         if count > len(names):
@@ -140,19 +141,20 @@ def pattern_of(language: Fields) -> str:
     Raises:
         ValueError: none, two that differ, or layers that are not supported.
     """
+    symbols = {word: symbol for symbol, kind in KINDS.items() for word in kind.huggingface}
     kinds, text = language.get("layers_block_type"), language.get("hybrid_override_pattern")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise language.refusal("layers_block_type", "a list of names is wanted")
     if text is not None and not isinstance(text, str):
         raise language.refusal("hybrid_override_pattern", "a text is wanted")
-    pattern = text or "".join(_SYMBOLS.get(kind, "?") for kind in kinds or ())
-    odd = "".join(sorted(set(pattern) - set("M*-E"))) or "none"
+    pattern = text or "".join(symbols.get(kind, "?") for kind in kinds or ())
+    odd = "".join(sorted(set(pattern) - set(KINDS))) or "none"
     if not pattern or odd != "none":
         raise ValueError(
-            f"config.json has the layers {shown(text or kinds)}: M (Mamba-2), * (attention), - (MLP) and E (experts) "
-            f"are supported, not {shown(odd)}"
+            f"config.json has the layers {shown(text or kinds)}: supported are "
+            f"{', '.join(f'{symbol} ({kind.label})' for symbol, kind in KINDS.items())}, not {shown(odd)}"
         )
-    if kinds and pattern != "".join(_SYMBOLS.get(kind, "?") for kind in kinds):
+    if kinds and pattern != "".join(symbols.get(kind, "?") for kind in kinds):
         raise language.refusal("layers_block_type", f"other layers than hybrid_override_pattern={shown(pattern)}")
     if language.get("num_hidden_layers") not in (None, len(pattern)):
         raise language.refusal("num_hidden_layers", f"{shown(pattern)} has {len(pattern)} layers")

@@ -192,7 +192,7 @@ _EMBEDDINGS = {
     "embeddings.cls_register_token": "patch_generator.cls_token.token",
 }
 _BLOCK_SAME = [f"{part}.{kind}" for part in ("norm1", "norm2", "mlp.fc1") for kind in ("weight", "bias")]
-# Where the tower ends in a linear with a layer scale behind it.
+# Where the tower ends in a linear with a layer scale after it.
 _SCALED = {"attention.o_proj": ("attn.proj", "layer_scale1"), "mlp.fc2": ("mlp.fc2", "layer_scale2")}
 #: timm's block, as files have it: one matrix for queries, keys and values.
 _TIMM_TOWER = [
@@ -212,7 +212,7 @@ _TIMM_TOWER = [
 
 
 def _ends_of_block(layer_scale: bool) -> list[Rule]:
-    """The linears in front of the residuals, whose scales the published video model's files lack."""
+    """The linears before the residuals, whose scales the published video model's files lack."""
     rules = []
     for own, (other, scale) in _SCALED.items():
         ours = [f"encoder.layer.{{}}.{own}.weight", f"encoder.layer.{{}}.{own}.bias"]
@@ -333,7 +333,7 @@ class WeightNames:
         return rule.over != "E" or (self.experts is not None and self.experts.has(rule))
 
     def _parts_of_layers(self) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Numbers and kind of every layer, and of every expert behind its layer."""
+        """Numbers and kind of every layer, and of every expert after its layer."""
         for number, symbol in enumerate(layer_symbols(self.pattern)):
             yield (number,), symbol
             if symbol == "E" and self.experts is not None:

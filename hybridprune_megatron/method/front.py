@@ -1,135 +1,152 @@
-"""Query-agnostic reduction in front of the language model: who enters layer 0.
+"""Query-agnostic reduction before the language model: who enters layer 0.
 
-A front sees the projected frames (and their pixels), no question and no layer. What it hands on counts against the same
-budget as what is dropped inside.
-
-Shape letters: V visual tokens, D width of the language model, F frames, P tokens a frame.
+A front sees the projected frames (and their pixels), no question and no layer. What it passes on counts against the
+same budget as what is dropped inside. The formulas are in ``front_ranking``; torch is imported only there, as in
+``scorer``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from math import isqrt
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
-
-from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.merge import Ranking, group_means, most_similar
+from hybridprune_megatron.bounds import PositiveShare, Seed
+from hybridprune_megatron.layers.operations import WIDTH, Cost, elementwise, most_similar_cost
 from hybridprune_megatron.method.score_agnostic import RandomScorer, UniformScorer
+from hybridprune_megatron.plugins import Plugin, Registry
 
-# Tokens and frames compared at once, so that no second copy of all of them is made.
-_BLOCK, _FRAME_BLOCK = 4096, 16
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hybridprune_megatron.method.layout import TokenLayout
+    from hybridprune_megatron.method.merge import Ranking
+
+KEY = "reduction.front"
 
 
-class Front(Protocol):
-    """Ranks the visual tokens of a packed sequence before any reduction; deterministic and free of state."""
+@dataclass(frozen=True)
+class Front(Plugin):
+    """Ranks the visual tokens of a packed sequence before any reduction; deterministic and free of state.
+
+    Attributes:
+        retention: share of visual tokens that is passed on; the budget stays the total over all layers.
+    """
+
+    needs_pixels: ClassVar[bool] = False
+    keeps_first_frames: ClassVar[bool] = False
+    retention: PositiveShare = 1.0
 
     def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
-        """Who is handed on; with partners, the others are averaged into them.
+        """Who is passed on; with partners, the others are averaged into them.
 
         Args:
             features: [V, D] embeddings of the visual tokens.
             pixels: [F, 3, height, width] from 0 to 255, frames in the order in which the layout shows them; None:
                 the frames came as features of the vision tower.
             layout: the packed sequence.
-            counts: S numbers of visual tokens to hand on (host).
+            counts: S numbers of visual tokens to pass on (host).
         """
-        ...
+        raise NotImplementedError
 
     def fewest(self, layout: TokenLayout) -> list[int]:
-        """S smallest numbers of visual tokens to hand on (host)."""
-        ...
+        """S smallest numbers of visual tokens to pass on (host)."""
+        return first_frames(layout) if self.keeps_first_frames else [0] * len(layout.visual_counts)
+
+    def costs(self, visual: int, left: int, hidden: int, width: int, pixels: int) -> Mapping[str, Cost]:
+        """Operations and bytes of the ranking.
+
+        Args:
+            visual: visual tokens of the sample.
+            left: those that are passed on.
+            hidden: width of the language model.
+            width: bytes of an activation.
+            pixels: numbers of one token's pixels.
+        """
+        return {}
 
 
 @dataclass(frozen=True)
-class RandomFront:
-    """A random choice.
+class RandomFront(Front):
+    """A random choice, as ``RandomScorer`` draws in a layer before the first.
 
     Attributes:
         seed: changes the draw.
     """
 
-    seed: int = 0
+    name: ClassVar[str] = "random"
+    seed: Seed = 0
 
     def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
-        """As ``RandomScorer`` draws in a layer in front of the first."""
+        from hybridprune_megatron.method.merge import Ranking
+
         return Ranking(RandomScorer(self.seed).draw(layout, -1))
 
-    def fewest(self, layout: TokenLayout) -> list[int]:
-        """None."""
-        return [0] * len(layout.visual_counts)
-
 
 @dataclass(frozen=True)
-class UniformFront:
-    """A uniform stride over the visual tokens of a sample."""
+class UniformFront(Front):
+    """A uniform stride over the visual tokens of a sample, as ``UniformScorer`` spreads."""
+
+    name: ClassVar[str] = "uniform"
 
     def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
-        """As ``UniformScorer`` spreads."""
-        return Ranking(UniformScorer().spread(layout))
+        from hybridprune_megatron.method.merge import Ranking
 
-    def fewest(self, layout: TokenLayout) -> list[int]:
-        """None."""
-        return [0] * len(layout.visual_counts)
+        return Ranking(UniformScorer().draw(layout, -1))
 
 
 @dataclass(frozen=True)
-class EvsFront:
+class EvsFront(Front):
     """Efficient Video Sampling (Bagrov et al. 2025): patches that changed since the frame before.
 
     ``delta_tp = 1 - cos(E_tp, E_(t-1)p)`` on the projected frames; the first frame of every video comes before all
     others, and of equal ones the earlier.
     """
 
-    def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
-        """By the cosine to the same patch one frame before."""
-        before = patch_before(layout)
-        change = [
-            1 - nn.functional.cosine_similarity(features[block].float(), features[before[block]].float(), dim=-1)
-            for block in torch.arange(len(features), device=features.device).split(_BLOCK)
-        ]
-        return Ranking(torch.cat(change).masked_fill(before < 0, float("inf")))
+    name: ClassVar[str] = "evs"
+    keeps_first_frames: ClassVar[bool] = True
 
-    def fewest(self, layout: TokenLayout) -> list[int]:
-        """The first frame of every video."""
-        return _first_frames(layout)
+    def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
+        from hybridprune_megatron.method.front_ranking import feature_change
+        from hybridprune_megatron.method.merge import Ranking
+
+        return Ranking(feature_change(features, layout))
+
+    def costs(self, visual: int, left: int, hidden: int, width: int, pixels: int) -> Mapping[str, Cost]:
+        # x . y, x . x and y . y with the patch one frame before; elementwise in plain torch.
+        return {"change": Cost(6 * visual * hidden, 0, 2 * visual * hidden * width)}
 
 
 @dataclass(frozen=True)
-class PixelEvsFront:
+class PixelEvsFront(Front):
     """As ``EvsFront``, by ``|x_tp - x_(t-1)p|_1`` over a patch's pixels: the paper's own form."""
 
+    name: ClassVar[str] = "evs_pixels"
+    needs_pixels: ClassVar[bool] = True
+    keeps_first_frames: ClassVar[bool] = True
+
     def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
-        """By the mean absolute difference to the same patch one frame before.
+        """As ``Front``.
 
         Raises:
             ValueError: there are no pixels.
         """
+        from hybridprune_megatron.method.front_ranking import pixel_change
+        from hybridprune_megatron.method.merge import Ranking
+
         if pixels is None:
             raise ValueError(
-                "reduction.front=evs_pixels compares frames, and the data hold features of the vision tower: set "
-                "reduction.front=evs, or data.train and data.validation to the videos"
+                f"{KEY}={self.name} compares frames, and the data hold features of the vision tower: set {KEY}=evs, or "
+                "data.train and data.validation to the videos"
             )
-        tokens = layout.patches_per_frame
-        before = patch_before(layout)
-        # Tokens come frame by frame in the order of the pixels, all frames being of one size.
-        frame_before = before.view(-1, tokens)[:, 0] // tokens
-        change = [
-            _patch_difference(pixels[block], pixels[frame_before[block]], isqrt(tokens))
-            for block in torch.arange(len(pixels), device=pixels.device).split(_FRAME_BLOCK)
-        ]
-        return Ranking(torch.cat(change).flatten().masked_fill(before < 0, float("inf")))
+        return Ranking(pixel_change(pixels, layout))
 
-    def fewest(self, layout: TokenLayout) -> list[int]:
-        """The first frame of every video."""
-        return _first_frames(layout)
+    def costs(self, visual: int, left: int, hidden: int, width: int, pixels: int) -> Mapping[str, Cost]:
+        return {"change": elementwise(2 * visual * pixels, 1)} if pixels else {}
 
 
 @dataclass(frozen=True)
-class TomeFront:
+class TomeFront(Front):
     """ToMe's bipartite soft matching (Bolya et al., ICLR 2023) over all visual tokens of a sample, across frames.
 
     Every other token is matched to its most similar one among the rest by cosine of the embeddings (the paper: of
@@ -137,61 +154,38 @@ class TomeFront:
     most, so there are rounds until the count is met.
     """
 
+    name: ClassVar[str] = "tome"
+
     def rank(self, features: Tensor, pixels: Tensor | None, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
-        """By who is left after the last round."""
-        scores = torch.zeros(len(features), device=features.device)
-        partner = torch.arange(len(features), device=features.device)
-        for start, present, count in zip(layout.visual_starts(), layout.visual_counts, counts):
-            alive, root = _soft_matching(features[start : start + present], count)
-            scores[start + alive] = 1.0
-            partner[start : start + present] = start + root
-        return Ranking(scores, partner)
+        from hybridprune_megatron.method.front_ranking import soft_matching
+
+        return soft_matching(features, layout, counts)
 
     def fewest(self, layout: TokenLayout) -> list[int]:
         """One, for the others to be averaged into."""
         return [min(count, 1) for count in layout.visual_counts]
 
-
-FRONTS: dict[str, type[Front]] = {
-    "random": RandomFront,
-    "uniform": UniformFront,
-    "evs": EvsFront,
-    "evs_pixels": PixelEvsFront,
-    "tome": TomeFront,
-}
-
-
-def build_front(settings: Mapping[str, Any]) -> Front | None:
-    """The front that settings name, its fields taken from the settings of the same name; None for "none".
-
-    Args:
-        settings: the keys of the reduction group; a key that is missing has its default.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    name = settings.get("front", "none")
-    if name == "none":
-        return None
-    if name not in FRONTS:
-        raise ValueError(f"reduction.front={name!r}: allowed are none, {', '.join(sorted(FRONTS))}")
-    front: Any = FRONTS[name]
-    return front(**{field.name: settings[field.name] for field in fields(front) if field.name in settings})
+    def costs(self, visual: int, left: int, hidden: int, width: int, pixels: int) -> Mapping[str, Cost]:
+        alive, match = visual, Cost()
+        while alive > left:
+            # A round matches every other token to the rest and may merge all of those.
+            sources, targets = (alive + 1) // 2, alive // 2
+            match += most_similar_cost(sources, targets, hidden, WIDTH["fp32"])
+            alive -= targets
+        return {"match": match}
 
 
-def patch_before(layout: TokenLayout) -> Tensor:
-    """int64 [V]: the same patch in the frame before of the same video, as an index into ``visual_index``; -1: none."""
-    device = layout.visual_index.device
-    shape = (len(layout.frame_videos), layout.patches_per_frame)
-    grid = torch.full(shape, -1, device=device)
-    grid[layout.visual_frame, layout.visual_patch] = torch.arange(len(layout.visual_index), device=device)
-    video = torch.tensor(layout.frame_videos).to(device, non_blocking=True)
-    grid[1:] = torch.where((video[1:] == video[:-1]).unsqueeze(1), grid[:-1], -1)
-    grid[:1] = -1
-    return grid[layout.visual_frame, layout.visual_patch]
+@dataclass(frozen=True)
+class NoFront(Front):
+    """All visual tokens enter the language model."""
+
+    name: ClassVar[str] = "none"
 
 
-def _first_frames(layout: TokenLayout) -> list[int]:
+FRONTS = Registry(KEY, Front, (NoFront, RandomFront, UniformFront, EvsFront, PixelEvsFront, TomeFront))
+
+
+def first_frames(layout: TokenLayout) -> list[int]:
     """S numbers of tokens in the first frames of a sample's videos."""
     tokens, counts, first = layout.patches_per_frame, [], 0
     for count in layout.original_visual_counts:
@@ -199,37 +193,3 @@ def _first_frames(layout: TokenLayout) -> list[int]:
         counts.append(min(count, tokens * len(set(layout.frame_videos[first:last]))))
         first = last
     return counts
-
-
-def _patch_difference(frames: Tensor, others: Tensor, side: int) -> Tensor:
-    """[F, side * side] mean absolute difference over the patches of side x side, row by row."""
-    difference = (frames.float() - others.float()).abs().mean(1)
-    return difference.unflatten(2, (side, -1)).unflatten(1, (side, -1)).mean((2, 4)).flatten(1)
-
-
-def _soft_matching(features: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Merges the tokens of one sample down to a count.
-
-    Args:
-        features: [V, D].
-        count: tokens to be left, at least 1 if there are any.
-
-    Returns:
-        int64 [count] the tokens that are left, rising; int64 [V] the one that each token has been merged into.
-    """
-    present = len(features)
-    alive = root = torch.arange(present, device=features.device)
-    merged = features.float()
-    while len(alive) > count:
-        sources, targets = alive[0::2], alive[1::2]
-        num_merged = min(len(alive) - count, len(targets))
-        match, cosine = most_similar(merged[0::2], merged[1::2])
-        best = torch.sort(cosine, descending=True, stable=True).indices[:num_merged]
-        step = torch.arange(present, device=features.device)
-        step[sources[best]] = targets[match[best]]
-        root = step[root]
-        is_left = (step == torch.arange(present, device=features.device))[alive]
-        alive = alive[torch.nonzero_static(is_left, size=len(alive) - num_merged).flatten()]
-        # The mean of a whole group is what weighting the means of its parts by their sizes gives.
-        merged = group_means(features.float(), torch.searchsorted(alive, root), len(alive))
-    return alive, root

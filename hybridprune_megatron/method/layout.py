@@ -216,7 +216,9 @@ class TokenLayout:
         )
 
     def to(self, device: torch.device | str) -> TokenLayout:
-        """The same layout with its indices on another device."""
+        """The same layout with its indices on another device; itself if they are there."""
+        if self.origin.device == torch.device(device):
+            return self
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return TokenLayout(**values)

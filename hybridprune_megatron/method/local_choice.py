@@ -10,7 +10,6 @@ Letters: K chunks, S samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 from hybridprune_megatron.method.layout import SampleLayout, TokenKind
@@ -19,36 +18,20 @@ from hybridprune_megatron.method.layout import SampleLayout, TokenKind
 Quotas = tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True)
-class LocalChoice:
-    """How many visual tokens of every sample each chunk holds in front of every layer, for one packed sequence.
+def competing_runs(present: Quotas, kept: Quotas) -> list[tuple[int, int]]:
+    """Runs of visual tokens that compete, and how many of each stay, in the order of the packed sequence.
 
-    Attributes:
-        by_layer: one ``Quotas`` a layer.
+    Args:
+        present: visual tokens of every sample in every chunk.
+        kept: those that stay.
     """
-
-    by_layer: tuple[Quotas, ...]
-
-    def counts_by_layer(self) -> list[tuple[int, ...]]:
-        """Visual tokens of every sample that enter each layer."""
-        return [tuple(map(sum, zip(*quotas))) for quotas in self.by_layer]
-
-    def runs(self, before: Sequence[int], after: Sequence[int]) -> list[tuple[int, int]]:
-        """Runs of visual tokens that compete, and how many of each stay, in the order of the packed sequence.
-
-        Args:
-            before: S numbers of visual tokens that are there.
-            after: S numbers that stay.
-        """
-        counts = self.counts_by_layer()
-        present, kept = (self.by_layer[counts.index(tuple(each))] for each in (before, after))
-        # A sample's runs in chunk order; samples and chunks rise together.
-        return [run for columns in zip(zip(*present), zip(*kept)) for run in zip(*columns)]
+    # A sample's runs in chunk order; samples and chunks rise together.
+    return [run for columns in zip(zip(*present), zip(*kept)) for run in zip(*columns)]
 
 
-def local_choice(
+def local_quotas(
     samples: Sequence[SampleLayout], counts_by_layer: Sequence[Sequence[int]], num_chunks: int, multiple_of: int
-) -> LocalChoice:
+) -> tuple[Quotas, ...]:
     """Divides the counts of a global choice over chunks.
 
     Args:
@@ -58,8 +41,8 @@ def local_choice(
         multiple_of: of the packed length in every layer; a multiple of K.
 
     Returns:
-        Quotas with the same packed lengths, but for layers in which some chunk holds more text than a chunk would be
-        long: there all chunks keep more.
+        Quotas for every layer, with the same packed lengths, but for layers in which some chunk holds more text than a
+        chunk would be long: there all chunks keep more.
     """
     text, present = _composition(samples, num_chunks)
     unit = multiple_of // num_chunks
@@ -76,7 +59,7 @@ def local_choice(
                 for texts, original, row in zip(text, originals, present)
             )
         by_layer.append(present)
-    return LocalChoice(tuple(by_layer))
+    return tuple(by_layer)
 
 
 def _composition(samples: Sequence[SampleLayout], num_chunks: int) -> tuple[Quotas, Quotas]:

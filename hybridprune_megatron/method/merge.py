@@ -3,7 +3,7 @@
 Only hidden states are merged. A merged token stands where the kept token of its group stood, with that token's position
 and place in the scan; groups never cross samples. Averages are plain means over the tokens that one reduction brings
 together: how many tokens an earlier reduction put into each of them is not carried along (as in UTRC; ToMe, which
-weights by size, is asked once, in front of the model, where its weighted mean of means is the mean of the whole group).
+weights by size, is asked once, before the model, where its weighted mean of means is the mean of the whole group).
 
 Shape letters: L tokens, V visual tokens, D width, J candidates.
 """

@@ -1,36 +1,39 @@
 """The native operators of ``kernels/`` on our own structures: scores, and the choice of tokens.
 
-They equal the plain torch of ``score_query`` and ``plan`` but for the rounding of float32 sums; what plain torch sums
-in float64 they do, too, to the same bits. Of equal scores they keep the same. Shape letters as in ``score_query``.
+They equal the plain torch of ``query_formula`` and ``plan`` but for the rounding of float32 sums; what plain torch sums
+in float64 they do, too, to the same bits. Of equal scores they keep the same. Shape letters as in ``query_formula``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.signals import AttentionSignals, HeldKeys, MambaSignals
-
-if TYPE_CHECKING:
-    from hybridprune_megatron.method.score_query import QueryScorer, ScoredSample
+from hybridprune_megatron.method.signals import AttentionSignals, HeldKeys, MambaSignals, ScoredSample
 
 
 def attention_scores(
-    ops: Any, signals: AttentionSignals, layout: TokenLayout, samples: Sequence[ScoredSample], scorer: QueryScorer
+    ops: Any,
+    signals: AttentionSignals,
+    layout: TokenLayout,
+    samples: Sequence[ScoredSample],
+    causal: bool,
+    pooling: str,
 ) -> Tensor:
-    """float32 [J] as ``QueryScorer.attention`` wants them for the keys that are here; 0 where nobody asks.
+    """float32 [J] ``attention_mass`` over the heads, for the keys that are here; 0 where nobody asks.
 
     Args:
         ops: from ``native``.
         signals: of one layer.
         layout: the packed sequence.
         samples: those that show something, in order.
-        scorer: its settings.
+        causal: as for ``attention_mass``.
+        pooling: over heads, "mean" or "max".
     """
     q, k, held = signals.q, signals.k, signals.held
     if not samples:
@@ -42,7 +45,7 @@ def attention_scores(
         query_counts += [0, len(sample.rows)]
     key_ends, query_counts = [*key_ends, len(k)], [*query_counts, 0]
     always_seen = None
-    if not scorer.attention_causal:
+    if not causal:
         always_seen = torch.zeros(layout.num_tokens, dtype=torch.bool, device=k.device)
         always_seen[layout.visual_index] = True
         always_seen = always_seen if held is None else always_seen[held.positions]
@@ -55,37 +58,44 @@ def attention_scores(
     )
     q = torch.cat([q[sample.queries] for sample in samples])
     if held is None:
-        return ops.attention_score(q, k, *inputs, scorer.attention_pooling)
+        return ops.attention_score(q, k, *inputs, pooling)
     log_sum = held.total(ops.attention_log_sum(q, k, *inputs))
-    return ops.attention_mass(q, k, log_sum, *inputs, scorer.attention_pooling)
+    return ops.attention_mass(q, k, log_sum, *inputs, pooling)
 
 
 def _num_held(held: HeldKeys | None, position: int) -> int:
-    """How many of the keys that are here stand in front of a position."""
+    """How many of the keys that are here stand before a position."""
     return position if held is None else sum(rows.stop - rows.start for rows in held.rows(0, position))
 
 
 def mamba_scores(
-    ops: Any, signals: MambaSignals, layout: TokenLayout, samples: Sequence[ScoredSample], scorer: QueryScorer
+    ops: Any,
+    signals: MambaSignals,
+    layout: TokenLayout,
+    samples: Sequence[ScoredSample],
+    decay: bool,
+    dt: bool,
+    function: str,
+    pooling: str,
 ) -> Tensor:
-    """float32 [V] as ``QueryScorer.mamba`` wants them; arguments as for ``attention_scores``."""
+    """float32 [V] ``implicit_attention`` over the heads; arguments as there and for ``attention_scores``."""
     device = signals.B.device
     log_decay = None
-    if scorer.mamba_decay:
+    if decay:
         log_decay = torch.zeros_like(signals.dt, dtype=torch.float64)
         for sample in samples:
             log_decay[sample.first : sample.last] = sample.log_decay(signals)
     return ops.mamba_score(
         signals.B,
         signals.C,
-        signals.dt.float() if scorer.mamba_dt else None,
+        signals.dt.float() if dt else None,
         log_decay,
         layout.visual_index,
         _offsets([len(sample.visual) for sample in samples], device),
         torch.cat([layout.query_index[:0], *(sample.rows for sample in samples)]),
         _offsets([len(sample.rows) for sample in samples], device),
-        scorer.mamba_function,
-        scorer.mamba_pooling,
+        function,
+        pooling,
     )
 
 

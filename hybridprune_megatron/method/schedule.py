@@ -1,11 +1,10 @@
-"""How many visual tokens enter each layer: retention per layer from a budget, kept counts from retention.
+"""How many visual tokens each layer keeps: retention per layer from a budget.
 
-Plain python on the host, so that every shape is known before the device has computed anything and every rank, pipeline
-stage and recomputation finds the same numbers.
+Plain python on the host, as ``counts``.
 
-Words: retention ``r_l`` is the share of a sample's original visual tokens that *enter* layer ``l``; the budget is the
-mean of ``r_l`` over all layers. A layer that scores (Mamba ``M`` or attention ``*``) drops tokens *after* it has run,
-so its decision shows in the retention of the next layer; layers that cannot score keep what they were given.
+Words: the retention ``r_l`` is the share of a sample's original visual tokens that *enter* layer ``l``; the budget is
+the mean of ``r_l`` over all layers. A layer that scores (Mamba ``M`` or attention ``*``) drops tokens *after* it has
+run, so its decision shows in the retention of the next layer; layers that cannot score keep what they were given.
 """
 
 from __future__ import annotations
@@ -14,38 +13,21 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from itertools import groupby, pairwise
+from functools import partial
+from itertools import pairwise
+from typing import Annotated, ClassVar
 
-SCORING_LAYERS = {"M": "mamba", "*": "attention"}
+from hybridprune_megatron.bounds import Positive, Range, Share, Whole
+from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.plugins import Plugin, Registry
+
+KEY = "reduction.schedule"
 LAYER_WORDS = "all, attention, mamba, every_2 (every n-th of all) or a list of 0-based layer indices"
+# How far the mean of an explicit list may lie from the budget.
+BUDGET_TOLERANCE = 0.005
 _BISECTION_STEPS = 80
 _NARROWEST, _WIDEST = 1e-6, 1e6
-# Sums of shares times tokens are exact up to this.
-_ROUNDING = 1e-6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How retention falls over depth; the budget decides how far.
-
-    Attributes:
-        schedule: a key of ``SCHEDULES``.
-        midpoint: sigmoid: relative depth at which half is dropped, in [0, 1].
-        slope: sigmoid: steepness, > 0.
-        step_layer: step: drops once, after the first reducing layer from this 0-based index on.
-        stages: stages: number of equally deep stages, each keeping the same share of the one before; None: a stage ends
-            behind every reducing layer.
-        floor: sigmoid, linear, cosine: share at the end of the curve, whose width then meets the budget; None: the
-            curve spans the depth and its floor meets the budget.
-    """
-
-    schedule: str = "sigmoid"
-    midpoint: float = 0.2
-    slope: float = 10.0
-    step_layer: int = 0
-    stages: int | None = None
-    floor: float | None = None
 
 
 def layer_symbols(pattern: str) -> str:
@@ -68,144 +50,298 @@ def reducing_layers(pattern: str, layers: str | Sequence[int]) -> tuple[int, ...
 
     Args:
         pattern: hybrid layer pattern, e.g. "M-M*-".
-        layers: "all", "attention", "mamba", "every_<n>" (every n-th of all from the first on), or explicit indices.
+        layers: "all", the name of a kind of layer that scores ("attention", "mamba"), "every_<n>" (every n-th of all
+            from the first on), or explicit indices.
 
     Raises:
-        ValueError: an unknown word, an index that is no layer, or a layer that computes nothing to score with.
+        ValueError: an unknown word, an index that is not a layer, or a layer that computes nothing to score with.
     """
     symbols = layer_symbols(pattern)
+    names = {kind.name: symbol for symbol, kind in KINDS.items() if kind.scores}
     if isinstance(layers, str):
-        scoring = [index for index, symbol in enumerate(symbols) if symbol in SCORING_LAYERS]
+        scoring = [index for index, symbol in enumerate(symbols) if symbol in names.values()]
         every = re.fullmatch(r"every_([1-9]\d*)", layers)
         if every:
             return tuple(scoring[:: int(every.group(1))])
-        if layers not in ("all", *SCORING_LAYERS.values()):
+        if layers not in ("all", *names):
             raise ValueError(f"reduction.layers={layers!r}: allowed are {LAYER_WORDS}")
-        return tuple(index for index in scoring if layers in ("all", SCORING_LAYERS[symbols[index]]))
+        return tuple(index for index in scoring if layers == "all" or symbols[index] == names[layers])
     for index in layers:
         if not 0 <= index < len(symbols):
             raise ValueError(f"reduction.layers names layer {index}: the pattern has layers 0 to {len(symbols) - 1}")
-        if symbols[index] not in SCORING_LAYERS:
-            raise ValueError(f"reduction.layers names layer {index}, a {symbols[index]!r}: only M and * compute scores")
+        if symbols[index] not in names.values():
+            raise ValueError(
+                f"reduction.layers names layer {index}, a {symbols[index]!r}: only {' and '.join(names.values())} "
+                "compute scores"
+            )
     return tuple(sorted(set(layers)))
 
 
-def _sigmoid(shape: Shape) -> Callable[[float], float]:
-    """Falling sigmoid over relative depth, scaled to be 1 at 0."""
+#: From a number to the share wanted by layer, and the two bounds between which the mean rises with the number.
+Family = tuple[Callable[[float], Callable[[int], float]], float, float]
 
-    def curve(depth: float) -> float:
-        # Beyond the exponent's bound the share is 0 in any precision that matters.
-        return (1 + math.exp(-shape.slope * shape.midpoint)) / (
-            1 + math.exp(min(shape.slope * (depth - shape.midpoint), 700.0))
+
+@dataclass(frozen=True)
+class Schedule(Plugin):
+    """How retention falls over depth; the budget decides how far.
+
+    Attributes:
+        earlier: what makes more be dropped, for the message about a budget that cannot be reached.
+    """
+
+    earlier: ClassVar[str] = "name earlier layers"
+
+    def families(self, num_layers: int, reducing: set[int], first: float) -> list[Family]:
+        """What can be solved for, in the order in which it is tried.
+
+        Args:
+            num_layers: of the model.
+            reducing: layers that may drop.
+            first: retention of the first layer.
+        """
+        raise NotImplementedError
+
+    def check_budget(self, budget: float) -> None:
+        """Refuses a budget that this schedule can never have.
+
+        Raises:
+            ConfigError: it does.
+        """
+
+    def solved(self, num_layers: int, reducing: set[int], budget: float, first: float) -> tuple[float, ...]:
+        """One share per layer, the first ``first``, never rising, with its mean equal to the budget.
+
+        One number is solved for, by bisection, for the mean rises with it.
+
+        Raises:
+            ValueError: these layers cannot reach the budget.
+        """
+        if budget == first:
+            return (first,) * num_layers
+
+        def realize(target: Callable[[int], float]) -> tuple[float, ...]:
+            retention = [first]
+            for layer in range(1, num_layers):
+                retention.append(target(layer) if layer - 1 in reducing else retention[-1])
+            return tuple(retention)
+
+        def mean(family: Callable[[float], Callable[[int], float]], value: float) -> float:
+            return sum(realize(family(value))) / num_layers
+
+        for family, low, high in self.families(num_layers, reducing, first):
+            lowest = mean(family, low)
+            if lowest <= budget:
+                return realize(family(_bisect(partial(mean, family), budget, low, high)))
+        raise ValueError(
+            f"reduction.budget={budget}: dropping everything as early as {KEY}={self.name} and reduction.layers allow "
+            f"still keeps a mean of {lowest:.3f}; raise the budget or {self.earlier}"
         )
 
-    return curve
+
+@dataclass(frozen=True)
+class _Curve(Schedule):
+    """``r(x) = floor + (first - floor) curve(x / width)`` over relative depth x.
+
+    Without a floor the width is 1 and the floor solved; a budget below what a floor of 0 reaches narrows the curve
+    instead. With a floor the width is solved; a budget that cannot hold that floor lowers it, with the narrowest width.
+    """
+
+    def curve(self, depth: float) -> float:
+        """From 1 at depth 0, falling."""
+        raise NotImplementedError
+
+    @property
+    def lowest(self) -> float | None:
+        """The floor; None: solved."""
+        return getattr(self, "floor", None)
+
+    def check_budget(self, budget: float) -> None:
+        if self.lowest is not None and self.lowest >= budget:
+            allowed = f"must lie below reduction.budget={budget}, the mean over all layers"
+            raise fail(f"{KEY}.floor", self.lowest, allowed, f"lower {KEY}.floor")
+
+    def families(self, num_layers: int, reducing: set[int], first: float) -> list[Family]:
+        def falling(floor: float, width: float) -> Callable[[int], float]:
+            return lambda layer: floor + (first - floor) * self.curve(layer / max(num_layers - 1, 1) / width)
+
+        wanted = self.lowest
+        if wanted is not None:
+            # A budget that cannot hold the floor lowers it, all dropping at once: one floor serves every budget.
+            return [
+                (lambda width: falling(wanted, width), _NARROWEST, _WIDEST),
+                (lambda floor: falling(floor, _NARROWEST), 0.0, wanted),
+            ]
+        # The curve alone may keep more than the budget: narrow it towards the input, in the limit to a drop of
+        # everything right after the first layer that may drop.
+        return [
+            (lambda floor: falling(floor, 1.0), 0.0, first),
+            (lambda width: falling(0.0, width), _NARROWEST, 1.0),
+        ]
 
 
-def _linear(shape: Shape) -> Callable[[float], float]:
-    """A straight line from 1 at depth 0 to 0 at depth 1."""
-    return lambda depth: max(0.0, 1.0 - depth)
+@dataclass(frozen=True)
+class Sigmoid(_Curve):
+    """A falling sigmoid over relative depth, scaled to be 1 at 0.
+
+    Attributes:
+        midpoint: relative depth (0 to 1) at which half is dropped.
+        slope: steepness, above 0.
+        floor: share that it falls to, less if the budget cannot hold it; null = solved.
+    """
+
+    name: ClassVar[str] = "sigmoid"
+    midpoint: Share = 0.2
+    slope: Positive = 10.0
+    floor: Share | None = None
+
+    def curve(self, depth: float) -> float:
+        # Beyond the exponent's bound the share is 0 in any precision that matters.
+        return (1 + math.exp(-self.slope * self.midpoint)) / (
+            1 + math.exp(min(self.slope * (depth - self.midpoint), 700.0))
+        )
 
 
-def _cosine(shape: Shape) -> Callable[[float], float]:
-    """Half a cosine wave from 1 at depth 0 to 0 at depth 1."""
-    return lambda depth: (1 + math.cos(math.pi * min(depth, 1.0))) / 2
+@dataclass(frozen=True)
+class Linear(_Curve):
+    """A straight line from 1 at depth 0 to 0 at depth 1.
+
+    Attributes:
+        floor: share that it falls to, less if the budget cannot hold it; null = solved.
+    """
+
+    name: ClassVar[str] = "linear"
+    floor: Share | None = None
+
+    def curve(self, depth: float) -> float:
+        return max(0.0, 1.0 - depth)
 
 
-_CURVES = {"sigmoid": _sigmoid, "linear": _linear, "cosine": _cosine}
-SCHEDULES = (*_CURVES, "step", "stages")
+@dataclass(frozen=True)
+class Cosine(_Curve):
+    """Half a cosine wave from 1 at depth 0 to 0 at depth 1.
+
+    Attributes:
+        floor: share that it falls to, less if the budget cannot hold it; null = solved.
+    """
+
+    name: ClassVar[str] = "cosine"
+    floor: Share | None = None
+
+    def curve(self, depth: float) -> float:
+        return (1 + math.cos(math.pi * min(depth, 1.0))) / 2
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """One drop, then one share, which is solved.
+
+    Attributes:
+        layer: drops once, after the first layer from this 0-based index on that may drop.
+    """
+
+    name: ClassVar[str] = "step"
+    earlier: ClassVar[str] = f"lower {KEY}.layer"
+    layer: Whole = 0
+
+    def families(self, num_layers: int, reducing: set[int], first: float) -> list[Family]:
+        return [(lambda share: lambda layer: first if layer <= self.layer else share, 0.0, first)]
+
+
+@dataclass(frozen=True)
+class Stages(Schedule):
+    """``first share^stage``, the share solved (PyramidDrop's lambda).
+
+    Attributes:
+        stages: equally deep stages that keep the same share of the one before; null = one after every dropping layer.
+    """
+
+    name: ClassVar[str] = "stages"
+    earlier: ClassVar[str] = f"raise {KEY}.stages, or name earlier layers"
+    stages: Annotated[int, Range(2, 2**20)] | None = None
+
+    def families(self, num_layers: int, reducing: set[int], first: float) -> list[Family]:
+        if self.stages is None:
+            stage = [sum(index < layer for index in reducing) for layer in range(num_layers)]
+        else:
+            stage = [layer * self.stages // num_layers for layer in range(num_layers)]
+        return [(lambda share: lambda layer: first * share ** stage[layer], 0.0, 1.0)]
+
+
+@dataclass(frozen=True)
+class Listed(Schedule):
+    """Explicit shares.
+
+    Attributes:
+        retention: share of visual tokens that enters each layer, one number per layer; its mean is the budget.
+    """
+
+    name: ClassVar[str] = "listed"
+    retention: tuple[Share, ...] = ()
+
+    def solved(self, num_layers: int, reducing: set[int], budget: float, first: float) -> tuple[float, ...]:
+        """The list.
+
+        Raises:
+            ConfigError: it is not a schedule: one share per layer, from the first one down, dropping only after layers
+                that may drop, with the budget as its mean.
+        """
+        key = f"{KEY}.retention"
+        if len(self.retention) != num_layers:
+            numbers = f"{len(self.retention)} numbers"
+            raise fail(key, numbers, f"model.hybrid_pattern has {num_layers} layers", "give one number per layer")
+        if self.retention[0] != first:
+            reason = "every visual token enters the first layer" if first == 1 else f"reduction.front.retention={first}"
+            raise fail(f"{key}[0]", self.retention[0], reason, f"set {key}=[{first},...]")
+        for layer in range(1, num_layers):
+            before, now = self.retention[layer - 1], self.retention[layer]
+            if now > before:
+                allowed = f"rises from {before} of layer {layer - 1}, and dropped tokens do not come back"
+                raise fail(f"{key}[{layer}]", now, allowed, f"use at most {before} from layer {layer} on")
+            if now < before and layer - 1 not in reducing:
+                allowed = f"falls from {before}, but the layer before, {layer - 1}, may not drop"
+                fix = "let it fall only after a layer that scores and that reduction.layers names"
+                raise fail(f"{key}[{layer}]", now, allowed, fix)
+        mean = sum(self.retention) / num_layers
+        if abs(mean - budget) > BUDGET_TOLERANCE:
+            allowed = f"differs from reduction.budget={budget}"
+            raise fail(f"{key} (its mean)", f"{mean:.3f}", allowed, f"set reduction.budget={mean:.3f}, the list's mean")
+        return self.retention
+
+
+SCHEDULES = Registry(KEY, Schedule, (Sigmoid, Linear, Cosine, Step, Stages, Listed))
 
 
 def retention_by_layer(
-    pattern: str, budget: float, layers: str | Sequence[int] = "all", shape: Shape | None = None, first: float = 1.0
+    pattern: str,
+    budget: float,
+    layers: str | Sequence[int] = "all",
+    schedule: Schedule | None = None,
+    first: float = 1.0,
 ) -> tuple[float, ...]:
-    """Retention that enters every layer, low-to-high reduction, with its mean equal to the budget.
-
-    One number of the shape is solved for, by bisection, for the mean rises with it:
-
-    - sigmoid, linear, cosine: ``r(x) = floor + (first - floor) curve(x / width)`` over relative depth x. The width is 1
-      and the floor solved; a budget below what a floor of 0 reaches narrows the curve instead. With ``shape.floor`` the
-      width is solved; a budget that cannot hold that floor lowers it, with the narrowest width.
-    - step: ``first`` up to the step, then one share, which is solved.
-    - stages: ``first share^stage``, the share solved (PyramidDrop's lambda).
+    """Retention that enters every layer, its mean equal to the budget.
 
     Args:
         pattern: hybrid layer pattern.
         budget: mean retention over all layers, in (0, 1].
         layers: which layers may drop, see ``reducing_layers``.
-        shape: how retention falls; None: the default sigmoid.
-        first: retention of the first layer: what a reduction in front of the language model left.
+        schedule: how retention falls; None: the default sigmoid.
+        first: retention of the first layer: what a reduction before the language model left.
 
     Returns:
         One share per layer, the first ``first``, never rising.
 
     Raises:
-        ValueError: a budget outside (0, 1] or above ``first``, or one that these layers and this shape cannot reach.
+        ValueError: a budget outside (0, 1] or above ``first``, or one that these layers and this schedule cannot reach.
     """
-    shape = shape or Shape()
     if not 0.0 < budget <= 1.0:
         raise ValueError(f"reduction.budget={budget}: must be above 0 and at most 1 (1 turns reduction off)")
     if budget > first:
-        raise ValueError(f"reduction.budget={budget}: is above reduction.front_retention={first}, and nothing grows")
-    num_layers = len(layer_symbols(pattern))
-    reducing = set(reducing_layers(pattern, layers))
-    if budget == first:
-        return (first,) * num_layers
-
-    def realize(target: Callable[[int], float]) -> tuple[float, ...]:
-        retention = [first]
-        for layer in range(1, num_layers):
-            retention.append(target(layer) if layer - 1 in reducing else retention[-1])
-        return tuple(retention)
-
-    def mean(family: Callable[[float], Callable[[int], float]], value: float) -> float:
-        return sum(realize(family(value))) / num_layers
-
-    for family, low, high in _families(shape, num_layers, reducing, first):
-        lowest = mean(family, low)
-        if lowest <= budget:
-            return realize(family(_bisect(partial(mean, family), budget, low, high)))
-    earlier = {"step": "lower reduction.step_layer", "stages": "raise reduction.stages, or name earlier layers"}
-    fix = earlier.get(shape.schedule, "name earlier layers")
-    raise ValueError(
-        f"reduction.budget={budget}: dropping everything as early as reduction.schedule={shape.schedule} and "
-        f"reduction.layers={layers} allow still keeps a mean of {lowest:.3f}; raise the budget or {fix}"
-    )
-
-
-def _families(
-    shape: Shape, num_layers: int, reducing: set[int], first: float
-) -> list[tuple[Callable[[float], Callable[[int], float]], float, float]]:
-    """What can be solved for, in the order in which it is tried: a map from a number to the share wanted by layer.
-
-    The mean rises with the number between the two bounds that stand beside the map.
-    """
-    if shape.schedule == "step":
-        return [(lambda share: lambda layer: first if layer <= shape.step_layer else share, 0.0, first)]
-    if shape.schedule == "stages":
-        if shape.stages is None:
-            stage = [sum(index < layer for index in reducing) for layer in range(num_layers)]
-        else:
-            stage = [layer * shape.stages // num_layers for layer in range(num_layers)]
-        return [(lambda share: lambda layer: first * share ** stage[layer], 0.0, 1.0)]
-    curve = _CURVES[shape.schedule](shape)
-
-    def falling(floor: float, width: float) -> Callable[[int], float]:
-        return lambda layer: floor + (first - floor) * curve(layer / max(num_layers - 1, 1) / width)
-
-    if shape.floor is not None:
-        wanted = shape.floor
-        # A budget that cannot hold the floor lowers it, all dropping at once: one floor serves every budget.
-        return [
-            (lambda width: falling(wanted, width), _NARROWEST, _WIDEST),
-            (lambda floor: falling(floor, _NARROWEST), 0.0, wanted),
-        ]
-    # The curve alone may keep more than the budget: narrow it towards the input, in the limit to a drop of everything
-    # right after the first layer that may drop.
-    return [
-        (lambda floor: falling(floor, 1.0), 0.0, first),
-        (lambda width: falling(0.0, width), _NARROWEST, 1.0),
-    ]
+        raise ValueError(
+            f"reduction.budget={budget}: is above reduction.front.retention={first}, and dropped tokens "
+            "do not come back"
+        )
+    num_layers, reducing = len(layer_symbols(pattern)), set(reducing_layers(pattern, layers))
+    return (schedule or Sigmoid()).solved(num_layers, reducing, budget, first)
 
 
 def _bisect(function: Callable[[float], float], target: float, low: float, high: float) -> float:
@@ -219,125 +355,4 @@ def _bisect(function: Callable[[float], float], target: float, low: float, high:
     return (low + high) / 2
 
 
-@lru_cache(maxsize=4096)
-def kept_counts(retention: tuple[float, ...], num_visual: int, min_tokens: int = 1) -> tuple[int, ...]:
-    """Visual tokens of one sample that enter every layer.
-
-    Args:
-        retention: share per layer, never rising, from ``retention_by_layer``.
-        num_visual: visual tokens of the sample before any reduction.
-        min_tokens: smallest number kept (all, if the sample has fewer).
-
-    Returns:
-        One count per layer, never rising; see ``rounded`` for how their sum meets the budget.
-    """
-    lowest = min(min_tokens, num_visual)
-    return rounded(_wanted(retention, num_visual, lowest), num_visual, lowest)
-
-
-def packed_counts(
-    retentions: Sequence[tuple[float, ...]],
-    visual_counts: Sequence[int],
-    num_text: int,
-    min_tokens: int = 1,
-    multiple_of: int = 1,
-) -> list[tuple[int, ...]]:
-    """Visual tokens of every sample of a packed sequence that enter every layer.
-
-    With ``multiple_of`` 1 every sample has the counts it has alone. Otherwise the packed length divides at every depth:
-    the totals are rounded as in ``rounded``, and each is shared among the samples by largest remainder.
-
-    Args:
-        retentions: share per layer for every sample.
-        visual_counts: S visual tokens before any reduction.
-        num_text: all other tokens of the packed sequence; they never change.
-        min_tokens: smallest number kept per sample (all, if it has fewer).
-        multiple_of: what the packed length must divide by.
-
-    Returns:
-        Per layer S counts; those of a sample never rise.
-
-    Raises:
-        ValueError: the packed length before any reduction does not divide.
-    """
-    if multiple_of == 1:
-        alone = [kept_counts(*each, min_tokens) for each in zip(retentions, visual_counts)]
-        return list(zip(*alone))
-    highest = sum(visual_counts)
-    if (num_text + highest) % multiple_of:
-        raise ValueError(
-            f"packed sequence of {num_text + highest} tokens does not divide by {multiple_of}: pad it when packing"
-        )
-    lowest = [min(min_tokens, count) for count in visual_counts]
-    wanted = list(zip(*(_wanted(*each) for each in zip(retentions, visual_counts, lowest))))
-    totals = rounded([sum(layer) for layer in wanted], highest, sum(lowest), multiple_of, -num_text % multiple_of)
-    counts = [tuple(visual_counts)]
-    for layer, total in zip(wanted, totals):
-        counts.append(_share(total, layer, lowest, counts[-1]))
-    return counts[1:]
-
-
-def _wanted(retention: Sequence[float], num_visual: int, lowest: int) -> list[float]:
-    """Tokens that should enter every layer, before rounding."""
-    return [max(share * num_visual, lowest) for share in retention]
-
-
-def _share(total: int, wanted: Sequence[float], lowest: Sequence[int], highest: Sequence[int]) -> tuple[int, ...]:
-    """Whole numbers near the wanted ones, within bounds, that sum to the total: largest remainder, earlier on ties."""
-    counts = [max(low, min(high, math.floor(want))) for want, low, high in zip(wanted, lowest, highest)]
-    samples = range(len(counts))
-    missing = total - sum(counts)
-    for _ in range(missing):
-        sample = max((s for s in samples if counts[s] < highest[s]), key=lambda s: wanted[s] - counts[s])
-        counts[sample] += 1
-    for _ in range(-missing):
-        sample = min((s for s in samples if counts[s] > lowest[s]), key=lambda s: wanted[s] - counts[s])
-        counts[sample] -= 1
-    return tuple(counts)
-
-
-def rounded(
-    wanted: Sequence[float], highest: int, lowest: int, multiple_of: int = 1, remainder: int = 0
-) -> tuple[int, ...]:
-    """Whole numbers near falling ones, also falling, whose sum comes near to theirs from below.
-
-    All are rounded down; then those that lost most go up again, layers that want the same together, as long as the sum
-    does not exceed the wanted one. So it stays below by less than ``multiple_of`` times the longest stretch of layers
-    that want the same, and exceeds it only by what ``lowest`` adds: where rounding up to ``lowest`` takes more than its
-    share, the other layers give it back as far as they can.
-
-    Args:
-        wanted: one number a layer, never rising, from ``lowest`` to ``highest``. Layers that want ``highest`` get it:
-            nothing is dropped in front of them.
-        highest: upper bound, of the right remainder itself.
-        lowest: lower bound.
-        multiple_of: the results leave ``remainder`` when divided by it.
-        remainder: see there.
-    """
-    stretches = [(value, len(list(run))) for value, run in groupby(wanted)]
-    free = [index for index, (value, _) in enumerate(stretches) if value != highest]
-    least = lowest + (remainder - lowest) % multiple_of
-    counts = [
-        max(least, remainder + math.floor((value - remainder) / multiple_of) * multiple_of) for value, _ in stretches
-    ]
-    spare = _ROUNDING + sum(length * (value - count) for (value, length), count in zip(stretches, counts))
-
-    def lost(index: int) -> float:
-        return stretches[index][0] - counts[index]
-
-    def may_fall(index: int) -> bool:
-        return counts[index] - multiple_of >= (counts[index + 1] if index + 1 < len(counts) else least)
-
-    def may_rise(index: int) -> bool:
-        fits = stretches[index][1] * multiple_of <= spare
-        return fits and lost(index) > 0 and counts[index] + multiple_of <= (counts[index - 1] if index else highest)
-
-    while spare < 0 and (able := [index for index in free if may_fall(index)]):
-        index = min(able, key=lambda index: (lost(index), -index))
-        counts[index] -= multiple_of
-        spare += stretches[index][1] * multiple_of
-    while able := [index for index in free if may_rise(index)]:
-        index = max(able, key=lambda index: (lost(index), -index))
-        counts[index] += multiple_of
-        spare -= stretches[index][1] * multiple_of
-    return tuple(count for count, (_, length) in zip(counts, stretches) for _ in range(length))
+__all__ = ["SCHEDULES", "ConfigError", "Schedule", "cut_pattern", "even_edges", "layer_symbols", "reducing_layers"]

@@ -1,39 +1,54 @@
-"""Scores that look at nothing: the baselines every query-conditioned score must beat."""
+"""Scores that look at nothing: the baselines that every query-conditioned score must beat."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from hybridprune_megatron.bounds import Seed
+from hybridprune_megatron.layers.operations import Cost, elementwise
+from hybridprune_megatron.method.scorer import FP32, Scorer, ScoreSizes
 
-from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hybridprune_megatron.method.layout import TokenLayout
+    from hybridprune_megatron.method.signals import Signals
 
 _MASK_32 = 0xFFFFFFFF
 
 
+class AgnosticScorer(Scorer):
+    """Scores any kind of layer without looking at it, on every rank alike."""
+
+    needs_question: ClassVar[bool] = False
+    reads_signals: ClassVar[bool] = False
+
+    def can_score(self, kind: str) -> bool:
+        return True
+
+    def score(self, signals: Signals, layout: TokenLayout, layer: int) -> Tensor:
+        return self.draw(layout, layer)
+
+    def draw(self, layout: TokenLayout, layer: int) -> Tensor:
+        """float32 [V] from 0 to 1."""
+        raise NotImplementedError
+
+    def costs(self, kind: str, sizes: ScoreSizes) -> Mapping[str, Cost]:
+        return {"score": elementwise(sizes.visual, FP32)}
+
+
 @dataclass(frozen=True)
-class RandomScorer:
+class RandomScorer(AgnosticScorer):
     """A pseudo-random score of (seed, layer, position): no state, so recomputation and every rank draw the same.
 
     Attributes:
         seed: changes the draw.
     """
 
-    seed: int = 0
-    # Every rank draws the same, so their mean is what each has.
-    attention_pooling: ClassVar[str] = "mean"
-    mamba_pooling: ClassVar[str] = "mean"
-
-    def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
-        del signals
-        return self.draw(layout, layer)
-
-    def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
-        del signals
-        return self.draw(layout, layer)
+    name: ClassVar[str] = "random"
+    seed: Seed = 0
 
     def draw(self, layout: TokenLayout, layer: int) -> Tensor:
         """float32 [V] from 0 to 1, the same for the same position in a sample."""
@@ -47,22 +62,15 @@ class RandomScorer:
 
 
 @dataclass(frozen=True)
-class UniformScorer:
+class UniformScorer(AgnosticScorer):
     """Evenly spread tokens: the r-th visual token scores by the bit-reversed fraction of r, so any top-k is spread."""
 
-    attention_pooling: ClassVar[str] = "mean"
-    mamba_pooling: ClassVar[str] = "mean"
+    name: ClassVar[str] = "uniform"
 
-    def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
-        del signals, layer
-        return self.spread(layout)
-
-    def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
-        del signals, layer
-        return self.spread(layout)
-
-    def spread(self, layout: TokenLayout) -> Tensor:
+    def draw(self, layout: TokenLayout, layer: int) -> Tensor:
         """float32 [V] from 0 to 1; the r-th token of every sample has the same."""
+        import torch
+
         device = layout.visual_index.device
         parts = [torch.empty(0, device=device)]
         for count in layout.visual_counts:

@@ -5,34 +5,38 @@ Shape letters: L tokens, V visual tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from hybridprune_megatron.layers.operations import Cost, elementwise, most_similar_cost
+from hybridprune_megatron.method.scorer import OutputScorer
 
-from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.merge import Ranking, most_similar
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hybridprune_megatron.method.layout import TokenLayout
+    from hybridprune_megatron.method.merge import Ranking
 
 
 @dataclass(frozen=True)
-class OutputNormScorer:
+class OutputNormScorer(OutputScorer):
     """UTRC (Zhan et al., EMNLP 2024): among the less important, those go that resemble a more important one most.
 
     Importance is ``S_t = mean_c max(0, y_tc)``. The less important half of a sample is matched to the other half by
     cosine, and of it the most similar tokens go. Where more than half must go at once, the less important side is as
-    large as what must go. Here y is the residual stream behind the layer, the one output that all kinds of layers have
+    large as what must go. Here y is the residual stream after the layer, the one output that all kinds of layers have
     in common; the paper's model has Mamba layers only and takes the scan's output.
     """
 
-    def output(self, hidden: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
-        """Ranks the visual tokens by what a layer has put out.
+    name: ClassVar[str] = "utrc"
+    pairs_tokens: ClassVar[bool] = True
 
-        Args:
-            hidden: [L, D] hidden states behind the layer, all channels.
-            layout: the packed sequence that left the layer.
-            counts: S numbers of visual tokens that stay (host).
-        """
+    def rank(self, hidden: Tensor, layout: TokenLayout, counts: Sequence[int]) -> Ranking:
+        import torch
+
+        from hybridprune_megatron.method.merge import Ranking, most_similar
+
         scores = torch.zeros(len(layout.visual_index), device=hidden.device)
         partner = torch.arange(len(layout.visual_index), device=hidden.device)
         for start, present, count in zip(layout.visual_starts(), layout.visual_counts, counts):
@@ -49,3 +53,11 @@ class OutputNormScorer:
             scores[start + less_important] = -cosine
             partner[start + less_important] = start + more_important[match]
         return Ranking(scores, partner)
+
+    def drop_costs(self, visual: int, left: int, hidden: int, width: int) -> Mapping[str, Cost]:
+        # Of the less important half every token is compared with all of the other half.
+        less = max(visual // 2, visual - left)
+        return {
+            "importance": elementwise(visual * hidden, width),
+            "match": most_similar_cost(less, visual - less, hidden, width),
+        }

@@ -1,311 +1,137 @@
-"""Query-conditioned scores: how much the question's tokens read from each visual token in one layer.
-
-Shape letters: L tokens, V visual tokens, T query tokens, J keys of a block, H heads, K key-value heads, E head width,
-G groups, R = H / G heads of a group, N state size. All scores are float32 [V] in the order of
-``TokenLayout.visual_index``; higher is more important. Equal tokens that the same rows see get the same score, bitwise
-(``method.sums``), so that of them the earlier ones stay.
-"""
+"""The query-conditioned score: how much the question's tokens read from each visual token in one layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
-from torch import Tensor
+from hybridprune_megatron.bounds import OneOf
+from hybridprune_megatron.checks import fail
+from hybridprune_megatron.layers.operations import Cost
+from hybridprune_megatron.method.scorer import FP32, KEY, Scorer, ScoreSizes
 
-from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.operators import attention_scores, mamba_scores
-from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
-from hybridprune_megatron.method.sums import averaged, on_grid
-from hybridprune_megatron.ops.native import native
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# Keys (or visual tokens) per block of the two-pass products: memory is O(T * H * block), never L x L.
-_BLOCK = 1024
-_ATTENTION = "tkre,jke->tjkr"
+    from hybridprune_megatron.method.layout import TokenLayout
+    from hybridprune_megatron.method.signals import ScoredSample
 
 
 @dataclass(frozen=True)
-class QueryScorer:
+class QueryScorer(Scorer):
     """Attention: softmax mass from the question. Mamba: implicit attention from the question.
 
-    The mean over the query rows comes first, pooling over heads second. A field is the key of the same name of the
-    reduction group.
+    The mean over the query rows comes first, pooling over heads second. The formulas are in ``query_formula``.
 
     Attributes:
-        query_rows: "question": all query tokens of a sample; "last": the last one (FastV's row).
-        attention_pooling: over heads, "mean" or "max".
-        attention_causal: false: a row also sees the visual tokens behind it. A question in front of its video scores
-            nothing otherwise. Other tokens behind a row stay unseen: an answer must not change what is kept.
-        mamba_decay: whether the Mamba score keeps the factor exp(a_i - a_j), which sinks early frames whatever they
-            show, and with it the causal mask.
-        mamba_dt: whether it keeps dt_j.
-        mamba_function: f of ``implicit_attention``: "identity", "abs", "relu" or "softmax".
-        mamba_pooling: "mean" over heads, "max_groups" (mean over the heads of a group, then the highest group) or
-            "max_heads".
+        query_rows: text rows that score; question (all its tokens) or last (its last token, FastV's row).
+        attention_pooling: scores of an attention layer over its heads; mean or max.
+        attention_causal: false lets the question score visual tokens after it, for questions before the video.
+        mamba_decay: keeps the decay of the Mamba state in the score, which favours frames close to the question.
+        mamba_dt: keeps the step size dt of a visual token in the Mamba score.
+        mamba_function: applied to implicit attention before it is averaged; identity, abs, relu or softmax.
+        mamba_pooling: scores of a Mamba layer over its heads; mean, max_groups (mean within a group) or max_heads.
     """
 
-    query_rows: str = "question"
-    attention_pooling: str = "mean"
+    name: ClassVar[str] = "query"
+    query_rows: Annotated[str, OneOf("question", "last")] = "question"
+    attention_pooling: Annotated[str, OneOf("mean", "max")] = "mean"
     attention_causal: bool = True
     mamba_decay: bool = False
     mamba_dt: bool = True
-    mamba_function: str = "identity"
-    mamba_pooling: str = "mean"
+    mamba_function: Annotated[str, OneOf("identity", "abs", "relu", "softmax")] = "identity"
+    mamba_pooling: Annotated[str, OneOf("mean", "max_groups", "max_heads")] = "mean"
 
-    def attention(self, signals: AttentionSignals, layout: TokenLayout, layer: int) -> Tensor:
-        """See ``attention_mass``."""
-        del layer
-        samples = list(self.samples(layout))
-        ops = native(signals.q, signals.k)
-        if ops is not None:
-            scores = attention_scores(ops, signals, layout, samples, self)
-        else:
-            scores = signals.k.new_zeros(len(signals.k), dtype=torch.float32)
-            for keys, mass in attention_mass(signals, samples, self.attention_causal):
-                scores[keys] = _pooled(mass, self.attention_pooling)
-        if signals.held is not None:
-            scores = signals.held.everywhere(scores)
-        return scores[layout.visual_index]
+    def can_score(self, kind: str) -> bool:
+        return kind in ("attention", "mamba")
 
-    def mamba(self, signals: MambaSignals, layout: TokenLayout, layer: int) -> Tensor:
-        """See ``implicit_attention``."""
-        del layer
-        samples = list(self.samples(layout))
-        ops = native(signals.B, signals.C)
-        if ops is not None:
-            return mamba_scores(ops, signals, layout, samples, self)
-        scores = [signals.B.new_empty(0, dtype=torch.float32)]
+    def pooling(self, kind: str) -> str:
+        return self.attention_pooling if kind == "attention" else self.mamba_pooling
+
+    def rows(self, question: int) -> int:
+        return min(1, question) if self.query_rows == "last" else question
+
+    def values(
+        self, signals: Any, samples: Sequence[ScoredSample], layer: int
+    ) -> Iterator[tuple[Tensor | slice, Tensor]]:
+        from hybridprune_megatron.method.query_formula import attention_mass, implicit_attention
+
+        if signals.kind == "attention":
+            # A row without a visual sample asks for nothing; see ``attention_mass``.
+            yield from attention_mass(signals, samples, self.attention_causal)
+            return
         for sample in samples:
-            blocks = implicit_attention(signals, sample, self.mamba_decay, self.mamba_dt, self.mamba_function)
-            scores += [_pooled(block, self.mamba_pooling).float() for block in blocks]
-        return torch.cat(scores)
+            start = sample.place.start
+            for block in implicit_attention(signals, sample, self.mamba_decay, self.mamba_dt, self.mamba_function):
+                yield slice(start, start + len(block)), block
+                start += len(block)
 
-    def samples(self, layout: TokenLayout) -> Iterator[ScoredSample]:
-        """The samples that show something, in order.
+    def native_scores(self, signals: Any, layout: TokenLayout, samples: Sequence[ScoredSample]) -> Tensor | None:
+        from hybridprune_megatron.method.operators import attention_scores, mamba_scores
+        from hybridprune_megatron.ops.native import native
 
-        Raises:
-            ValueError: a sample shows something and asks nothing.
-        """
-        starts, query_starts, visual_starts = layout.sample_starts(), layout.query_starts(), layout.visual_starts()
-        for sample, (visual_count, query_count) in enumerate(zip(layout.visual_counts, layout.query_counts)):
-            if not visual_count:
-                continue
-            if not query_count:
-                raise ValueError(
-                    f"sample {sample} of the packed sequence has {visual_count} visual tokens and no question to score "
-                    "them by: give its first user turn some text, or choose reduction=uniform"
-                )
-            visual = layout.visual_index[visual_starts[sample] : visual_starts[sample + 1]]
-            stop = query_starts[sample + 1]
-            queries = slice(stop - 1 if self.query_rows == "last" else query_starts[sample], stop)
-            yield ScoredSample(visual, queries, layout.query_index[queries], starts[sample], starts[sample + 1])
+        if signals.kind == "attention":
+            ops = native(signals.q, signals.k)
+            if ops is None:
+                return None
+            return attention_scores(ops, signals, layout, samples, self.attention_causal, self.attention_pooling)
+        ops = native(signals.B, signals.C)
+        if ops is None:
+            return None
+        how = (self.mamba_decay, self.mamba_dt, self.mamba_function, self.mamba_pooling)
+        return mamba_scores(ops, signals, layout, samples, *how)
+
+    def check_heads(self, kind: str, groups: int, context: int) -> None:
+        if kind == "mamba" and self.mamba_pooling == "max_groups" and groups < context:
+            raise fail(
+                f"{KEY}.mamba_pooling",
+                "max_groups",
+                f"needs whole groups on a rank: {groups} are shared by parallel.context={context} ranks",
+                f"set {KEY}.mamba_pooling=mean or max_heads, or lower parallel.context",
+            )
+
+    def costs(self, kind: str, sizes: ScoreSizes) -> Mapping[str, Cost]:
+        rows = self.rows(sizes.question)
+        if kind == "attention":
+            return attention_score(sizes, rows)
+        if self.mamba_function == "identity" and not self.mamba_decay:
+            return decay_free_score(sizes, rows)
+        softmax = self.mamba_function == "softmax"
+        return implicit_attention_score(sizes, rows, softmax, self.mamba_decay)
 
 
-@dataclass(frozen=True)
-class ScoredSample:
-    """One sample of a packed sequence that shows something and asks.
+def attention_score(sizes: ScoreSizes, rows: int) -> Mapping[str, Cost]:
+    """Softmax mass of the question: one pass over all keys for the row sums, one over the visual keys for the columns.
 
-    Attributes:
-        visual: int64 [V] positions of its visual tokens in the packed sequence, rising.
-        queries: which of the layout's query tokens score.
-        rows: int64 [T] their positions.
-        first: its first position (host).
-        last: the position behind its last (host).
+    Two passes are what keeps the memory at O(T + L); each multiplies T rows with its keys in every head.
     """
-
-    visual: Tensor
-    queries: slice
-    rows: Tensor
-    first: int
-    last: int
-
-    def behind(self, columns: Tensor) -> Tensor:
-        """bool [T, J]: which of some positions lie behind which row."""
-        return columns > self.rows.unsqueeze(1)
-
-    def log_decay(self, signals: MambaSignals) -> Tensor:
-        """float64 [tokens of the sample, H] running sum of dt A from its start; differences of it are what counts."""
-        return torch.cumsum(signals.dt[self.first : self.last].double() * signals.A.double(), 0)
+    passes = {}
+    for name, columns in (("row sums", sizes.tokens), ("columns", sizes.visual)):
+        flops = 2 * rows * columns * sizes.heads * sizes.channels
+        logits = rows * columns * sizes.heads
+        passes[name] = Cost(flops, flops, sizes.width * columns * sizes.groups * sizes.channels + 2 * FP32 * logits)
+    return passes
 
 
-def _pooled(per_head: Tensor, pooling: str) -> Tensor:
-    """[J] from [J, groups, heads of a group]."""
-    if pooling == "mean":
-        return averaged(per_head.flatten(1), 1)
-    if pooling == "max_groups":
-        return averaged(per_head, 2).amax(1)
-    return per_head.amax((1, 2))
+def decay_free_score(sizes: ScoreSizes, rows: int) -> Mapping[str, Cost]:
+    """``dt_j B_j . Cbar``: one pass over B and dt. Plain torch multiplies and sums, so a profiler sees no product."""
+    numbers = sizes.groups * sizes.channels
+    read = sizes.width * (sizes.visual + rows) * numbers + FP32 * sizes.visual * (sizes.heads + 1)
+    return {"score": Cost(2 * sizes.visual * numbers, 0, read)}
 
 
-def attention_mass(
-    signals: AttentionSignals, samples: Sequence[ScoredSample], causal: bool = True
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``mean_{i in T} softmax_j'(q_ih . k_j'h / sqrt(E))_j`` over the keys that row i sees, for every head.
-
-    Two passes over the keys, O(T + L) kept: one finds each row's log-sum-exp, the other sums the normalised columns.
-    Where ranks share the keys, each passes over its own and the log-sum-exps are joined in between.
+def implicit_attention_score(sizes: ScoreSizes, rows: int, softmax: bool, decay: bool) -> Mapping[str, Cost]:
+    """``f(C_i . B_j dt_j [exp(a_i - a_j)])``: T x V products per group; with decay or softmax T x V numbers per head.
 
     Args:
-        signals: of one layer, this rank's heads.
-        samples: whose tokens; see ``QueryScorer`` for what a row sees.
-        causal: whether visual tokens behind a row are hidden from it.
-
-    Yields:
-        int64 [J] rows of k in blocks, visual ones at least, and float32 [J, K, H / K] their mass; a head sums to at
-        most 1 over all of a sample.
+        sizes: of the layer.
+        rows: T.
+        softmax: f is the softmax, which takes two passes, as in attention.
+        decay: whether the bracket is there; numbers are float64 then.
     """
-    rows = [_AttentionRows(signals, sample, causal) for sample in samples]
-    log_sums = [each.log_sum() for each in rows]
-    if signals.held is not None and log_sums:
-        # One message for all samples.
-        log_sums = list(signals.held.total(torch.cat(log_sums)).split([len(each) for each in log_sums]))
-    for each, log_sum in zip(rows, log_sums):
-        for keys in each.scored():
-            yield keys, each.mass(keys, log_sum)
-
-
-class _AttentionRows:
-    """The logits of one sample's rows with the keys that are here; arguments as for ``attention_mass``."""
-
-    def __init__(self, signals: AttentionSignals, sample: ScoredSample, causal: bool) -> None:
-        self.signals, self.sample = signals, sample
-        q = signals.q[sample.queries].float() * signals.q.shape[-1] ** -0.5
-        # [T, K, H / K, E]
-        self.q = q.unflatten(1, (signals.k.shape[1], -1))
-        self.q_on_grid = on_grid(self.q)
-        self.always_seen = torch.zeros(sample.last - sample.first, dtype=torch.bool, device=q.device)
-        if not causal:
-            self.always_seen[sample.visual - sample.first] = True
-
-    def logits(self, keys: Tensor) -> Tensor:
-        """[T, J, K, H / K] scaled products with rows of k; -inf where a query does not see the key."""
-        return self._seen(keys, torch.einsum(_ATTENTION, self.q, self.signals.k[keys].float()))
-
-    def log_sum(self) -> Tensor:
-        """[T, 1, K, H / K], finite where all keys are here, for a query sees itself."""
-        keys = self._keys()
-        if not keys:
-            return self.q.new_full((len(self.q), 1, *self.q.shape[1:3]), float("-inf"))
-        return _log_sum(self.logits, keys)
-
-    def mass(self, keys: Tensor, log_sum: Tensor) -> Tensor:
-        """[J, K, H / K] mean over the rows of the softmax; equal for equal keys, unlike ``logits``."""
-        products = torch.einsum(_ATTENTION, self.q_on_grid, on_grid(self.signals.k[keys])).float()
-        return averaged(torch.exp(self._seen(keys, products) - log_sum), 0)
-
-    def scored(self) -> Sequence[Tensor]:
-        """Rows of k in blocks: the visual ones, or all that are here, whose number the host knows."""
-        return self.sample.visual.split(_BLOCK) if self.signals.held is None else self._keys()
-
-    def _seen(self, keys: Tensor, products: Tensor) -> Tensor:
-        held = self.signals.held
-        positions = keys if held is None else held.positions[keys]
-        hidden = self.sample.behind(positions) & ~self.always_seen[positions - self.sample.first]
-        return products.masked_fill(hidden[:, :, None, None], float("-inf"))
-
-    def _keys(self) -> list[Tensor]:
-        first, last, held = self.sample.first, self.sample.last, self.signals.held
-        rows = [slice(first, last)] if held is None else held.rows(first, last)
-        return [
-            keys for each in rows for keys in torch.arange(each.start, each.stop, device=self.q.device).split(_BLOCK)
-        ]
-
-
-def implicit_attention(
-    signals: MambaSignals, sample: ScoredSample, decay: bool = False, dt: bool = True, function: str = "identity"
-) -> Iterator[Tensor]:
-    """``mean_{i in T} f(S_ijh)``, ``S_ijh = C_ig . B_jg [dt_jh] [1[i >= j] exp(a_ih - a_jh)]``, for every head h.
-
-    ``a`` is the running sum of dt A over the sample, g the group of h. The softmax is over the visual tokens j; with
-    decay, over those that row i sees. Without decay the identity collapses to one pass over B with the mean of C; all
-    others take T x V x G products in blocks and keep their column sums.
-
-    The identity without decay (its terms are float32) and everything with decay are summed in float64 and rounded when
-    the heads are pooled, to the same bits here and in the native operators: one pass waits for B anyway, and decays
-    span hundreds of orders of magnitude.
-
-    Args:
-        signals: B, C [L, G, N] after convolution and SiLU, dt [L, H] after softplus, A [H] < 0; this rank's heads.
-        sample: whose tokens.
-        decay: whether the second bracket is there.
-        dt: whether the first bracket is there.
-        function: f: "identity", "abs", "relu" or "softmax".
-
-    Yields:
-        float64 or float32 [J, G, R], the visual tokens in blocks.
-    """
-    if function == "identity" and not decay:
-        groups = (signals.B.shape[1], -1)
-        mean_c = averaged(signals.C[sample.rows].double(), 0).float()
-        for block in sample.visual.split(_BLOCK // 8):
-            # A row is summed like any other of its length, and what float64 rounds is lost when scores become float32.
-            products = (signals.B[block].float() * mean_c).sum(-1, keepdim=True, dtype=torch.float64)
-            yield products * _steps(signals, block, dt).unflatten(-1, groups)
-        return
-    rows = _Products(signals, sample, decay, dt, function)
-    blocks = sample.visual.split(_BLOCK // 4)
-    if function != "softmax":
-        for block in blocks:
-            yield averaged(rows.values(block), 0)
-        return
-    log_sum = _log_sum(rows.logits, blocks)
-    # A row that sees no visual token has no mass to give.
-    log_sum = log_sum.masked_fill(log_sum == float("-inf"), float("inf"))
-    for block in blocks:
-        yield averaged(torch.exp(rows.logits(block) - log_sum), 0)
-
-
-class _Products:
-    """f(S) of all rows with a block of visual tokens; arguments as for ``implicit_attention``."""
-
-    def __init__(self, signals: MambaSignals, sample: ScoredSample, decay: bool, dt: bool, function: str) -> None:
-        self.signals, self.sample, self.dt, self.function = signals, sample, dt, function
-        self.log_decay = sample.log_decay(signals) if decay else None
-        # With decay no two places are alike, so rounding may depend on the place.
-        self.taken = Tensor.double if decay else on_grid
-        self.rows_c = self.taken(signals.C[sample.rows])
-
-    def values(self, block: Tensor) -> Tensor:
-        """[T or 1, J, G, R] f(S), for the softmax S; float64 with decay, else float32."""
-        products = torch.einsum("tgn,jgn->tjg", self.rows_c, self.taken(self.signals.B[block])).unsqueeze(-1)
-        # The weights are not negative, so f may come before them, once a group instead of once a head.
-        products = _ELEMENTWISE[self.function](products)
-        weights = _steps(self.signals, block, self.dt)
-        if self.log_decay is not None:
-            own = self.log_decay[self.sample.rows - self.sample.first].unsqueeze(1)
-            gap = own - self.log_decay[block - self.sample.first]
-            hidden = self.sample.behind(block).unsqueeze(-1)
-            weights = weights * gap.masked_fill(hidden, float("-inf")).exp()
-        else:
-            products = products.float()
-            if self.function != "softmax":
-                # The weights are then the same for all rows.
-                products = averaged(products, 0).unsqueeze(0)
-        return products * weights.unflatten(-1, (self.signals.B.shape[1], -1))
-
-    def logits(self, block: Tensor) -> Tensor:
-        """[T, J, G, R] for the softmax; -inf where a row does not see the token."""
-        if self.log_decay is None:
-            return self.values(block)
-        return self.values(block).masked_fill(self.sample.behind(block)[:, :, None, None], float("-inf"))
-
-
-_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda values: values,
-    "softmax": lambda values: values,
-    "abs": torch.abs,
-    "relu": torch.relu,
-}
-
-
-def _steps(signals: MambaSignals, block: Tensor, dt: bool) -> Tensor:
-    """float32 [J, H] step sizes, or ones."""
-    steps = signals.dt[block].float()
-    return steps if dt else torch.ones_like(steps)
-
-
-def _log_sum(logits: Callable[[Tensor], Tensor], blocks: Sequence[Tensor]) -> Tensor:
-    """[T, 1, heads] log-sum-exp over the second dimension of the logits of all blocks."""
-    parts = [torch.logsumexp(logits(block), 1, keepdim=True) for block in blocks]
-    return torch.logsumexp(torch.cat(parts, 1), 1, keepdim=True)
+    passes = 2 if softmax else 1
+    flops = 2 * rows * sizes.visual * sizes.groups * sizes.channels * passes
+    numbers = rows * sizes.visual * (sizes.groups + (sizes.heads if softmax or decay else 0)) * passes
+    read = sizes.width * (sizes.visual * passes + rows) * sizes.groups * sizes.channels
+    return {"score": Cost(flops, flops, read + 2 * (2 * FP32 if decay else FP32) * numbers)}

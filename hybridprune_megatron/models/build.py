@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -126,8 +125,7 @@ def _choose_trained(model: VideoLanguageModel, cfg: Config) -> None:
 
 def build_reduction(cfg: Config) -> Reduction | None:
     """The reduction of a configuration; None where nothing is ever dropped, which is bitwise the model without it."""
-    drawn = cfg.tuning.budget.distribution != "fixed"
-    return Reduction.of(asdict(cfg.reduction), cfg.retention_by_layer, by_sample=drawn)
+    return cfg.reduction.policy(cfg.model.hybrid_pattern, drawn=cfg.tuning.budget.distribution != "fixed")
 
 
 def tower_config(vision: VisionConfig):

@@ -4,7 +4,7 @@ A sequence of L tokens is cut into 2c chunks of one length for c ranks; rank r h
 causal attention costs every rank about the same. What the ranks send each other:
 
 - attention: keys and values are gathered, every rank attends with its own queries;
-- Mamba: tokens are exchanged for heads before the convolution and heads for tokens behind the scan;
+- Mamba: tokens are exchanged for heads before the convolution and heads for tokens after the scan;
 - a drop: every rank makes the plan that one rank alone would make, and rows move to where they belong then;
 - the loss: rows with a label are dealt out evenly.
 
@@ -102,7 +102,7 @@ class ContextShard:
         source, rows = self._place(kept, length)
         target, _ = self._place(torch.arange(len(kept), device=kept.device), len(kept))
         counts = torch.bincount(source * self.size + target, minlength=self.size**2).view(self.size, -1).tolist()
-        # Tokens that leave from here, by their rank to be and in order; the others behind them.
+        # Tokens that leave from here, by their rank to be and in order; the others after them.
         leaving = torch.where(source == self.rank, target, self.size).argsort(stable=True)[: sum(counts[self.rank])]
         sent = values.index_select(0, rows[leaving])
         received = all_to_all(self.group, sent, [row[self.rank] for row in counts], counts[self.rank])

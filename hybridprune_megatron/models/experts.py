@@ -28,7 +28,7 @@ def torch_experts_spec(norm: type[nn.Module]) -> ModuleSpec:
     """An E layer in plain torch: one expert after the other.
 
     Args:
-        norm: in front of the router.
+        norm: before the router.
     """
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     submodules = MoESubmodules(
@@ -42,7 +42,7 @@ def backend_experts_spec(norm: type[nn.Module], backend: BackendSpecProvider) ->
     """An E layer of a backend's modules, all experts in one grouped product.
 
     Args:
-        norm: in front of the router.
+        norm: before the router.
         backend: of the linears.
     """
     return _layer(norm, get_moe_module_spec_for_backend(backend, num_experts=1, moe_grouped_gemm=True))

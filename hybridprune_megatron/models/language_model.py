@@ -9,7 +9,7 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from torch import Tensor
 
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.models.stack import Reduction
+from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.models.stage_cut import with_origin
 
 
@@ -37,7 +37,7 @@ class ReductionHybridModel(HybridModel):
         self,
         embeddings: Tensor | None,
         layout: TokenLayout,
-        reduction: Reduction | None,
+        dropping: ReductionPass,
         rows: Tensor | None = None,
         labels: Tensor | None = None,
         trace: list[TokenLayout] | None = None,
@@ -47,7 +47,7 @@ class ReductionHybridModel(HybridModel):
         Args:
             embeddings: [L, 1, hidden] of the whole packed sequence on the first stage, None on others.
             layout: the packed sequence before any reduction; on the first stage what enters the first layer.
-            reduction: what to drop; None: nothing.
+            dropping: what is dropped in this pass (``decoder.pass_of``).
             rows: int64 [R], rising, tokens of the unreduced packed sequence whose logits are wanted; they must survive
                 (text always does). None: all tokens that are left. Under context parallelism each rank gets its part.
             labels: int64 [R] targets of these rows; None asks for logits.
@@ -62,7 +62,7 @@ class ReductionHybridModel(HybridModel):
             embeddings = embeddings if embeddings.requires_grad else embeddings.detach().requires_grad_()
         decoder = self.decoder
         hidden = decoder.scattered(decoder.shard.cut(embeddings)) if embeddings is not None else None
-        hidden, layout = decoder(hidden, layout, reduction, trace)
+        hidden, layout = decoder(hidden, layout, dropping, trace)
         if not self.post_process:
             return with_origin(hidden, decoder.scattered(decoder.shard.cut(layout.origin))), layout
         hidden = decoder.gathered(hidden)

@@ -55,7 +55,7 @@ def merge_adapters(module: nn.Module) -> None:
 
 
 class Adapter(nn.Module):
-    """What all adapted linears share. Stands in front of a linear with a ``weight`` [out, in] among a class's bases.
+    """What all adapted linears share. Stands before a linear with a ``weight`` [out, in] among a class's bases.
 
     Attributes:
         lora_a: [r, in of this rank]; None once merged.
@@ -149,7 +149,7 @@ class ParallelAdapter(Adapter):
         return output + self.scale * nn.functional.linear(self._exchanged(low), self.lora_b), bias
 
     def _exchanged(self, low: Tensor) -> Tensor:
-        """[., 1, r] behind A to what B needs: the same communication as the linear's, on r channels."""
+        """[., 1, r] after A to what B needs: the same communication as the linear's, on r channels."""
         group = self.adapter_group
         if self.split_dim == 0:
             if self.splits_sequence:

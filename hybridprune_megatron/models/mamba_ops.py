@@ -67,7 +67,7 @@ class KernelMambaOps:
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, packing: LayerPacking, chunk_size: int
     ) -> Tensor:
         x, dt, B, C = (tensor.unsqueeze(0) for tensor in (x, dt, B, C))
-        # dt comes with its bias and behind its softplus, for the scores need it too.
+        # dt comes with its bias and after its softplus, for the scores need it too.
         y = self._scan(x, dt, A, B, C, chunk_size, D=D, seq_idx=packing.seq_idx, dt_softplus=False)
         return y.squeeze(0)
 

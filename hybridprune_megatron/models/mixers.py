@@ -38,8 +38,7 @@ def scoring_attention(core_attention: type[nn.Module]) -> type[nn.Module]:
             if scorer is not None:
                 with torch.no_grad():
                     signals = _attention_signals(query.detach(), key.detach(), packing)
-                    packing.scores = scorer.attention(signals, packing.layout, self.layer_number - 1)
-                    packing.pooling = scorer.attention_pooling
+                    packing.keep(scorer, signals, self.layer_number - 1)
             return super().forward(query, key, *args, packed_seq_params=packed_seq_params, **kwargs)
 
     ScoringAttention.__name__ = f"Scoring{core_attention.__name__}"
@@ -103,7 +102,7 @@ class ReductionMambaMixer(MambaMixer):
         ops: convolution and scan.
         d_conv: taps of the convolution.
         chunk_size: tokens a chunk of the scan.
-        time_step_min: lowest step size dt behind the softplus; 0: no clamp.
+        time_step_min: lowest step size dt after the softplus; 0: no clamp.
         layer_number: 1-based.
         pg_collection: process groups.
         pp_layer_offset: unused; part of the builder's interface.
@@ -292,8 +291,7 @@ class ReductionMambaMixer(MambaMixer):
         if scorer is not None:
             with torch.no_grad():
                 signals = MambaSignals(B.detach(), C.detach(), dt.detach(), A.detach())
-                packing.scores = scorer.mamba(signals, packing.layout, self.layer_number - 1)
-                packing.pooling = scorer.mamba_pooling
+                packing.keep(scorer, signals, self.layer_number - 1)
         return self.ops.scan(x, dt, A, B, C, self.D[heads], packing, self.chunk_size).flatten(1)
 
 

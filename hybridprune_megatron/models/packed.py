@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.scorers import Scorer
+from hybridprune_megatron.method.scorer import Scorer
+from hybridprune_megatron.method.signals import Signals
 from hybridprune_megatron.models.context import ContextShard
 
 
@@ -41,6 +42,11 @@ class LayerPacking(PackedSeqParams):
     scores: Tensor | None = None
     pooling: str = "mean"
     heads_group: ProcessGroup | None = None
+
+    def keep(self, scorer: Scorer, signals: Signals, layer: int) -> None:
+        """Writes the scores of a layer (0-based) from what its mixer has computed."""
+        self.scores = scorer.score(signals, self.layout, layer)
+        self.pooling = scorer.pooling(signals.kind)
 
     @property
     def asking(self) -> Scorer | None:

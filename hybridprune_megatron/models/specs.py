@@ -7,7 +7,8 @@ other and into stock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -71,7 +72,7 @@ def stack_spec(name: str, mamba: Mapping[str, Any], lora: LoraConfig | None = No
         )
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
-        return _spec(
+        parts = Parts(
             TELayerNormColumnParallelLinear,
             TERowParallelLinear,
             TEDotProductAttention if context == 1 else PackedAttention,
@@ -81,71 +82,100 @@ def stack_spec(name: str, mamba: Mapping[str, Any], lora: LoraConfig | None = No
             mamba,
             lora,
         )
-    return _spec(
-        NormColumnParallelLinear,
-        RowParallelLinear,
-        PackedAttention,
-        RMSNorm,
-        TorchMambaOps(),
-        torch_experts_spec(RMSNorm),
-        mamba,
-        lora,
+    else:
+        experts = torch_experts_spec(RMSNorm)
+        ops = TorchMambaOps()
+        parts = Parts(NormColumnParallelLinear, RowParallelLinear, PackedAttention, RMSNorm, ops, experts, mamba, lora)
+    layers = {place: build(parts) for place, build in LAYER_SPECS.values()}
+    return ModuleSpec(
+        module=ReductionStack, params={"final_norm": parts.norm}, submodules=HybridStackSubmodules(**layers)
     )
 
 
-def _spec(
-    norm_linear: type[nn.Module],
-    row_linear: type[nn.Module],
-    core_attention: type[nn.Module],
-    norm: type[nn.Module],
-    mamba_ops: MambaOps,
-    experts: ModuleSpec,
-    mamba: Mapping[str, Any],
-    lora: LoraConfig | None,
-) -> ModuleSpec:
-    def column(target: str) -> type[nn.Module]:
-        return adapted(norm_linear, lora, 0) if lora is not None and target in lora.targets else norm_linear
+@dataclass(frozen=True)
+class Parts:
+    """What the layers of one set are made of.
 
-    def row(target: str) -> type[nn.Module]:
-        return adapted(row_linear, lora, 1) if lora is not None and target in lora.targets else row_linear
+    Attributes:
+        norm_linear: norm and column-parallel linear in one.
+        row_linear: row-parallel linear.
+        core_attention: attention over q, k and v.
+        norm: the final norm.
+        mamba_ops: convolution, scan and gated norm.
+        experts: a whole layer of experts.
+        mamba: further arguments of ``ReductionMambaMixer``.
+        lora: adapters on the linears that it names; None: none.
+    """
 
-    mamba_layer = ModuleSpec(
+    norm_linear: type[nn.Module]
+    row_linear: type[nn.Module]
+    core_attention: type[nn.Module]
+    norm: type[nn.Module]
+    mamba_ops: MambaOps
+    experts: ModuleSpec
+    mamba: Mapping[str, Any]
+    lora: LoraConfig | None
+
+    def column(self, target: str) -> type[nn.Module]:
+        """The linear into a layer's inside."""
+        lora = self.lora
+        return adapted(self.norm_linear, lora, 0) if lora is not None and target in lora.targets else self.norm_linear
+
+    def row(self, target: str) -> type[nn.Module]:
+        """The linear out of it."""
+        lora = self.lora
+        return adapted(self.row_linear, lora, 1) if lora is not None and target in lora.targets else self.row_linear
+
+
+def mamba_layer(parts: Parts) -> ModuleSpec:
+    """A Mamba-2 layer."""
+    return ModuleSpec(
         module=MambaLayer,
         submodules=MambaLayerSubmodules(
             mixer=ModuleSpec(
                 module=ReductionMambaMixer,
-                params={"ops": mamba_ops, **mamba},
-                submodules=MambaMixerSubmodules(in_proj=column("in_proj"), out_proj=row("out_proj")),
+                params={"ops": parts.mamba_ops, **parts.mamba},
+                submodules=MambaMixerSubmodules(in_proj=parts.column("in_proj"), out_proj=parts.row("out_proj")),
             ),
             mamba_bda=get_bias_dropout_add,
         ),
     )
-    attention = ModuleSpec(
+
+
+def attention_layer(parts: Parts) -> ModuleSpec:
+    """An attention layer."""
+    return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column("linear_qkv"),
-                    core_attention=scoring_attention(core_attention),
-                    linear_proj=row("linear_proj"),
+                    linear_qkv=parts.column("linear_qkv"),
+                    core_attention=scoring_attention(parts.core_attention),
+                    linear_proj=parts.row("linear_proj"),
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
         ),
     )
-    mlp_linears = MLPSubmodules(linear_fc1=column("linear_fc1"), linear_fc2=row("linear_fc2"))
-    mlp = ModuleSpec(
+
+
+def mlp_layer(parts: Parts) -> ModuleSpec:
+    """An MLP layer."""
+    linears = MLPSubmodules(linear_fc1=parts.column("linear_fc1"), linear_fc2=parts.row("linear_fc2"))
+    return ModuleSpec(
         module=MLPLayer,
         submodules=TransformerLayerSubmodules(
-            mlp=partial(MLP.as_mlp_submodule, submodules=mlp_linears), mlp_bda=get_bias_dropout_add
+            mlp=partial(MLP.as_mlp_submodule, submodules=linears), mlp_bda=get_bias_dropout_add
         ),
     )
-    return ModuleSpec(
-        module=ReductionStack,
-        params={"final_norm": norm},
-        submodules=HybridStackSubmodules(
-            mamba_layer=mamba_layer, attention_layer=attention, mlp_layer=mlp, moe_layer=experts
-        ),
-    )
+
+
+#: By kind of layer: its place in megatron's stack, and what builds it.
+LAYER_SPECS: dict[str, tuple[str, Callable[[Parts], ModuleSpec]]] = {
+    "mamba": ("mamba_layer", mamba_layer),
+    "attention": ("attention_layer", attention_layer),
+    "mlp": ("mlp_layer", mlp_layer),
+    "experts": ("moe_layer", lambda parts: parts.experts),
+}

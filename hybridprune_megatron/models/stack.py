@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,10 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.reduction import Reduction, counts_after
+from hybridprune_megatron.method.plan import Plan
+from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.method.reduction_pass import ReductionPass
+from hybridprune_megatron.method.scorer import Scorer
 from hybridprune_megatron.method.sums import averaged
 from hybridprune_megatron.models.context import ContextShard
 from hybridprune_megatron.models.fp8 import layer_context, pass_context, recomputed, row_tile
@@ -23,6 +27,8 @@ from hybridprune_megatron.models.stage_cut import ORIGIN_COLUMNS, split_origin
 
 class ReductionStack(HybridStack):
     """Hybrid stack over packed samples; a layer whose successor is to see fewer visual tokens scores them.
+
+    It is also where rows lie (``method.reduction_pass.Rows``): in parts on tensor- and context-parallel ranks.
 
     Args:
         config: model configuration.
@@ -59,11 +65,23 @@ class ReductionStack(HybridStack):
         """Chunks of a packed sequence within which tokens compete where the choice is local."""
         return self.shard.multiple_of
 
+    def pass_of(
+        self, reduction: Reduction | None, layout: TokenLayout, by_sample: Sequence[Sequence[float]] | None = None
+    ) -> ReductionPass:
+        """Dropping in one forward pass, aligned to what the ranks share.
+
+        Args:
+            reduction: what to drop; None: nothing.
+            layout: the packed sequence before any reduction.
+            by_sample: a retention of its own for every sample; None: the reduction's for all.
+        """
+        return ReductionPass.of(reduction, layout, self.multiple_of, by_sample)
+
     def forward(
         self,
         hidden_states: Tensor | None,
         layout: TokenLayout,
-        reduction: Reduction | None,
+        dropping: ReductionPass,
         trace: list[TokenLayout] | None = None,
     ) -> tuple[Tensor, TokenLayout]:
         """Runs the layers and drops visual tokens between them.
@@ -72,17 +90,25 @@ class ReductionStack(HybridStack):
             hidden_states: [L, 1, hidden], or this rank's part under context and sequence parallelism; None: what the
                 stage before sent.
             layout: the packed sequence that enters the first layer of the model.
-            reduction: what to drop; None: nothing.
+            dropping: what is dropped in this pass.
             trace: gets the layout that enters every layer, for measuring.
 
         Returns:
             Hidden states of the tokens that are left and their layout.
         """
-        by_layer = reduction.counts_by_layer(layout, self.multiple_of) if reduction is not None else None
         if hidden_states is None:
-            hidden_states, layout = self._received(layout, by_layer)
+            hidden_states, layout = self._received(layout, dropping)
+        layers = {layer.layer_number - 1: layer for layer in self.layers}
+        packing: LayerPacking | None = None
+
+        def run(index: int, hidden: Tensor, layout: TokenLayout, scorer: Scorer | None) -> tuple[Tensor, Tensor | None]:
+            nonlocal packing
+            packing = pack_for_layer(layout, scorer, dropping.dt_filter, packing, self.shard)
+            hidden = self._run_layer(layers[index], hidden, packing)
+            return hidden, _over_heads(packing, packing.heads_group or self.tp_group)
+
         with pass_context(self.config):
-            hidden_states, layout = self._run_layers(hidden_states, layout, reduction, by_layer, trace)
+            hidden_states, layout = dropping.walk(layers, hidden_states, layout, run, self, trace)
         if self.post_process:
             hidden_states = self.final_norm(hidden_states)
         hidden_states = make_viewless_tensor(
@@ -90,53 +116,27 @@ class ReductionStack(HybridStack):
         )
         return hidden_states, layout
 
-    def _run_layers(
-        self,
-        hidden_states: Tensor,
-        layout: TokenLayout,
-        reduction: Reduction | None,
-        by_layer: list[tuple[int, ...]] | None,
-        trace: list[TokenLayout] | None,
-    ) -> tuple[Tensor, TokenLayout]:
-        """The layers of this stage and the drops behind them."""
-        packing = None
-        for layer in self.layers:
-            if trace is not None:
-                trace.append(layout)
-            counts = counts_after(layer.layer_number - 1, layout, by_layer)
-            # The reduction, where this layer is to hand on fewer tokens than it gets.
-            dropping = reduction if counts != layout.visual_counts else None
-            scorer = dropping.scorer if dropping is not None else None
-            dt_filter = reduction.dt_filter if reduction is not None else None
-            packing = pack_for_layer(layout, scorer, dt_filter, packing, self.shard)
-            hidden_states = self._run_layer(layer, hidden_states, packing)
-            if dropping is not None:
-                scores = _over_heads(packing, packing.heads_group or self.tp_group)
-                hidden_states, layout = self._drop(dropping, hidden_states, layout, counts, scores)
-        return hidden_states, layout
-
-    def input_shape(self, layout: TokenLayout, reduction: Reduction | None) -> tuple[int, int, int]:
-        """Shape of what crosses the cut in front of this stage.
+    def input_shape(self, layout: TokenLayout, dropping: ReductionPass) -> tuple[int, int, int]:
+        """Shape of what crosses the pipeline boundary before this stage.
 
         Args:
             layout: the packed sequence that enters the first layer of the model.
-            reduction: what to drop; None: nothing.
+            dropping: what is dropped in this pass.
         """
-        by_layer = reduction.counts_by_layer(layout, self.multiple_of) if reduction is not None else None
-        tokens = layout.num_tokens - sum(layout.visual_counts) + sum(self._entering(layout, by_layer))
+        tokens = layout.num_tokens - sum(layout.visual_counts) + sum(self._entering(layout, dropping))
         shares = self.shard.size * (self.tp_group.size() if self.config.sequence_parallel else 1)
         return tokens // shares, 1, self.config.hidden_size + ORIGIN_COLUMNS
 
-    def _entering(self, layout: TokenLayout, by_layer: list[tuple[int, ...]] | None) -> tuple[int, ...]:
+    def _entering(self, layout: TokenLayout, dropping: ReductionPass) -> tuple[int, ...]:
         """Visual tokens of every sample that enter this stage."""
-        return layout.visual_counts if by_layer is None else by_layer[self.layers[0].layer_number - 1]
+        return dropping.entering(self.layers[0].layer_number - 1, layout)
 
-    def _received(self, layout: TokenLayout, by_layer: list[tuple[int, ...]] | None) -> tuple[Tensor, TokenLayout]:
+    def _received(self, layout: TokenLayout, dropping: ReductionPass) -> tuple[Tensor, TokenLayout]:
         """What the stage before sent: hidden states, and the layout of the tokens that are left."""
         hidden_states, origin = split_origin(self.input_tensor)
         with torch.no_grad():
             origin = self.shard.joined(self.gathered(origin))
-        return hidden_states, layout.taken(origin, self._entering(layout, by_layer))
+        return hidden_states, layout.taken(origin, self._entering(layout, dropping))
 
     def _run_layer(self, layer: Any, hidden_states: Tensor, packing: Any) -> Tensor:
         """One layer, its activations recomputed in backward if configured.
@@ -154,33 +154,29 @@ class ReductionStack(HybridStack):
             return recomputed(self.config, self.tp_group, run, hidden_states)
         return run(hidden_states)
 
-    def _drop(
-        self,
-        reduction: Reduction,
-        hidden_states: Tensor,
-        layout: TokenLayout,
-        counts: tuple[int, ...],
-        scores: Tensor | None,
-    ) -> tuple[Tensor, TokenLayout]:
-        """Rows that stay, every rank as many; under sequence parallelism its part is gathered, cut and scattered."""
-        hidden_states = self.gathered(hidden_states)
+    def whole(self, hidden: Tensor) -> Tensor:
+        """See ``Rows``: gathered over tensor-parallel ranks under sequence parallelism, joined over context ranks."""
+        return self.shard.joined(self.gathered(hidden))
+
+    def part(self, whole: Tensor) -> Tensor:
+        """See ``Rows``."""
+        return self.scattered(self.shard.cut(whole))
+
+    def taken(self, hidden: Tensor, plan: Plan, length: int, stay: bool) -> Tensor:
+        """See ``Rows``: under sequence parallelism this rank's part is gathered, cut and scattered."""
+        hidden = self.gathered(hidden)
         if self.shard.size == 1:
-            left, layout = reduction.drop(hidden_states, layout, counts, scores)
-        elif reduction.looks_at_rows:
-            left, layout = reduction.drop(self.shard.joined(hidden_states), layout, counts, scores)
-            left = self.shard.cut(left)
+            left = plan.take(hidden)
         else:
-            assert scores is not None, "a layer was asked to score and did not"
-            plan = reduction.plan(scores, layout, counts)
-            move = self.shard.exchange if reduction.local is None else self.shard.kept_here
-            left, layout = move(hidden_states, plan.kept, layout.num_tokens), plan.layout
-        return self.scattered(left), layout
+            move = self.shard.kept_here if stay else self.shard.exchange
+            left = move(hidden, plan.kept, length)
+        return self.scattered(left)
 
     def gathered(self, hidden_states: Tensor) -> Tensor:
         """All rows of this context-parallel rank, from those of this tensor-parallel rank."""
         if not self.config.sequence_parallel:
             return hidden_states
-        # Every rank goes on with the same rows, so backward may split the gradient instead of summing it over ranks.
+        # Every rank continues with the same rows, so backward may split the gradient instead of summing it over ranks.
         return gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )

@@ -11,8 +11,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import Tensor, nn
 
 from hybridprune_megatron.models.packed import LayerPacking
-from hybridprune_megatron.ops.attention import packed_attention, shared_attention
 from hybridprune_megatron.ops.norm import rms_norm
+from hybridprune_megatron.ops.packed_attention import packed_attention, shared_attention
 
 
 class RMSNorm(nn.Module):

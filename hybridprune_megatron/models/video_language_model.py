@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +12,9 @@ from transformers import RadioModel
 
 from hybridprune_megatron.data.batch import PackedBatch
 from hybridprune_megatron.method.layout import TokenLayout
-from hybridprune_megatron.method.local_choice import local_choice
+from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.models.language_model import ReductionHybridModel
-from hybridprune_megatron.models.stack import Reduction
 from hybridprune_megatron.vision.encoder import encode_frames
 from hybridprune_megatron.vision.fingerprint import tower_fingerprint
 
@@ -112,30 +110,25 @@ class VideoLanguageModel(MegatronModule):
     ) -> tuple[Tensor, TokenLayout]:
         layout = TokenLayout.from_samples(batch.layouts, batch.input_ids.device)
         embeddings = self._embed(batch, layout) if self.pre_process else None
-        reduction = self._reduction_of(batch, layout)
-        if reduction is not None and embeddings is not None:
+        dropping = self._pass_of(batch, layout)
+        if embeddings is not None:
             pixels = batch.pixel_values if batch.frame_features is None else None
-            multiple_of = self.language_model.decoder.multiple_of
-            embeddings, layout = reduction.in_front(embeddings, layout, pixels, multiple_of)
-        return self.language_model(embeddings, layout, reduction, rows, labels, trace)
+            embeddings, layout = dropping.enter(embeddings, layout, pixels)
+        return self.language_model(embeddings, layout, dropping, rows, labels, trace)
 
-    def _reduction_of(self, batch: PackedBatch, layout: TokenLayout) -> Reduction | None:
-        """The reduction of a batch whose samples may have a retention of their own, and ranks a choice of theirs."""
-        reduction = self.reduction
-        if batch.retention is not None:
-            assert reduction is not None, "a batch with a retention of its own, and a model without a scorer"
-            reduction = replace(reduction, by_sample=batch.retention)
-        decoder = self.language_model.decoder
-        if reduction is None or not reduction.local_choice or decoder.local_chunks == 1:
-            return reduction
-        counts = reduction.counts_by_layer(layout, decoder.multiple_of)
-        multiple_of = math.lcm(decoder.multiple_of, reduction.multiple_of)
-        return replace(reduction, local=local_choice(batch.layouts, counts, decoder.local_chunks, multiple_of))
+    def _pass_of(self, batch: PackedBatch, layout: TokenLayout) -> ReductionPass:
+        """What is dropped in a batch whose samples may have a retention of their own, and ranks a choice of theirs."""
+        decoder, reduction = self.language_model.decoder, self.reduction
+        assert batch.retention is None or reduction is not None, "a batch with retentions, and a model without a score"
+        dropping = decoder.pass_of(reduction, layout, batch.retention)
+        if reduction is None or not reduction.select.local_choice or decoder.local_chunks == 1:
+            return dropping
+        return dropping.within_chunks(batch.layouts, decoder.local_chunks, decoder.multiple_of)
 
     def input_shape(self, batch: PackedBatch) -> tuple[int, int, int]:
         """Shape of what the pipeline stage before this one sends for a batch; known without asking it."""
         layout = TokenLayout.from_samples(batch.layouts)
-        return self.language_model.decoder.input_shape(layout, self._reduction_of(batch, layout))
+        return self.language_model.decoder.input_shape(layout, self._pass_of(batch, layout))
 
     def _embed(self, batch: PackedBatch, layout: TokenLayout) -> Tensor:
         """[L, 1, hidden]: embedded text with the projected frames at the visual positions."""
@@ -171,7 +164,7 @@ class VideoLanguageModel(MegatronModule):
         if features.tower != own:
             raise ValueError(
                 f"features of tower {features.tower}, the model's is {own}: precompute them with this model's weights "
-                "(scripts/precompute_features.py), or set data.train and data.validation to the videos"
+                "(hybridprune features), or set data.train and data.validation to the videos"
             )
         return shard.shared_work(self.mlp1, features.values.to(next(self.mlp1.parameters()).dtype))
 

@@ -18,7 +18,7 @@ PATTERN = "M-*M"
 
 
 def _sample(evidence: tuple[int, ...] | None = (1,), frames: int = 3) -> AnalysisSample:
-    """Frames of two tokens with a text in front of each, and a question."""
+    """Frames of two tokens with a text before each, and a question."""
     spans = [Span(TokenKind.TEXT, 2)]
     for frame in range(frames):
         spans += [Span(TokenKind.TEXT, 1), Span(TokenKind.FRAME, 2, 0, frame)]

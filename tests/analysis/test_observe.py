@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.method.scorer import Scorer
 from tests.models.tiny import PATTERN, tiny_config, tiny_sample
 from tests.worlds import run_world
 
 SCORING = [layer for layer, symbol in enumerate(PATTERN) if symbol in "M*"]
 
 
-class SpyScorer:
+@dataclass(frozen=True)
+class SpyScorer(Scorer):
     """Scores as another and keeps what it gave, by layer."""
 
-    attention_pooling = mamba_pooling = "mean"
+    name: ClassVar[str] = "spy"
+    scorer: Scorer
+    seen: dict[int, Tensor] = field(default_factory=dict)
 
-    def __init__(self, scorer) -> None:
-        self.scorer, self.seen = scorer, {}
-
-    def attention(self, signals, layout, layer):
-        self.seen[layer] = self.scorer.attention(signals, layout, layer)
-        return self.seen[layer]
-
-    def mamba(self, signals, layout, layer):
-        self.seen[layer] = self.scorer.mamba(signals, layout, layer)
+    def score(self, signals, layout, layer):
+        self.seen[layer] = self.scorer.score(signals, layout, layer)
         return self.seen[layer]
 
 
@@ -148,8 +148,8 @@ def _drops() -> None:
             assert torch.equal(values, before[depth]) == (depth <= layer), (layer, depth)
     # From pixels, under the model's own reduction: the counts it asks for.
     reduced = observe(model, prompt, model.reduction)
-    wanted = model.reduction.counts_by_layer(full.layout)
-    assert [layout.visual_counts for layout in reduced.entered] == wanted
+    wanted = model.language_model.decoder.pass_of(model.reduction, full.layout).counts
+    assert tuple(layout.visual_counts for layout in reduced.entered) == wanted
     assert reduced.entered[-1].visual_counts[0] < 20
 
 

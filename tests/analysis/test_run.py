@@ -137,8 +137,8 @@ def test_data_that_knows_of_no_needles_is_analysed_too(tmp_path):
 def _refusals(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"reduction.budget=1: nothing is dropped"):
         _analyze(folder / "full", True, "reduction.budget=1.0")
-    with pytest.raises(ValueError, match=r"reduction.scorer=utrc: .*; set e.g. reduction.scorer=query"):
-        _analyze(folder / "output", True, "reduction.scorer=utrc")
+    with pytest.raises(ValueError, match=r"reduction.score=utrc: .*; set e.g. reduction.score=query"):
+        _analyze(folder / "output", True, "reduction.score=utrc")
 
 
 def test_what_cannot_be_analysed_is_said_in_one_line(tmp_path):

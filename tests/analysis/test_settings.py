@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from hybridprune_megatron.analysis.settings import AnalysisSettings, read_settings, settings_help
+from hybridprune_megatron.analysis.settings import AnalysisSettings
+from hybridprune_megatron.config.own_keys import own_keys_help, read_own_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_own_keys_are_told_from_the_configuration(tmp_path):
     question = "question=What colour = {colour}: [a, b]?"
-    settings, rest = read_settings(
-        [f"checkpoint={tmp_path}", "experiment=demo", "samples=7", "reduction.budget=0.35", question]
+    settings, rest = read_own_keys(
+        AnalysisSettings, [f"checkpoint={tmp_path}", "experiment=demo", "samples=7", "reduction.budget=0.35", question]
     )
     assert settings == AnalysisSettings(str(tmp_path), samples=7, question="What colour = {colour}: [a, b]?")
     assert rest == ["experiment=demo", "reduction.budget=0.35"]
@@ -36,18 +37,18 @@ def test_own_keys_are_told_from_the_configuration(tmp_path):
 )
 def test_a_wrong_value_is_one_line(override, message, tmp_path):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below, signs and all
-        read_settings([f"checkpoint={tmp_path}", override])
+        read_own_keys(AnalysisSettings, [f"checkpoint={tmp_path}", override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_must_be_named():
     with pytest.raises(ValueError, match="checkpoint=None: must be set; give checkpoint=<path>"):
-        read_settings(["samples=3"])
+        read_own_keys(AnalysisSettings, ["samples=3"])
 
 
 def test_every_key_is_explained():
-    names = [line.split()[0] for line in settings_help().splitlines()]
+    names = [line.split()[0] for line in own_keys_help(AnalysisSettings).splitlines()]
     assert names == list(AnalysisSettings.__dataclass_fields__)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ def _measured() -> dict:
     from hybridprune_megatron.benchmark.peer import transformers_peer
     from hybridprune_megatron.engine.parallel import init_model_parallel
     from hybridprune_megatron.evaluation.language_prefill import one_sample
+    from hybridprune_megatron.method.reduction_pass import ReductionPass
     from hybridprune_megatron.models.build import build_model, build_reduction
     from tests.models.tiny import tiny_config
 
@@ -46,10 +48,9 @@ def _measured() -> dict:
         mixer = exported.backbone.layers[0].mixer
         mixer.dt_bias = torch.nn.Parameter(mixer.dt_bias + 0.5)
         refused.append(_line(decoding.check_decoding, model, exported, sample, reduction))
-    decoder = model.language_model.decoder
-    original = decoder._drop
-    decoder._drop = lambda *arguments: _shifted(original(*arguments))
-    refused.append(_line(measure.check_reduction, model, prompt, reduction))
+    original = ReductionPass.step
+    with patch.object(ReductionPass, "step", lambda *arguments: _shifted(original(*arguments))):
+        refused.append(_line(measure.check_reduction, model, prompt, reduction))
     return {
         "difference": difference,
         "decoded": decoded,

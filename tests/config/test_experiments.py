@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from itertools import combinations
 from statistics import fmean
@@ -10,9 +10,10 @@ from statistics import fmean
 import pytest
 
 from hybridprune_megatron.config import Config, ConfigError, load_config
-from hybridprune_megatron.config.compose import CONF_DIR, known_scorers
+from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.explain import group_options
 from hybridprune_megatron.config.files import check_files
+from hybridprune_megatron.config.reduction_schema import PARTS
 from hybridprune_megatron.config.schema import ModelConfig
 from tests.tracked import tracked
 
@@ -131,12 +132,11 @@ def with_reduction(option: str) -> Config:
 def test_reduction_option_composes(option: str) -> None:
     cfg = with_reduction(option)
     assert cfg.reduction.budget == (1.0 if option in ("none", "longmamba") else 0.25)
-    assert cfg.reduction.scorer in known_scorers()
     assert fmean(cfg.retention_by_layer) == pytest.approx(cfg.reduction.budget, abs=1e-9)
 
 
 def test_no_two_reduction_options_say_the_same() -> None:
-    said = {option: asdict(with_reduction(option).reduction) for option in group_options(CONF_DIR, "reduction")}
+    said = {option: with_reduction(option).reduction.plain() for option in group_options(CONF_DIR, "reduction")}
     assert [pair for pair in combinations(said, 2) if said[pair[0]] == said[pair[1]]] == []
 
 
@@ -167,7 +167,7 @@ def test_overrides_reach_the_config() -> None:
 
 def test_explicit_retention_replaces_the_schedule() -> None:
     shares = [1.0, 0.5, 0.5, 0.25, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
-    cfg = load_config([f"reduction.retention={shares}", "reduction.budget=0.265"])
+    cfg = load_config([f"reduction.schedule={{name: listed, retention: {shares}}}", "reduction.budget=0.265"])
     assert cfg.retention_by_layer == tuple(shares)
 
 
@@ -178,10 +178,13 @@ def test_layers_may_be_a_list() -> None:
     assert falls == [1, 4]
 
 
-def test_scorers_of_conf_are_the_registered_ones() -> None:
-    from hybridprune_megatron.method.scorers import OUTPUT_SCORERS, SCORERS
-
-    assert known_scorers() == sorted({**SCORERS, **OUTPUT_SCORERS})
+def test_every_score_schedule_and_front_has_an_option() -> None:
+    said = [with_reduction(option).reduction for option in group_options(CONF_DIR, "reduction")]
+    for part, registry in PARTS.items():
+        # A list of shares is for one pattern.
+        assert {getattr(each, part).name for each in said} == {*registry.names} - {"listed", "random", "uniform"} | (
+            {"random", "uniform"} if part == "score" else set()
+        )
 
 
 def test_checkpoint_and_data_must_exist(tmp_path, monkeypatch) -> None:

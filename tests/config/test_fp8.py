@@ -41,7 +41,7 @@ def test_first_and_last_layers() -> None:
         ([*ALONE, "fp8=none"], 1),
         ([*ALONE, "fp8=tensorwise"], 16),
         ([*ALONE, "fp8=blockwise"], 128),
-        ([*ALONE, "fp8=mxfp8", "reduction.multiple_of=48"], 96),
+        ([*ALONE, "fp8=mxfp8", "reduction.select.multiple_of=48"], 96),
         # Ranks that share a sequence have whole tiles each.
         (["fp8=none"], 8),
         (["fp8=tensorwise"], 128),

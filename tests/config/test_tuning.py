@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,9 @@ import pytest
 from hybridprune_megatron.config import ConfigError, load_config
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.explain import group_options
+from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.resume import check_resume
-from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, TuningConfig
+from hybridprune_megatron.config.tuning_schema import TuningConfig, language_targets
 
 
 @pytest.mark.parametrize("option", group_options(CONF_DIR, "tuning"))
@@ -26,7 +26,7 @@ def test_option_composes_and_does_what_its_name_says(option: str) -> None:
     assert (tuning == TuningConfig()) == (option == "default")
     # Nothing but adapters learns.
     assert cfg.model.trainable.projector == (option != "lora")
-    assert tuning.lora.targets == list(LANGUAGE_TARGETS)
+    assert sorted(tuning.lora.targets) == sorted(language_targets())
 
 
 def test_options_go_together() -> None:
@@ -55,9 +55,9 @@ ERRORS = {
         [
             "tuning=random_budget",
             "reduction.budget=0.265",
-            "reduction.retention=[1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05]",
+            "reduction.schedule={name: listed, retention: [1,0.5,0.5,0.25,0.1,0.1,0.05,0.05,0.05,0.05]}",
         ],
-        r"tuning.budget.distribution=uniform: reduction.retention is one fixed schedule.*",
+        r"tuning.budget.distribution=uniform: reduction.schedule.retention is one fixed schedule.*",
     ),
     "weight": (["tuning.distillation.weight=1.5"], r"tuning.distillation.weight=1.5: must be from 0 to 1; .*"),
     "temperature": (
@@ -72,7 +72,7 @@ ERRORS = {
         ["tuning=distillation", "tuning.distillation.teacher=self", "reduction.budget=1"],
         r"tuning.distillation.teacher=self: nothing is dropped .*",
     ),
-    "target": (["tuning.lora.targets=[qkv]"], r"tuning.lora.targets=\['qkv'\]: allowed is a list of linear_qkv, .*"),
+    "target": (["tuning.lora.targets=[qkv]"], r"tuning.lora.targets=\['qkv'\]: allowed is a list of in_proj, .*"),
     "no target": (["tuning.lora.targets=[]"], r"tuning.lora.targets=\[\]: allowed is .*"),
     "dropout": (["tuning.lora.dropout=1"], r"tuning.lora.dropout=1.0: must be from 0 to below 1; .*"),
     "frozen target": (
@@ -104,7 +104,7 @@ def test_initial_weights_that_teach_may_not_change_on_resume(tmp_path: Path) -> 
     (checkpoint / "metadata.json").write_text("{}")
     for option, refused in (("default", False), ("distillation", True)):
         overrides = ["experiment=demo", f"output_dir={tmp_path}", f"tuning={option}"]
-        saved = {"step": 50, "config": asdict(load_config(overrides))}
+        saved = {"step": 50, "config": plain_config(load_config(overrides))}
         (checkpoint / "run.json").write_text(json.dumps(saved))
         changed = load_config([*overrides, "model.init_checkpoint=other.safetensors"])
         if refused:

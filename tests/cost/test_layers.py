@@ -8,8 +8,8 @@ import pytest
 
 from hybridprune_megatron.config.schema import ExpertsConfig
 from hybridprune_megatron.cost.layers import head_cost, layer_cost, layer_operations
-from hybridprune_megatron.cost.ops import Cost, linear, sum_costs
 from hybridprune_megatron.cost.vision import projector_cost, tower_operations
+from hybridprune_megatron.layers.operations import Cost, linear, sum_costs
 
 # Small, all different, so that no two sizes can be confused.
 MODEL = SimpleNamespace(

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.schema import ExpertsConfig
 from hybridprune_megatron.cost.activations import (
-    SCAN_BLOCK_ELEMENTS,
     block_activations,
     head_activations,
     layer_activations,
@@ -33,7 +32,8 @@ from hybridprune_megatron.cost.parameters import (
     tower_parameters,
 )
 from hybridprune_megatron.cost.vision import tokens_in_tower
-from hybridprune_megatron.method.schedule import kept_counts
+from hybridprune_megatron.layers.mamba import SCAN_BLOCK_ELEMENTS
+from hybridprune_megatron.method.counts import kept_counts
 from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
 from tests.worlds import run_world
 
@@ -203,7 +203,8 @@ def _peak(recompute: str, budget: float) -> tuple[int, int]:
     layout = TokenLayout.from_samples(batch.layouts)
     with _Live(model.parameters()) as live:
         hidden = torch.randn(layout.num_tokens, 1, cfg.model.hidden_size, requires_grad=True)
-        model.language_model(hidden, layout, model.reduction, rows, batch.labels[rows])[0].sum().backward()
+        dropping = model.language_model.decoder.pass_of(model.reduction, layout)
+        model.language_model(hidden, layout, dropping, rows, batch.labels[rows])[0].sum().backward()
     gradients = sum(4 * parameter.numel() for parameter in model.language_model.parameters())
     return live.peak, counted.kept + counted.working + gradients
 

@@ -76,7 +76,9 @@ def test_memory_is_met():
 @pytest.mark.parametrize("curve", [(0.2, 10), (0.1, 8)])
 def test_what_arithmetic_allows(experiment: str, visual: int, low: float, high: float, curve: tuple[float, float]):
     cfg = load_config([f"experiment={experiment}"])
-    reduction = replace(cfg.reduction, budget=0.25, midpoint=curve[0], slope=curve[1])
+    reduction = replace(
+        cfg.reduction, budget=0.25, schedule={"name": "sigmoid", "midpoint": curve[0], "slope": curve[1]}
+    )
     cfg.reduction = reduction
     prefill = prefill_cost(cfg.model, reduction, cfg.retention_by_layer, Prompt(visual, 200, 30), "bf16")
     assert 0.99 * low < prefill.speedup < 1.01 * high
@@ -138,13 +140,13 @@ def test_errors_are_one_line(arguments: list[str], line: str, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert captured.err.removeprefix("configuration error: ").startswith(line)
+    assert captured.err.removeprefix("hybridprune plan: ").startswith(line)
 
 
 def test_a_list_of_shares_has_no_budget_to_solve_for():
     shares = [1.0, 0.5, 0.5, 0.25, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05]
-    overrides = [f"reduction.retention={shares}", "reduction.budget=0.265"]
-    with pytest.raises(ConfigError, match=r"^reduction.retention is set: a list of shares has no budget"):
+    overrides = [f"reduction.schedule={{name: listed, retention: {shares}}}", "reduction.budget=0.265"]
+    with pytest.raises(ConfigError, match=r"^reduction.schedule=listed: a list of shares has no budget to solve for"):
         _plan("demo", *overrides, speedup=2)
     _, plan = _plan("demo", *overrides)
     assert [row.retention for row in plan.prefill.rows] == shares

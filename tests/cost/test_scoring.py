@@ -14,13 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.config.explain import group_options
-from hybridprune_megatron.cost.ops import sum_costs
 from hybridprune_megatron.cost.prefill import Prompt, prefill_cost
 from hybridprune_megatron.cost.scoring import drop_operations, front_operations, scoring_operations
-from hybridprune_megatron.method.front import build_front
+from hybridprune_megatron.layers.operations import sum_costs
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
-from hybridprune_megatron.method.reduction import Reduction
-from hybridprune_megatron.method.scorers import build_scorer
+from hybridprune_megatron.method.reduction_pass import ReductionPass
+from hybridprune_megatron.method.settings import Select
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 
 CFG = load_config(["experiment=demo"])
@@ -36,15 +35,15 @@ SETTINGS: list[dict[str, Any]] = [
     {"mamba_function": "softmax"},
     {"mamba_function": "softmax", "mamba_decay": True},
     {"mamba_pooling": "max_groups", "mamba_function": "relu", "mamba_dt": False},
-    {"scorer": "random"},
-    {"scorer": "uniform"},
+    {"name": "random"},
+    {"name": "uniform"},
 ]
 DROPS: list[dict[str, Any]] = [
-    {"dropped": "merge"},
-    {"scorer": "utrc", "dropped": "merge"},
-    {"scorer": "utrc"},
-    {"smoothing_frames": 1},
-    {"frame_share": 0.1},
+    {"select": Select(dropped="merge")},
+    {"score": "utrc", "select": Select(dropped="merge")},
+    {"score": "utrc"},
+    {"select": Select(smoothing_frames=1)},
+    {"select": Select(frame_share=0.1)},
 ]
 
 
@@ -74,11 +73,10 @@ def _signals(symbol: str) -> AttentionSignals | MambaSignals:
 @pytest.mark.parametrize("symbol", ["M", "*"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_scores_multiply_what_is_counted(settings: dict[str, Any], symbol: str):
-    reduction = replace(CFG.reduction, **settings)
-    scorer = build_scorer(vars(reduction))
+    reduction = replace(CFG.reduction, score={"name": "query", **settings})
     counted = scoring_operations(MODEL, reduction, symbol, TOKENS, VISUAL, QUESTION, 4)
-    run = scorer.attention if symbol == "*" else scorer.mamba
-    assert _profiled(run, _signals(symbol), _layout(), 0) == sum_costs(counted.values()).executed
+    profiled = _profiled(reduction.score.score, _signals(symbol), _layout(), 0)
+    assert profiled == sum_costs(counted.values()).executed
 
 
 def test_scores_by_hand():
@@ -99,9 +97,10 @@ def test_scores_by_hand():
 @pytest.mark.parametrize("left", [1, 20, 44])
 def test_drops_multiply_what_is_counted(settings: dict[str, Any], left: int):
     settings_of = replace(CFG.reduction, **settings)
-    reduction = Reduction.of(vars(settings_of), (1.0, left / VISUAL))
-    scores = None if settings_of.scorer == "utrc" else torch.rand(VISUAL)
-    profiled = _profiled(reduction.drop, torch.randn(TOKENS, 1, MODEL.hidden_size), _layout(), (left,), scores)
+    reduction = settings_of.policy("**", retention=(1.0, left / VISUAL))
+    scores = None if reduction.output_scorer else torch.rand(VISUAL)
+    dropping = ReductionPass(reduction, ((VISUAL,), (left,)))
+    profiled = _profiled(dropping.step, 0, torch.randn(TOKENS, 1, MODEL.hidden_size), _layout(), scores)
     counted = drop_operations(MODEL, settings_of, VISUAL, left, TEXT, 4)
     assert profiled == sum_costs(counted.values()).executed
 
@@ -109,9 +108,8 @@ def test_drops_multiply_what_is_counted(settings: dict[str, Any], left: int):
 @pytest.mark.parametrize("front", ["tome", "evs", "uniform"])
 @pytest.mark.parametrize("left", [5, 20, 44])
 def test_fronts_multiply_what_is_counted(front: str, left: int):
-    reduction = replace(CFG.reduction, budget=0.1, front=front, front_retention=left / VISUAL)
-    built = build_front(vars(reduction))
-    profiled = _profiled(built.rank, torch.randn(VISUAL, MODEL.hidden_size), None, _layout(), [left])
+    reduction = replace(CFG.reduction, budget=0.1, front={"name": front, "retention": left / VISUAL})
+    profiled = _profiled(reduction.front.rank, torch.randn(VISUAL, MODEL.hidden_size), None, _layout(), [left])
     assert profiled == sum_costs(front_operations(MODEL, reduction, VISUAL, left, 4).values()).executed
 
 
@@ -123,9 +121,8 @@ def test_tokens_are_those_that_the_method_keeps(option: str, frames: int):
     per_frame = cfg.model.vision.tokens_per_frame
     shown = [Span(TokenKind.FRAME, per_frame, 0, frame) for frame in range(frames)]
     layout = TokenLayout.from_samples([SampleLayout((*shown, Span(TokenKind.QUESTION, TEXT)))])
-    reduction = Reduction.of(vars(cfg.reduction), cfg.retention_by_layer)
-    full = [(frames * per_frame,)] * cfg.model.num_layers
-    kept = [counts[0] for counts in (reduction.counts_by_layer(layout) if reduction else full)]
+    dropping = ReductionPass.of(cfg.reduction.policy(cfg.model.hybrid_pattern), layout)
+    kept = [dropping.entering(layer, layout)[0] for layer in range(cfg.model.num_layers)]
     prompt = Prompt(frames * per_frame, TEXT, TEXT, frames)
     prefill = prefill_cost(cfg.model, cfg.reduction, cfg.retention_by_layer, prompt, "fp32")
     assert [row.visual for row in prefill.rows] == kept

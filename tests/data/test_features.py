@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from hybridprune_megatron.checks import ConfigError
+from hybridprune_megatron.commands.features import FeatureEncoder, load, source_shards, write_features
 from hybridprune_megatron.config import Config
-from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.config.features import FEATURES_FILE, FeaturesInfo, check_features
 from hybridprune_megatron.data.batch import FrameFeatures, no_pixels, pack
 from hybridprune_megatron.data.features import StoredFeatures, features_part
@@ -23,7 +24,7 @@ from hybridprune_megatron.data.shards import ShardWriter, read_shard
 from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader
 from hybridprune_megatron.data.video import FrameSampling, decode_video
 from hybridprune_megatron.evaluation.held_out import load_questions
-from scripts.precompute_features import FeatureEncoder, load, source_shards, write_features
+from hybridprune_megatron.method.front import FRONTS
 
 from .conftest import encode_clip, grey_frames
 
@@ -222,7 +223,7 @@ def test_a_killed_run_goes_on_behind_its_last_finished_shard(
 
 
 def test_what_cannot_be_precomputed_is_refused(demo_config: MakeConfig, odd_set: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no Energon data set"):
+    with pytest.raises(ValueError, match="is not an Energon data set"):
         source_shards(tmp_path)
     write(odd_set, tmp_path / "features", demo_config())
     with pytest.raises(ValueError, match="holds features already"):
@@ -318,12 +319,12 @@ def test_features_of_another_model_are_refused(features_config: MakeConfig, tmp_
     shutil.copytree(features_config().data.train, tmp_path / "train")
     cfg = features_config(f"data.train={tmp_path / 'train'}")
     check_features(cfg)
-    cfg.reduction.front = "evs_pixels"
+    cfg.reduction.front = FRONTS.build({"name": "evs_pixels", "retention": 0.5})
     with pytest.raises(
         ConfigError, match=r"reduction\.front=evs_pixels: compares frames, and data\.train=.* holds features"
     ):
         check_features(cfg)
-    cfg.reduction.front = "none"
+    cfg.reduction.front = FRONTS.build("none")
     cfg.model.trainable.vision = True
     with pytest.raises(ConfigError, match=r"model\.trainable\.vision=true: data\.train=.* features of a frozen tower"):
         check_features(cfg)

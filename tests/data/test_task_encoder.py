@@ -279,7 +279,7 @@ def test_missing_data_is_one_line(demo_config: MakeConfig, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"data\.train=null"):
         build_train_loader(cfg, 0, 1)
     cfg.data.train = str(tmp_path)
-    with pytest.raises(ValueError, match=r"no Energon data set"):
+    with pytest.raises(ValueError, match=r"not an Energon data set"):
         build_train_loader(cfg, 0, 1)
     cfg.data.tokenizer = str(tmp_path)
     with pytest.raises(ValueError, match=r"data\.tokenizer="):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.config.schema import OptimConfig, ParallelConfig, TrainerConfig, TuningConfig
+from hybridprune_megatron.config.schema import OptimConfig, ParallelConfig, ReductionConfig, TrainerConfig, TuningConfig
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Job:
     model: _Model = field(default_factory=_Model)
     data: _Data = field(default_factory=_Data)
     tuning: TuningConfig = field(default_factory=TuningConfig)
+    reduction: ReductionConfig = field(default_factory=lambda: ReductionConfig(budget=1.0))
     exp_manager: dict[str, Any] = field(default_factory=lambda: {"resume_if_exists": True, "seconds_to_sleep": 0})
 
 

@@ -42,7 +42,7 @@ def _cpu_answers() -> None:
     assert not counters["frames"]
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.synchronize()
-    # A fork of megatron's tracker leaves the outer generator as it was, and goes on where it stopped.
+    # A fork of megatron's tracker leaves the outer generator as it was, and continues where it stopped.
     from hybridprune_megatron.engine.parallel import init_model_parallel
 
     init_model_parallel(seed=11)

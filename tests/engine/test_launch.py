@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from hybridprune_megatron.commands import finetune
 from hybridprune_megatron.engine.launch import Launch, check_launch, first_host, launch_overrides, read_launch
 from hybridprune_megatron.engine.slurm import tasks_per_node
-from recipes import finetune
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "TORCHELASTIC_", "SLURM_", "ENVIRONMENT")
 

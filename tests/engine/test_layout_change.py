@@ -42,7 +42,10 @@ def _config(sizes: Sizes, processes: int) -> Any:
         *(["model=demo_experts", f"parallel.expert={expert[0]}"] if expert else []),
         *(f"parallel.tensor={tensor}", f"parallel.sequence_parallel={tensor > 1}", f"trainer.devices={processes}"),
         *(f"parallel.pipeline={pipeline}", f"parallel.virtual_pipeline={chunks}", f"parallel.context={context}"),
-        *("reduction.retention=[1.0,0.5,0.3,0.2]", f"reduction.multiple_of={_MULTIPLE}"),
+        *(
+            "reduction.schedule={name: listed, retention: [1.0,0.5,0.3,0.2]}",
+            f"reduction.select.multiple_of={_MULTIPLE}",
+        ),
         # A large epsilon: no update hangs on the sign of a gradient that is nearly zero.
         *("optim.lr=0.01", "optim.eps=1.0e-3", "optim.warmup_steps=2", "trainer.max_steps=8"),
         pattern="M*ME" if expert else {1: "M*M*", 2: "M*|M*", 4: "M|*|M|*"}[pipeline * chunks],

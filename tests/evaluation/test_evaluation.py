@@ -10,8 +10,8 @@ import torch
 from hybridprune_megatron.data.batch import EncodedSample, pack
 from hybridprune_megatron.evaluation.questions import Question, chance
 from hybridprune_megatron.evaluation.retention import Retention, sample_retention
+from hybridprune_megatron.method.counts import kept_counts
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
-from hybridprune_megatron.method.schedule import kept_counts
 from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
 from tests.worlds import run_world
 
@@ -147,7 +147,7 @@ def test_measured_retention_leaves_samples_without_video_out():
     first = TokenLayout.from_samples([text, video])
     second = replace(first, visual_counts=(0, 2))
     assert sample_retention([first, second]) == [(1.0, 0.25)]
-    # Something in front of the model has dropped tokens before layer 0.
+    # Something before the model has dropped tokens before layer 0.
     assert sample_retention([second, second]) == [(0.25, 0.25)]
     assert Retention.of([(1.0, 0.25), (1.0, 0.75)]) == Retention((1.0, 0.5), 0.75)
 

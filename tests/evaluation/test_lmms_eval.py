@@ -132,6 +132,6 @@ def test_what_lmms_eval_would_ask_differently_is_refused(
     with pytest.raises(SystemExit, match="2"):
         script("make_lmms_task").main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "task")])
     error = capsys.readouterr().err
-    assert error.startswith("make_lmms_task: sample one: ")
+    assert error.startswith("hybridprune make_lmms_task: sample one: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "task").exists()

@@ -89,7 +89,7 @@ def make_config(tokenizer: Path, pattern: str = "M*-M*", tie: bool = False, visi
         output_dir="unused",
         model=model,
         data=DataConfig(tokenizer=str(tokenizer), sequence_length=512, sampling=sampling, num_frames=NUM_FRAMES),
-        reduction=ReductionConfig(scorer="query", budget=BUDGET if vision else 1.0),
+        reduction=ReductionConfig(score="query", budget=BUDGET if vision else 1.0),
         optim=OptimConfig(lr=1e-3),
         trainer=TrainerConfig(max_steps=1, precision="fp32"),
         parallel=ParallelConfig(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hybridprune_megatron.config import load_config
+from hybridprune_megatron.export.configuration_hybridprune import exported_settings
 from hybridprune_megatron.models.build import build_reduction
 from tests.export.test_parity import assert_equal_models
 
@@ -15,8 +16,8 @@ SETTINGS = {
     "fastv": ["reduction=fastv", "reduction.budget=0.6"],
     "pyramiddrop": ["reduction=pyramiddrop", "reduction.budget=0.7"],
     "utrc": ["reduction=utrc", "reduction.budget=0.5"],
-    "utrc, pruning": ["reduction=utrc", "reduction.budget=0.5", "reduction.dropped=discard"],
-    "merging query": ["reduction=query", "reduction.budget=0.5", "reduction.dropped=merge"],
+    "utrc, pruning": ["reduction=utrc", "reduction.budget=0.5", "reduction.select.dropped=discard"],
+    "merging query": ["reduction=query", "reduction.budget=0.5", "reduction.select.dropped=merge"],
     "longmamba": ["reduction=longmamba"],
     "evs": ["reduction=evs", "reduction.budget=0.4"],
     "evs_pixels": ["reduction=evs_pixels", "reduction.budget=0.4"],
@@ -26,13 +27,13 @@ SETTINGS = {
         "reduction=query",
         "reduction.budget=0.3",
         "reduction.front=random",
-        "reduction.front_retention=0.6",
+        "reduction.front.retention=0.6",
     ],
     "uniform front, utrc": [
         "reduction=utrc",
         "reduction.budget=0.3",
         "reduction.front=uniform",
-        "reduction.front_retention=0.6",
+        "reduction.front.retention=0.6",
     ],
 }
 
@@ -43,9 +44,7 @@ def reduced(request, world):
     settings = load_config(["experiment=demo", *SETTINGS[request.param]]).reduction
     saved, trained = world.hf.config.reduction, world.model.reduction
     world.model.reduction = build_reduction(replace(world.cfg, reduction=settings))
-    given = asdict(settings)
-    del given["multiple_of"], given["local_choice"]
-    world.hf.set_reduction(given)
+    world.hf.set_reduction(exported_settings(settings))
     yield world
     world.model.reduction = trained
     world.hf.set_reduction(saved)

@@ -46,19 +46,24 @@ print(model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist
 """
 
 
-def test_the_export_answers_without_this_package(world, clips, tmp_path) -> None:
+def answer_alone(folder: Path, clip: Path, tmp_path: Path) -> list[int]:
+    """Four tokens of an answer, from a process that cannot import this package."""
     script = tmp_path / "alone.py"
     script.write_text(ALONE)
     checkout = str(Path(__file__).resolve().parents[2])
     env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-    arguments = [str(world.folder), str(clips[0]), checkout, transformers.__version__, *other_transformers()]
+    arguments = [str(folder), str(clip), checkout, transformers.__version__, *other_transformers()]
     command = [sys.executable, "-I", str(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_the_export_answers_without_this_package(world, clips, tmp_path) -> None:
     text = "<SPECIAL_11>User\n<video>What is it?\n<SPECIAL_11>Assistant\n"
     inputs = world.processor(text=text, videos=[str(clips[0])])
     here = world.hf.generate(**inputs, max_new_tokens=4, do_sample=False)[0, -4:].tolist()
-    assert json.loads(done.stdout.strip().splitlines()[-1]) == here
+    assert answer_alone(world.folder, clips[0], tmp_path) == here
 
 
 def test_no_import_of_the_package_or_of_megatron_is_left(world) -> None:
@@ -103,18 +108,21 @@ def test_reduction_as_an_argument(world, inputs) -> None:
     assert {len(layer[1]) for layer in out.reduction.positions} == {4 * 7}
     assert not out.logits[inputs["attention_mask"].bool()].isnan().any()
     less = loaded(reduction={"budget": 0.4})
-    assert less.config.reduction["scorer"] == "query"
+    assert less.config.reduction["score"] == world.hf.config.reduction["score"]
     assert sum(less.config.reduction["retention"]) / 5 == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        ({"budgt": 0.4}, "did you mean budget"),
+        ({"budgt": 0.4}, "did you mean reduction.budget"),
         ({"budget": 2}, "must be above 0 and at most 1"),
         ({"budget": "0.4"}, "reduction.budget=0.4: must be a number"),
-        ({"budget": 0.4, "retention": ["all"]}, r"reduction.retention\[0\]=all: must be a number"),
-        ({"scorer": "best"}, "reduction.scorer='best'"),
+        ({"budget": 0.4, "retention": ["all"]}, r"reduction.schedule.retention\[0\]=all: must be a number"),
+        ({"score": "best"}, "reduction.score=best"),
+        ({"scorer": "best"}, "reduction.score=best"),
+        ({"select": {"multiple_of": 8}}, "reduction.select.multiple_of=8: aligns the batches of training"),
+        ({"local_choice": True}, "reduction.select.local_choice=True: aligns the batches of training"),
         ({"layers": "*"}, "reduction.layers"),
         ("half", "must be a dictionary"),
     ],
@@ -205,7 +213,7 @@ def test_an_export_is_whole_or_not_there(world, tmp_path, monkeypatch) -> None:
     export_model(world.model, world.cfg, target, max_shard_size="20KB")
     shards = {path.name for path in target.glob("*.safetensors")}
     with monkeypatch.context() as patch:
-        patch.setattr(write, "copy_code", lambda folder: 1 / 0)
+        patch.setattr(write, "copy_code", lambda folder, score: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_model(world.model, world.cfg, target)
     assert shards == {path.name for path in target.glob("*.safetensors")}

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from hybridprune_megatron.config.tuning_schema import LANGUAGE_TARGETS, PROJECTOR_TARGET, LoraConfig
+from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET, LoraConfig, language_targets
 from hybridprune_megatron.evaluation.parity import max_logit_difference
 from tests.export.conftest import make_config, make_model
-from tests.export.test_measured_parity import _samples
+from tests.export.test_measured_parity import samples_of
 
 
 def test_an_export_is_the_adapted_model(world, inputs, tokenizer_dir: Path, tmp_path: Path) -> None:
@@ -19,14 +19,14 @@ def test_an_export_is_the_adapted_model(world, inputs, tokenizer_dir: Path, tmp_
     from hybridprune_megatron.export.write import export_model
 
     cfg = make_config(tokenizer_dir)
-    cfg.tuning.lora = LoraConfig(rank=2, alpha=4, targets=[*LANGUAGE_TARGETS, PROJECTOR_TARGET])
+    cfg.tuning.lora = LoraConfig(rank=2, alpha=4, targets=[*language_targets(), PROJECTOR_TARGET])
     adapted = make_model(cfg)
     save_weights(adapted, tmp_path / "adapted.safetensors")
     merged = load_model(tmp_path / "adapted.safetensors", cfg)
     exported = AutoModelForCausalLM.from_pretrained(
         export_model(merged, cfg, tmp_path / "hf"), trust_remote_code=True
     ).eval()
-    assert max_logit_difference(adapted, exported, _samples(inputs)) < 1e-3
+    assert max_logit_difference(adapted, exported, samples_of(inputs)) < 1e-3
     # The adapters do something, or their loss would not show.
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -34,4 +34,4 @@ def test_an_export_is_the_adapted_model(world, inputs, tokenizer_dir: Path, tmp_
                 parameter.zero_()
     adapted.reduction = None
     exported.set_reduction(None)
-    assert max_logit_difference(adapted, exported, _samples(inputs)) > 0.05
+    assert max_logit_difference(adapted, exported, samples_of(inputs)) > 0.05

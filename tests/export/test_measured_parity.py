@@ -11,7 +11,8 @@ from hybridprune_megatron.method.layout import SampleLayout
 from tests.export.conftest import row
 
 
-def _samples(inputs: dict[str, torch.Tensor]) -> list[EncodedSample]:
+def samples_of(inputs: dict[str, torch.Tensor]) -> list[EncodedSample]:
+    """The same samples as training encodes them."""
     samples = []
     for index in range(len(inputs["input_ids"])):
         single = row(inputs, index)
@@ -23,7 +24,7 @@ def _samples(inputs: dict[str, torch.Tensor]) -> list[EncodedSample]:
 
 
 def test_the_measured_difference_is_small_and_sees_a_changed_weight(world, inputs) -> None:
-    samples = _samples(inputs)
+    samples = samples_of(inputs)
     small = max_logit_difference(world.model, world.hf, samples)
     assert 0 <= small < 1e-4
     # The output layer moves no selection, so the kept tokens stay equal and the logits do not.
@@ -39,9 +40,9 @@ def test_the_measured_difference_is_small_and_sees_a_changed_weight(world, input
 
 def test_other_kept_tokens_are_refused(world, inputs) -> None:
     saved = world.hf.config.reduction
-    world.hf.set_reduction({"scorer": "uniform"})
+    world.hf.set_reduction({"score": "uniform"})
     try:
         with pytest.raises(ValueError, match="keep different tokens in layer 1"):
-            max_logit_difference(world.model, world.hf, _samples(inputs))
+            max_logit_difference(world.model, world.hf, samples_of(inputs))
     finally:
         world.hf.set_reduction(saved)

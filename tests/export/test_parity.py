@@ -54,9 +54,9 @@ def assert_equal_models(model, hf, inputs: dict[str, torch.Tensor]) -> float:
 @contextmanager
 def reduced(world: SimpleNamespace, options: dict) -> Iterator[None]:
     """Both models under the same settings, then as they were."""
-    settings = {"scorer": "query", "budget": 0.35, **options}
+    settings = {"score": "query", "budget": 0.35, **options}
     saved, trained = world.hf.config.reduction, world.model.reduction
-    world.model.reduction = build_reduction(replace(world.cfg, reduction=ReductionConfig(**settings)))
+    world.model.reduction = build_reduction(replace(world.cfg, reduction=ReductionConfig.of(settings)))
     world.hf.set_reduction(settings)
     try:
         yield
@@ -68,25 +68,41 @@ def reduced(world: SimpleNamespace, options: dict) -> Iterator[None]:
 OPTIONS = {
     "all tokens": {"budget": 1.0},
     "half": {"budget": 0.5},
-    "random": {"scorer": "random", "seed": 3},
-    "uniform": {"scorer": "uniform"},
+    "random": {"score": {"name": "random", "seed": 3}},
+    "uniform": {"score": "uniform"},
     "highest head, smoothed, every frame": {
-        "attention_pooling": "max",
-        "mamba_pooling": "max_groups",
-        "smoothing_frames": 1,
-        "min_tokens_per_frame": 1,
+        "score": {"name": "query", "attention_pooling": "max", "mamba_pooling": "max_groups"},
+        "select": {"smoothing_frames": 1, "min_tokens_per_frame": 1},
     },
-    "with its frame": {"frame_share": 0.5},
-    "decay": {"mamba_decay": True, "mamba_pooling": "max_heads", "mamba_function": "abs"},
+    "with its frame": {"select": {"frame_share": 0.5}},
+    "decay": {
+        "score": {"name": "query", "mamba_decay": True, "mamba_pooling": "max_heads", "mamba_function": "abs"},
+    },
     "last row looks ahead": {
-        "query_rows": "last",
-        "attention_causal": False,
-        "mamba_function": "softmax",
-        "mamba_dt": False,
+        "score": {
+            "name": "query",
+            "query_rows": "last",
+            "attention_causal": False,
+            "mamba_function": "softmax",
+            "mamba_dt": False,
+        },
     },
-    "stages": {"schedule": "stages", "stages": 4, "layers": "every_1", "budget": 0.6},
-    "linear to a floor": {"schedule": "linear", "floor": 0.2, "min_tokens": 3, "budget": 0.5},
+    "stages": {"schedule": {"name": "stages", "stages": 4}, "layers": "every_1", "budget": 0.6},
+    "linear to a floor": {
+        "schedule": {"name": "linear", "floor": 0.2},
+        "select": {"min_tokens": 3},
+        "budget": 0.5,
+    },
     "list": {"retention": [1.0, 0.75, 0.75, 0.75, 0.25], "layers": "mamba", "budget": 0.7},
+    "flat keys of version 0.1": {
+        "scorer": "query",
+        "mamba_pooling": "max_heads",
+        "schedule": "linear",
+        "floor": 0.2,
+        "min_tokens": 3,
+        "smoothing_frames": 1,
+        "budget": 0.5,
+    },
 }
 
 
@@ -100,7 +116,7 @@ def test_two_videos_are_not_smoothed_into_each_other(world, clips) -> None:
     content = [{"type": "video"}, {"type": "text", "text": "and "}, {"type": "video"}, {"type": "text", "text": "?"}]
     text = world.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     both = dict(world.processor(text=[text], videos=[str(clips[0]), str(clips[2])]))
-    with reduced(world, {"smoothing_frames": 3}), torch.no_grad():
+    with reduced(world, {"select": {"smoothing_frames": 3}}), torch.no_grad():
         assert_equal_models(world.model, world.hf, both)
         kept = world.hf(**both, output_reduction=True).reduction.positions
         both["frames_per_video"] = both["frames_per_video"].sum(1, keepdim=True)

@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
 from hybridprune_megatron.config import load_config
+from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint
 from tests.own_time import HANG_SECONDS
@@ -36,7 +36,7 @@ def script():
 def run_dir(world, tmp_path_factory) -> Path:
     """A run of four processes that saved two checkpoints and was killed in a third."""
     folder = tmp_path_factory.mktemp("run")
-    config = asdict(world.cfg)
+    config = plain_config(world.cfg)
     config["parallel"] |= {"tensor": 2, "pipeline": 2, "sequence_parallel": True}
     config["trainer"] |= {"devices": 4}
     config["model"] |= {"hybrid_pattern": "M*-|M*", "spec": "te"}
@@ -77,7 +77,7 @@ def test_the_configuration_of_a_run_for_one_process(run_dir) -> None:
 )
 def test_one_process_reads_the_configuration_of_any_run(overrides: list[str], tmp_path: Path) -> None:
     saved = load_config(overrides)
-    (tmp_path / "run.json").write_text(json.dumps({"step": 1, "config": asdict(saved)}))
+    (tmp_path / "run.json").write_text(json.dumps({"step": 1, "config": plain_config(saved)}))
     cfg = checkpoint_config(tmp_path, [])
     assert (cfg.parallel.model_parallel_size, cfg.parallel.expert, cfg.fp8.recipe) == (1, 1, None)
     assert cfg.reduction == saved.reduction
@@ -109,7 +109,7 @@ def test_bare_weights_need_a_configuration(script, world, tmp_path, capsys) -> N
     with pytest.raises(SystemExit, match="2"):
         script.main(["--checkpoint", str(weights), "--out", str(tmp_path / "hf"), "model=demo"])
     error = capsys.readouterr().err
-    assert error.startswith("export failed: model.init_checkpoint=")
+    assert error.startswith("hybridprune export: model.init_checkpoint=")
     assert error.count("\n") == 1
     assert not (tmp_path / "hf").exists()
 

@@ -90,7 +90,7 @@ def both_sets_agree() -> None:
 
 
 # All recipes are to keep the tokens that the one with the largest tile keeps.
-REDUCED = (BLIND, "reduction.budget=0.5", "reduction.multiple_of=128")
+REDUCED = (BLIND, "reduction.budget=0.5", "reduction.select.multiple_of=128")
 
 
 def losses_of(recipe: str, start: Any, steps: int = 8) -> list[float]:

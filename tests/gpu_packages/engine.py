@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybridprune_megatron.ops.attention import packed_attention
 from hybridprune_megatron.ops.norm import rms_norm
+from hybridprune_megatron.ops.packed_attention import packed_attention
 
 #: What rows and columns in FP8 divide by, by the recipe's class.
 _TILES = {"DelayedScaling": 16, "Float8CurrentScaling": 16, "MXFP8BlockScaling": 32, "Float8BlockScaling": 128}

@@ -14,9 +14,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from hybridprune_megatron.config.bounds import OneOf, Range, Rule, Text, rules
+from hybridprune_megatron.bounds import OneOf, Range, Rule, Text, rules
 from hybridprune_megatron.config.compose import compose_config, set_keys, to_config
 from hybridprune_megatron.config.fields import is_group, leaf_keys
+from hybridprune_megatron.config.reduction_schema import PARTS
 from hybridprune_megatron.config.schema import Config
 
 #: What no key may be set to, and what few may, as texts of the command line.
@@ -60,8 +61,22 @@ def with_keys(overrides: Sequence[str]) -> Config:
     """The demo's configuration with single keys changed; that of a model with experts where they are experts' keys."""
     model = "demo_experts" if any(text.startswith("model.experts.") for text in overrides) else "demo"
     changed = copy.deepcopy(_composed(model))
-    set_keys(changed, overrides)
+    set_keys(changed, [*_choices(overrides), *overrides])
     return to_config(changed)
+
+
+def _choices(overrides: Sequence[str]) -> list[str]:
+    """What has to be chosen so that keys of a score, a schedule or a front are there."""
+    found = {}
+    for key in (text.partition("=")[0] for text in overrides):
+        part, _, name = key.removeprefix("reduction.").partition(".")
+        if key.startswith("reduction.") and part in PARTS and name:
+            registry = PARTS[part]
+            owners = [each for each in registry.names if name in rules(registry.find(each))]
+            chosen = getattr(to_config(_composed("demo")).reduction, part).name
+            if chosen not in owners:
+                found[part] = f"reduction.{part}={owners[0]}"
+    return list(found.values())
 
 
 @cache
@@ -79,12 +94,19 @@ def key_rules() -> dict[str, Rule]:
         for group in groups:
             owner = rules(owner)[group].kind
         found[key] = rules(owner)[name]
+    for part, registry in PARTS.items():
+        for name in registry.names:
+            found |= {f"reduction.{part}.{each}": rule for each, rule in rules(registry.find(name)).items()}
     return found
 
 
 def random_overrides(draw: random.Random, keys: dict[str, Rule]) -> list[tuple[str, str]]:
     """One or two keys, each with an odd text or with one near its bounds."""
     chosen = draw.sample(sorted(keys), draw.choice((1, 1, 2)))
+    # Keys of two scores, schedules or fronts do not go together.
+    groups = [key.rpartition(".")[0] for key in chosen if key.count(".") == 2]
+    if len(set(groups)) < len(groups):
+        chosen = chosen[:1]
     return [(key, draw.choice(_texts(keys[key], draw))) for key in chosen]
 
 
@@ -95,7 +117,7 @@ def _texts(rule: Rule, draw: random.Random) -> list[str]:
 
 def _bounds(rule: Rule) -> list[str]:
     """Texts at the bounds of a key, on both sides."""
-    if rule.kind is list and rule.item is not None:
+    if rule.kind in (list, tuple) and rule.item is not None:
         return [f"[{text}]" for text in _bounds(rule.item)]
     if isinstance(rule.bound, OneOf):
         return [*rule.bound.words, rule.bound.words[0].upper(), rule.bound.words[0] + "x"]
@@ -130,7 +152,7 @@ def _due(key: str, value: Any, rule: Rule) -> Due:
     if rule.kind in (Any, dict) or is_group(rule.kind):
         # Looked into by checks of their own.
         return Due(False, known=False)
-    if rule.kind is list:
+    if rule.kind in (list, tuple):
         items = [_due(key, item, rule.item) for item in value] if isinstance(value, list) else [REFUSED]
         return REFUSED if any(item.refused for item in items) else Due(False, [item.value for item in items])
     try:
@@ -159,8 +181,8 @@ def allowed(value: Any, rule: Rule) -> bool:
     """Whether a value has the right type, is finite, within its bounds, and a text that means something."""
     if value is None:
         return rule.optional or rule.kind is Any
-    if rule.kind is list:
-        return isinstance(value, list) and all(allowed(item, rule.item) for item in value)
+    if rule.kind in (list, tuple):
+        return isinstance(value, list | tuple) and all(allowed(item, rule.item) for item in value)
     if rule.kind is int:
         bound = rule.bound or Range(1 - 2**31, 2**31 - 1)
         return type(value) is int and bound.low <= value <= bound.high

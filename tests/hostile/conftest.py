@@ -8,7 +8,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from megatron.core import dist_checkpointing
 
+from hybridprune_megatron.config.flat import plain_config
 from tests.export.conftest import make_config, make_model, tokenizer_dir  # noqa: F401  # the last is a fixture
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +91,7 @@ def saved_run(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -
     state = {"model": tiny.model.sharded_state_dict(metadata=dict(SHARDED_FORMAT)), "step": 10}
     dist_checkpointing.save(state, str(step))
     # Without the sizes of its files, which whoever changes a file changes too.
-    header = {"step": 10, "config": asdict(tiny.cfg), "layout": {}}
+    header = {"step": 10, "config": plain_config(tiny.cfg), "layout": {}}
     (step / "run.json").write_text(json.dumps(header))
     return run
 

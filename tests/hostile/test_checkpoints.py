@@ -294,11 +294,11 @@ def _config(**groups: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
         (_config(model={"unknown": 1}), "unknown"),
         (_config(model={"name": "${oc.env:HOME}"}), "not a resolved value"),
         (_config(data={"tokenizer": "${oc.env:HOME}"}), "not a resolved value"),
-        (_config(reduction={"scorer": "query", "budget": 5}), "reduction.budget=5"),
+        (_config(reduction={"budget": 5}), "reduction.budget=5"),
         (_config(reduction={"budget": "x" * 50}), "budget"),
         (_config(reduction={"layers": {"a": 1}}), "reduction.layers"),
-        (_config(reduction={"retention": [1.0, "a"]}), "retention"),
-        (_config(reduction={"retention": [0.5]}), "reduction.retention"),
+        (_config(reduction={"schedule": {"name": "listed", "retention": [1.0, "a"]}}), "retention"),
+        (_config(reduction={"schedule": {"name": "listed", "retention": [0.5]}}), "reduction.schedule.retention"),
     ],
 )
 def test_a_run_file_that_is_wrong_ends_an_export_in_one_line(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hybridprune_megatron.config.checks import ConfigError
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.data_sets import check_data_sets, read_data_sets, shard_counts
 from hybridprune_megatron.data.task_encoder import build_train_loader
 from tests.hostile.folders import config, write_set
@@ -41,7 +41,7 @@ def refused(path: Path, *holds: str, part: str = "train") -> str:
     line = str(caught.value)
     assert "\n" not in line
     assert len(line) < 1500
-    assert f"data.train={path} is no Energon data set that can be read" in line
+    assert f"data.train={path} is not an Energon data set that can be read" in line
     for each in holds:
         assert each in line
     return line

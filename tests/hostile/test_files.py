@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from hybridprune_megatron.config import ConfigError
 from hybridprune_megatron.config.files import check_files
+from hybridprune_megatron.config.flat import plain_config
 from tests.hostile.configurations import with_keys
 
 Refusal = Callable[..., str]
@@ -80,7 +80,7 @@ def test_weights_of_another_model(refusal: Refusal, tmp_path: Path) -> None:
     for content, reason in (
         (b"", "a header of 0 bytes"),
         (b"\xff" * 16, "a header of 18446744073709551615 bytes"),
-        (b"\x10" + b"\0" * 7 + b"not JSON at all!" * 2, "is no complete safetensors file"),
+        (b"\x10" + b"\0" * 7 + b"not JSON at all!" * 2, "is not a complete safetensors file"),
     ):
         weights.write_bytes(content)
         assert reason in refusal(f"model.init_checkpoint={weights}")
@@ -92,7 +92,7 @@ def test_the_checkpoint_of_another_run(files: list[str], refusal: Refusal, tmp_p
     step = tmp_path / "other" / "checkpoints" / "step_00000003"
     step.mkdir(parents=True)
     (step / "metadata.json").write_text("{}")
-    (step / "run.json").write_text(json.dumps({"config": asdict(cfg)}))
+    (step / "run.json").write_text(json.dumps({"config": plain_config(cfg)}))
     check_files(with_keys([*files, f"model.init_checkpoint={step}"]))
     assert f"give {step}" in refusal(f"model.init_checkpoint={tmp_path}/other")
     assert "kv_channels=32, model.kv_channels=16" in refusal(f"model.init_checkpoint={step}", "model.kv_channels=16")

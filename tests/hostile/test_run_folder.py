@@ -20,10 +20,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from hybridprune_megatron.commands import finetune
 from hybridprune_megatron.engine import run_lock
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.run_lock import Holder, hold_folder, release_folder
-from recipes import finetune
 
 #: Holds a folder and says so; with "fork", with a child that lives on, which says it once it runs.
 _HOLD = """

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config import Config
-from hybridprune_megatron.config.checks import ConfigError
 from hybridprune_megatron.data.shards import read_shard
 from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader
 from hybridprune_megatron.evaluation.held_out import read_samples
@@ -192,10 +192,10 @@ def test_a_held_out_sample_costs_itself(tmp_path: Path) -> None:
 
 
 def test_precomputing_looks_at_the_description_first(tmp_path: Path) -> None:
-    from scripts.precompute_features import source_shards
+    from hybridprune_megatron.commands.features import source_shards
 
     folder = write_set(tmp_path / "set", ["a"])
     assert source_shards(folder) == {"shard-00000.tar": 1}
     (folder / ".nv-meta" / ".info.json").write_text('{"shard_counts": {"../../secret.tar": 1}}')
-    with pytest.raises(ConfigError, match=r"--data=.* is no Energon data set that can be read .*secret\.tar"):
+    with pytest.raises(ConfigError, match=r"--data=.* is not an Energon data set that can be read .*secret\.tar"):
         source_shards(folder)

@@ -139,7 +139,7 @@ def test_nothing_but_our_own_exports_may_bring_code() -> None:
     # The last two hold the words for a user to copy.
     assert found <= {
         "recipes/demo.py",
-        "scripts/ask.py",
+        "hybridprune_megatron/commands/ask.py",
         "scripts/model_table.py",
         "hybridprune_megatron/export/model_card.py",
         "hybridprune_megatron/export/configuration_hybridprune.py",

@@ -169,7 +169,7 @@ def _config(**values: Any) -> Any:
         (lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(), r"lacks 1 of its weight files, first model-"),
         (lambda folder: (folder / "config.json").unlink(), r"config.json cannot be read"),
         (_config(model_type="llama"), r"model_type=llama: models of nemotron_h, .* can be read"),
-        (_config(llm_config={"hybrid_override_pattern": "MGM*"}), r"M \(Mamba-2\), .* are supported, not G"),
+        (_config(llm_config={"hybrid_override_pattern": "MGM*"}), r"supported are M \(Mamba\), .*E \(experts\), not G"),
         (_config(force_image_size=36), r"model.vision.frame_size=36"),
     ],
 )

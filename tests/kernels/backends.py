@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
-from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
+from hybridprune_megatron.method.operators import attention_scores, mamba_scores
+from hybridprune_megatron.method.score_query import QueryScorer
+from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals, scored_samples
 from tests.kernels.emulation import emulated
 
 BACKENDS = ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -72,3 +74,17 @@ def mamba_of(
     step = torch.nn.functional.softplus(torch.randn(layout.num_tokens, heads, generator=generator) - 2)
     rate = -torch.rand(heads, generator=generator)
     return moved(MambaSignals(B, C, step, rate), layout.origin.device)
+
+
+def fast_attention(backend: str, signals: AttentionSignals, layout: TokenLayout, scorer: QueryScorer) -> torch.Tensor:
+    """Native scores of the keys that are here, by a score's settings."""
+    samples = scored_samples(layout, scorer.rows)
+    how = (scorer.attention_causal, scorer.attention_pooling)
+    return attention_scores(native(backend), signals, layout, samples, *how)
+
+
+def fast_mamba(backend: str, signals: MambaSignals, layout: TokenLayout, scorer: QueryScorer) -> torch.Tensor:
+    """Native scores of the visual tokens, by a score's settings."""
+    samples = scored_samples(layout, scorer.rows)
+    how = (scorer.mamba_decay, scorer.mamba_dt, scorer.mamba_function, scorer.mamba_pooling)
+    return mamba_scores(native(backend), signals, layout, samples, *how)

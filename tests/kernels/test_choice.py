@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
-from hybridprune_megatron.method.operators import attention_scores, mamba_scores
 from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.score_query import QueryScorer
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
-from tests.kernels.backends import BACKENDS, device_of, moved, native
+from tests.kernels.backends import BACKENDS, device_of, fast_attention, fast_mamba, moved
 from tests.method.test_equal_tokens import ATTENTION, MAMBA, SIZES, assert_equal_within_kinds, signals_of
 
 PACKS = 500
@@ -36,11 +35,11 @@ def test_equal_tokens_get_equal_scores(backend, sizes, dtype):
     layout, attention, mamba = (moved(each, device_of(backend)) for each in (layout, attention, mamba))
     for settings in ATTENTION:
         scorer = QueryScorer(**settings)
-        scores = attention_scores(native(backend), attention, layout, list(scorer.samples(layout)), scorer)
+        scores = fast_attention(backend, attention, layout, scorer)
         assert_equal_within_kinds(scores[layout.visual_index].cpu(), kinds)
     for settings in MAMBA:
         scorer = QueryScorer(**settings)
-        scores = mamba_scores(native(backend), mamba, layout, list(scorer.samples(layout)), scorer)
+        scores = fast_mamba(backend, mamba, layout, scorer)
         assert_equal_within_kinds(scores.cpu(), kinds)
 
 
@@ -93,16 +92,14 @@ SETTINGS = [
 
 
 def test_the_same_tokens_stay_as_by_the_plain_scores(backend):
-    ops = native(backend)
     for seed in range(PACKS if backend == "cpu" else PACKS // 10):
         layout, attention, mamba = pack_of(seed)
         layout, attention, mamba = (moved(each, device_of(backend)) for each in (layout, attention, mamba))
         scorer = QueryScorer(**SETTINGS[seed % len(SETTINGS)], **ATTENTION[seed % len(ATTENTION)])
-        samples = list(scorer.samples(layout))
-        scores = attention_scores(ops, attention, layout, samples, scorer)[layout.visual_index]
+        scores = fast_attention(backend, attention, layout, scorer)[layout.visual_index]
         pairs = {
-            "attention": (scores, scorer.attention(attention, layout, 0)),
-            "mamba": (mamba_scores(ops, mamba, layout, samples, scorer), scorer.mamba(mamba, layout, 0)),
+            "attention": (scores, scorer.score(attention, layout, 0)),
+            "mamba": (fast_mamba(backend, mamba, layout, scorer), scorer.score(mamba, layout, 0)),
         }
         counts = [round((0.1, 0.25, 0.5, 0.9)[seed // 2 % 4] * count) for count in layout.visual_counts]
         for name, (fast, plain) in pairs.items():
@@ -118,12 +115,11 @@ def test_decays_that_no_float32_holds_are_the_same_in_both(backend, function):
     generator = torch.Generator().manual_seed(5)
     B, C = (torch.randn(405, 2, 16, generator=generator) for _ in range(2))
     scorer = QueryScorer(mamba_decay=True, mamba_function=function)
-    samples = list(scorer.samples(layout))
     for rate in (0.02, 0.3, 2.0, 40.0):
         A = -rate * torch.tensor([1.0, 1.1, 0.5, 2.0])
         mamba = moved(MambaSignals(B, C, torch.rand(405, 4, generator=generator), A), device_of(backend))
-        fast = mamba_scores(native(backend), mamba, layout, samples, scorer)
-        plain = scorer.mamba(mamba, layout, 0)
+        fast = fast_mamba(backend, mamba, layout, scorer)
+        plain = scorer.score(mamba, layout, 0)
         for count in (1, 40, 100, 200, 390):
             assert torch.equal(select(fast, layout, [count]).kept, select(plain, layout, [count]).kept)
 
@@ -137,7 +133,7 @@ def test_a_token_without_a_step_has_the_score_of_its_double(backend):
     for function in ("identity", "abs", "relu", "softmax"):
         scorer = QueryScorer(mamba_decay=True, mamba_dt=False, mamba_function=function)
         for scores in (
-            mamba_scores(native(backend), mamba, layout, list(scorer.samples(layout)), scorer),
-            scorer.mamba(mamba, layout, 0),
+            fast_mamba(backend, mamba, layout, scorer),
+            scorer.score(mamba, layout, 0),
         ):
             assert scores[20] == scores[21]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hybridprune_megatron.method.plan import select
-from hybridprune_megatron.method.scorers import build_scorer
+from hybridprune_megatron.method.scorers import SCORERS
 from hybridprune_megatron.ops import native as switch
 from tests.kernels.backends import attention_of, layout_of, mamba_of
 from tests.method import test_score_memory as memory
@@ -107,11 +107,11 @@ def test_the_model_scores_selects_and_gathers_with_them(monkeypatch):
     seen = types.SimpleNamespace(**{**vars(torch), "ops": types.SimpleNamespace(hybridprune=Counting())})
     monkeypatch.setattr(switch, "torch", seen)
     layout = layout_of("packed", CPU)
-    scorer = build_scorer({"scorer": "query"})
+    scorer = SCORERS.build({"name": "query"})
 
     def run():
-        scores = scorer.attention(attention_of(layout, 4, 2, 8), layout, 0)
-        scorer.mamba(mamba_of(layout, 2, 4, 8), layout, 0)
+        scores = scorer.score(attention_of(layout, 4, 2, 8), layout, 0)
+        scorer.score(mamba_of(layout, 2, 4, 8), layout, 0)
         chosen = select(scores, layout, [count // 2 for count in layout.visual_counts])
         return chosen.take(torch.ones(layout.num_tokens, 3))
 
@@ -176,8 +176,8 @@ def test_a_build_without_code_for_the_gpu_says_so_once(monkeypatch):
 @pytest.mark.parametrize("settings", [{"attention_causal": False, "attention_pooling": "max"}, {}], ids=str)
 def test_memory_of_attention_scores_is_linear(settings, monkeypatch):
     monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "1")
-    scorer = build_scorer({"scorer": "query", **settings})
-    growth = memory.bytes_per_token(lambda layout, signals, _: scorer.attention(signals, layout, 0))
+    scorer = SCORERS.build({"name": "query", **settings})
+    growth = memory.bytes_per_token(lambda layout, signals, _: scorer.score(signals, layout, 0))
     assert growth < memory.BYTES_PER_TOKEN
 
 
@@ -186,6 +186,6 @@ def test_memory_of_attention_scores_is_linear(settings, monkeypatch):
 )
 def test_memory_of_mamba_scores_is_linear(decay, function, monkeypatch):
     monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "1")
-    scorer = build_scorer({"scorer": "query", "mamba_decay": decay, "mamba_function": function})
-    growth = memory.bytes_per_token(lambda layout, _, signals: scorer.mamba(signals, layout, 0))
+    scorer = SCORERS.build({"name": "query", "mamba_decay": decay, "mamba_function": function})
+    growth = memory.bytes_per_token(lambda layout, _, signals: scorer.score(signals, layout, 0))
     assert growth < memory.BYTES_PER_TOKEN

@@ -8,9 +8,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hybridprune_megatron.method.operators import attention_scores, mamba_scores
 from hybridprune_megatron.method.score_query import QueryScorer
-from tests.kernels.backends import BACKENDS, LAYOUTS, attention_of, device_of, layout_of, mamba_of, native
+from tests.kernels.backends import (
+    BACKENDS,
+    LAYOUTS,
+    attention_of,
+    device_of,
+    fast_attention,
+    fast_mamba,
+    layout_of,
+    mamba_of,
+)
 
 # Sums of float32 in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
@@ -26,16 +34,15 @@ def backend(request, monkeypatch) -> str:
 
 def attention_pair(backend, scorer, signals, layout):
     """The native scores and the plain ones."""
-    samples = list(scorer.samples(layout))
-    scores = attention_scores(native(backend), signals, layout, samples, scorer)
+    scores = fast_attention(backend, signals, layout, scorer)
     assert scores.dtype == torch.float32
-    return scores[layout.visual_index], scorer.attention(signals, layout, 0)
+    return scores[layout.visual_index], scorer.score(signals, layout, 0)
 
 
 def mamba_pair(backend, scorer, signals, layout):
-    scores = mamba_scores(native(backend), signals, layout, list(scorer.samples(layout)), scorer)
+    scores = fast_mamba(backend, signals, layout, scorer)
     assert scores.dtype == torch.float32
-    return scores, scorer.mamba(signals, layout, 0)
+    return scores, scorer.score(signals, layout, 0)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -97,9 +104,8 @@ def test_scores_are_the_same_bits_every_time_and_with_any_threads(name):
     threads, seen = torch.get_num_threads(), []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
-        samples = list(scorer.samples(layout))
-        attention = attention_scores(native("cpu"), attention_of(layout, 6, 2, 20), layout, samples, scorer)
-        mamba = mamba_scores(native("cpu"), mamba_of(layout, 3, 6, 20), layout, samples, scorer)
+        attention = fast_attention("cpu", attention_of(layout, 6, 2, 20), layout, scorer)
+        mamba = fast_mamba("cpu", mamba_of(layout, 3, 6, 20), layout, scorer)
         seen.append(torch.cat([attention, mamba]))
     torch.set_num_threads(threads)
     assert torch.equal(seen[0], seen[1])
@@ -139,7 +145,6 @@ def test_ranks_that_share_the_keys_score_as_one(backend_name, pooling, causal, m
     layout = layout_of("packed", torch.device("cpu"))
     whole = attention_of(layout, 6, 2, 20)
     scorer = QueryScorer(attention_pooling=pooling, attention_causal=causal)
-    samples = list(scorer.samples(layout))
     cuts = [0, *(layout.num_tokens * i // 4 for i in (1, 2, 3)), layout.num_tokens]
     quarters = [slice(*pair) for pair in pairwise(cuts)]
     ranks = [[quarters[0], quarters[3]], [quarters[1], quarters[2]]]
@@ -150,6 +155,6 @@ def test_ranks_that_share_the_keys_score_as_one(backend_name, pooling, causal, m
         for number, parts in enumerate(ranks):
             held = Shared(parts, received[1 - number : 2 - number])
             signals = replace(whole, k=torch.cat([whole.k[part] for part in parts]), held=held)
-            scores[held.positions] = attention_scores(native(backend_name), signals, layout, samples, scorer)
+            scores[held.positions] = fast_attention(backend_name, signals, layout, scorer)
             sent.append(held.log_sums[-1])
-    torch.testing.assert_close(scores[layout.visual_index], scorer.attention(whole, layout, 0), **CLOSE)
+    torch.testing.assert_close(scores[layout.visual_index], scorer.score(whole, layout, 0), **CLOSE)

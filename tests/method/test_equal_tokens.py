@@ -85,17 +85,17 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_scores(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     layout, kinds, attention, mamba = signals_of(sizes, dtype)
     for settings in ATTENTION:
-        assert_equal_within_kinds(QueryScorer(**settings).attention(attention, layout, 0), kinds)
+        assert_equal_within_kinds(QueryScorer(**settings).score(attention, layout, 0), kinds)
     for settings in MAMBA:
-        assert_equal_within_kinds(QueryScorer(**settings).mamba(mamba, layout, 0), kinds)
+        assert_equal_within_kinds(QueryScorer(**settings).score(mamba, layout, 0), kinds)
 
 
 def test_of_equal_tokens_the_earlier_stay() -> None:
     layout, kinds, attention, mamba = signals_of(SIZES[0])
     for scores in (
-        QueryScorer().attention(attention, layout, 0),
-        QueryScorer().mamba(mamba, layout, 0),
-        QueryScorer(mamba_function="abs").mamba(mamba, layout, 0),
+        QueryScorer().score(attention, layout, 0),
+        QueryScorer().score(mamba, layout, 0),
+        QueryScorer(mamba_function="abs").score(mamba, layout, 0),
     ):
         counts = [count // 2 for count in layout.visual_counts]
         kept = torch.isin(layout.visual_index, select(scores, layout, counts).kept)
@@ -112,9 +112,9 @@ def test_a_sample_scores_the_same_alone_and_packed_bitwise(settings: dict[str, s
         length, visual, question = layout.sample_lengths[0], layout.visual_counts[0], layout.query_counts[0]
         alone = TokenLayout.from_samples([_sample(*SIZES[3][:2])])
         own = MambaSignals(mamba.B[:length], mamba.C[:length], mamba.dt[:length], mamba.A)
-        assert torch.equal(scorer.mamba(mamba, layout, 0)[:visual], scorer.mamba(own, alone, 0))
+        assert torch.equal(scorer.score(mamba, layout, 0)[:visual], scorer.score(own, alone, 0))
         own_keys = AttentionSignals(attention.q[:question], attention.k[:length])
-        assert torch.equal(scorer.attention(attention, layout, 0)[:visual], scorer.attention(own_keys, alone, 0))
+        assert torch.equal(scorer.score(attention, layout, 0)[:visual], scorer.score(own_keys, alone, 0))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 16, 100])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
 
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
-from hybridprune_megatron.method.local_choice import local_choice
+from hybridprune_megatron.method.local_choice import competing_runs, local_quotas
 from hybridprune_megatron.method.plan import select
 
 CHUNKS = 4
@@ -48,10 +49,10 @@ CASES = {
 def test_chunks_stay_even(name: str, multiple_of: int):
     samples = padded(CASES[name], multiple_of)
     counts = counts_for(samples, [1.0, 0.6, 0.6, 0.3, 0.15], multiple_of)
-    found = local_choice(samples, counts, CHUNKS, multiple_of)
+    by_layer = local_quotas(samples, counts, CHUNKS, multiple_of)
     kinds = torch.tensor([kind for each in samples for kind in each.kinds()])
     text = (kinds != TokenKind.FRAME).view(CHUNKS, -1).sum(1)
-    for before, quotas, wanted in zip((found.by_layer[0], *found.by_layer), found.by_layer, counts):
+    for before, quotas, wanted in zip((by_layer[0], *by_layer), by_layer, counts):
         lengths = text + torch.tensor(quotas).sum(1)
         assert len(set(lengths.tolist())) == 1
         assert int(lengths.sum()) % multiple_of == 0
@@ -59,20 +60,20 @@ def test_chunks_stay_even(name: str, multiple_of: int):
         assert int(lengths.sum()) >= int(text.sum()) + sum(wanted)
         assert int(lengths.sum()) == int(text.sum()) + sum(wanted) or int(lengths[0]) - int(text.max()) < multiple_of
         assert all(now <= then for row, old in zip(quotas, before) for now, then in zip(row, old))
-    assert found.counts_by_layer()[0] == tuple(each.num_visual for each in samples)
+    assert tuple(map(sum, zip(*by_layer[0]))) == tuple(each.num_visual for each in samples)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_best_of_every_chunk_stay(name: str):
     samples = padded(CASES[name], CHUNKS)
     counts = counts_for(samples, [1.0, 0.6, 0.3], CHUNKS)
-    found = local_choice(samples, counts, CHUNKS, CHUNKS)
+    by_layer = local_quotas(samples, counts, CHUNKS, CHUNKS)
     layout = TokenLayout.from_samples(samples)
     length = layout.num_tokens // CHUNKS
     scores = torch.tensor(random.Random(3).sample(range(1000), len(layout.visual_index))).float()
     owners = layout.visual_index // length, layout.sample_index()[layout.visual_index]
-    for before, after in zip(found.counts_by_layer(), found.counts_by_layer()[1:]):
-        plan = select(scores, layout, after, runs=found.runs(before, after))
+    for present, kept in pairwise(by_layer):
+        plan = select(scores, layout, tuple(map(sum, zip(*kept))), runs=competing_runs(present, kept))
         left = set(plan.layout.origin[plan.layout.visual_index].tolist())
         chosen = torch.tensor([origin in left for origin in layout.origin[layout.visual_index].tolist()])
         for chunk in range(CHUNKS):

@@ -140,7 +140,7 @@ def naive_utrc(hidden, layout, counts):
 def test_utrc_equals_its_formula(visual, counts):
     layout = layout_of(*visual)
     hidden = random(layout.num_tokens, WIDTH, seed=sum(visual))
-    ranking = OutputNormScorer().output(hidden, layout, counts)
+    ranking = OutputNormScorer().rank(hidden, layout, counts)
     plan = select(ranking.scores, layout, counts)
     kept, pairs = naive_utrc(hidden, layout, counts)
     visual_kept = plan.layout.origin[plan.layout.visual_index]
@@ -151,7 +151,7 @@ def test_utrc_equals_its_formula(visual, counts):
 
 def test_utrc_looks_at_its_own_sample_only():
     hidden = random(layout_of(9, 7).num_tokens, WIDTH)
-    both = OutputNormScorer().output(hidden, layout_of(9, 7), (4, 3))
-    alone = OutputNormScorer().output(hidden[: 9 + 5], layout_of(9), (4,))
+    both = OutputNormScorer().rank(hidden, layout_of(9, 7), (4, 3))
+    alone = OutputNormScorer().rank(hidden[: 9 + 5], layout_of(9), (4,))
     assert torch.equal(both.scores[:9], alone.scores)
     assert torch.equal(both.partner[:9], alone.partner)

@@ -9,27 +9,30 @@ from statistics import fmean
 
 import pytest
 
+from hybridprune_megatron.method.counts import kept_counts, packed_counts, rounded
 from hybridprune_megatron.method.schedule import (
     SCHEDULES,
-    Shape,
-    kept_counts,
-    packed_counts,
+    Cosine,
+    Linear,
+    Listed,
+    Schedule,
+    Sigmoid,
+    Stages,
+    Step,
     reducing_layers,
     retention_by_layer,
-    rounded,
 )
 
 NANO_12B = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
 PATTERNS = [NANO_12B, "M-M*-M-M*-", "M*M*-M"]
 
 
-SHAPES = [Shape(name) for name in SCHEDULES]
-SHAPES += [Shape("stages", stages=4), Shape("linear", floor=0.1), Shape("cosine", floor=0.02)]
-SHAPE_NAMES = [f"{shape.schedule}-{shape.floor}-{shape.stages}" for shape in SHAPES]
+SHAPES = [SCHEDULES.build(name) for name in SCHEDULES.names if name != Listed.name]
+SHAPES += [Stages(stages=4), Linear(floor=0.1), Cosine(floor=0.02)]
 LAYERS = ["all", "attention", "mamba", "every_2", "every_3"]
 
 
-def solved(pattern: str, budget: float, layers: str, shape: Shape, first: float = 1.0) -> tuple[float, ...] | None:
+def solved(pattern: str, budget: float, layers: str, shape: Schedule, first: float = 1.0) -> tuple[float, ...] | None:
     """The retention, or None where the shape cannot drop enough."""
     try:
         return retention_by_layer(pattern, budget, layers, shape, first)
@@ -42,7 +45,7 @@ def solved(pattern: str, budget: float, layers: str, shape: Shape, first: float 
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mean_retention_is_the_budget(pattern, shape):
     reached = 0
     for layers in LAYERS:
@@ -63,29 +66,29 @@ def test_shapes_are_their_formulas():
     """Each at a budget whose solved number is known."""
     pattern = "M" * 11
     depths = [layer / 10 for layer in range(11)]
-    for name, curve in (
-        ("linear", lambda x: 1 - x),
-        ("cosine", lambda x: (1 + math.cos(math.pi * x)) / 2),
-        ("sigmoid", lambda x: (1 + math.exp(-2)) / (1 + math.exp(10 * (x - 0.2)))),
+    for shape, curve in (
+        (Linear, lambda x: 1 - x),
+        (Cosine, lambda x: (1 + math.cos(math.pi * x)) / 2),
+        (Sigmoid, lambda x: (1 + math.exp(-2)) / (1 + math.exp(10 * (x - 0.2)))),
     ):
         wide = [0.3 + 0.7 * curve(x) for x in depths]
-        assert retention_by_layer(pattern, fmean(wide), "all", Shape(name)) == pytest.approx(wide)
+        assert retention_by_layer(pattern, fmean(wide), "all", shape()) == pytest.approx(wide)
         # With a floor of its own a curve reaches it at the depth that meets the budget, here half.
-        narrow = [0.1 + 0.9 * (curve(min(2 * x, 1)) if name != "sigmoid" else curve(2 * x)) for x in depths]
-        assert retention_by_layer(pattern, fmean(narrow), "all", Shape(name, floor=0.1)) == pytest.approx(narrow)
-    one_shot = retention_by_layer("M-M*-M-M*-", 0.46, "all", Shape("step", step_layer=3))
+        narrow = [0.1 + 0.9 * (curve(min(2 * x, 1)) if shape is not Sigmoid else curve(2 * x)) for x in depths]
+        assert retention_by_layer(pattern, fmean(narrow), "all", shape(floor=0.1)) == pytest.approx(narrow)
+    one_shot = retention_by_layer("M-M*-M-M*-", 0.46, "all", Step(layer=3))
     assert one_shot == pytest.approx((1, 1, 1, 1, *[0.1] * 6))
     # The first layer from there on that may drop: layer 5 is a Mamba layer, layer 4 an MLP.
-    later = retention_by_layer("M-M*-M-M*-", 0.64, "all", Shape("step", step_layer=4))
+    later = retention_by_layer("M-M*-M-M*-", 0.64, "all", Step(layer=4))
     assert later == pytest.approx((*[1] * 6, *[0.1] * 4))
-    constant = retention_by_layer(NANO_12B, 0.25, "all", Shape("step"))
+    constant = retention_by_layer(NANO_12B, 0.25, "all", Step())
     assert len(set(constant)) == 2
     assert constant[1] == pytest.approx((0.25 * 62 - 1) / 61)
     # PyramidDrop: four stages of half the tokens of the one before.
-    halves = retention_by_layer("*" * 8, (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4, "all", Shape("stages", stages=4))
+    halves = retention_by_layer("*" * 8, (1 + 1 / 2 + 1 / 4 + 1 / 8) / 4, "all", Stages(stages=4))
     assert halves == pytest.approx([1, 1, 1 / 2, 1 / 2, 1 / 4, 1 / 4, 1 / 8, 1 / 8])
-    # Or with an end behind layers of one's choice.
-    chosen = retention_by_layer("M" * 8, (1 + 1 / 2 + 5 / 4 + 1 / 8) / 8, [0, 1, 6], Shape("stages"))
+    # Or with an end after layers of one's choice.
+    chosen = retention_by_layer("M" * 8, (1 + 1 / 2 + 5 / 4 + 1 / 8) / 8, [0, 1, 6], Stages())
     assert chosen == pytest.approx([1, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 4, 1 / 8])
 
 
@@ -110,7 +113,7 @@ def test_small_budgets_drop_earlier(budget):
 
 @pytest.mark.parametrize("layers", ["all", "attention"])
 def test_a_floor_that_the_budget_cannot_hold_is_lowered(layers: str):
-    pattern, shape = "M*-M*-M-M*-M-M*-", Shape("sigmoid", floor=0.1)
+    pattern, shape = "M*-M*-M-M*-M-M*-", Sigmoid(floor=0.1)
     tight = retention_by_layer(pattern, 0.15, layers, shape)
     assert fmean(tight) == pytest.approx(0.15)
     first = 1 + min(reducing_layers(pattern, layers))
@@ -124,9 +127,7 @@ def test_a_floor_that_the_budget_cannot_hold_is_lowered(layers: str):
 def test_published_floors_of_the_sigmoid():
     """The method's notes give these floors for the 12B pattern at a budget of 0.25."""
     for midpoint, slope, floor in ((0.2, 10, 0.006), (0.1, 8, 0.044)):
-        assert retention_by_layer(NANO_12B, 0.25, "all", Shape(midpoint=midpoint, slope=slope))[-1] == pytest.approx(
-            floor, abs=0.01
-        )
+        assert retention_by_layer(NANO_12B, 0.25, "all", Sigmoid(midpoint, slope))[-1] == pytest.approx(floor, abs=0.01)
 
 
 def test_only_layers_that_score_drop():
@@ -162,7 +163,7 @@ def longest_stretch(retention: tuple[float, ...]) -> int:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_counts_meet_the_budget(pattern, shape):
     """The sum over layers is below the budget's by less than the longest stretch, and above by the minimum only."""
     for layers, budget in itertools.product(LAYERS, (0.15, 0.25, 0.6)):
@@ -179,7 +180,7 @@ def test_counts_meet_the_budget(pattern, shape):
             assert -1e-6 <= missing < longest_stretch(retention)
             if retention[-1] * num_visual >= 1:
                 assert sum(counts) == pytest.approx(budget * num_visual * len(pattern), abs=longest_stretch(retention))
-            # A layer that cannot drop hands on what it got.
+            # A layer that cannot drop passes on what it got.
             reducing = reducing_layers(pattern, layers)
             assert all(counts[i] == counts[i - 1] for i in range(1, len(pattern)) if i - 1 not in reducing)
 
@@ -196,7 +197,7 @@ def test_counts_keep_a_minimum():
 
 
 @pytest.mark.parametrize("multiple_of", [2, 16, 128])
-@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_aligned_counts_meet_the_budget(shape, multiple_of):
     numbers = random.Random(multiple_of)
     for layers, budget in itertools.product(("all", "attention"), (0.25, 0.5)):

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 import torch
 
-from hybridprune_megatron.config.schema import ReductionConfig
-from hybridprune_megatron.method import score_query
+from hybridprune_megatron.checks import ConfigError
+from hybridprune_megatron.method import query_formula
+from hybridprune_megatron.method import signals as signals_module
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
-from hybridprune_megatron.method.scorers import SCORERS, Scorer, build_scorer
+from hybridprune_megatron.method.scorer import Scorer
+from hybridprune_megatron.method.scorers import SCORERS
 from hybridprune_megatron.method.signals import AttentionSignals, MambaSignals
 
 HEADS, KV_HEADS, WIDTH, GROUPS, STATE = 6, 2, 5, 3, 7
@@ -126,7 +128,7 @@ POOLED = {"mean": fmean, "max": max, "max_heads": max, "max_groups": max_groups}
 
 
 def scorer_of(name: str, **settings: object) -> Scorer:
-    return build_scorer({"scorer": name, **settings})
+    return SCORERS.build({"name": name, **settings})
 
 
 def assert_scores(actual: torch.Tensor, per_head: list[list[float]], pooling: str) -> None:
@@ -139,12 +141,13 @@ def assert_scores(actual: torch.Tensor, per_head: list[list[float]], pooling: st
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_scores_equal_their_formula(causal, rows, layout, monkeypatch):
     # Blocks that do not divide the lengths.
-    monkeypatch.setattr(score_query, "_BLOCK", 12)
+    monkeypatch.setattr(query_formula, "BLOCK", 12)
+    monkeypatch.setattr(signals_module, "BLOCK", 12)
     signals, _ = signals_of(layout)
     per_head = naive_attention(signals, layout, causal, rows == "last")
     for pooling in ("mean", "max"):
         scorer = scorer_of("query", attention_pooling=pooling, attention_causal=causal, query_rows=rows)
-        assert_scores(scorer.attention(signals, layout, 0), per_head, pooling)
+        assert_scores(scorer.score(signals, layout, 0), per_head, pooling)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -152,45 +155,47 @@ def test_attention_scores_equal_their_formula(causal, rows, layout, monkeypatch)
 @pytest.mark.parametrize("dt", [True, False])
 @pytest.mark.parametrize("decay", [True, False])
 def test_mamba_scores_equal_their_formula(decay, dt, function, layout, monkeypatch):
-    monkeypatch.setattr(score_query, "_BLOCK", 12)
+    monkeypatch.setattr(query_formula, "BLOCK", 12)
+    monkeypatch.setattr(signals_module, "BLOCK", 12)
     _, signals = signals_of(layout)
     settings = {"mamba_decay": decay, "mamba_dt": dt, "mamba_function": function}
     for rows in ("question", "last"):
         per_head = naive_mamba(signals, layout, decay, dt, function, rows == "last")
         for pooling in ("mean", "max_groups", "max_heads"):
             scorer = scorer_of("query", query_rows=rows, mamba_pooling=pooling, **settings)
-            assert_scores(scorer.mamba(signals, layout, 0), per_head, pooling)
+            assert_scores(scorer.score(signals, layout, 0), per_head, pooling)
 
 
-def test_a_question_in_front_of_its_video_scores_only_where_it_may_look_ahead():
+def test_a_question_before_its_video_scores_only_where_it_may_look_ahead():
     layout = LAYOUTS["question first"]
     attention, mamba = signals_of(layout)
     for blind in (
-        scorer_of("query").attention(attention, layout, 0),
-        scorer_of("query", mamba_decay=True).mamba(mamba, layout, 0),
+        scorer_of("query").score(attention, layout, 0),
+        scorer_of("query", mamba_decay=True).score(mamba, layout, 0),
     ):
         assert (blind == 0).all()
     for seeing in (
-        scorer_of("query", attention_causal=False).attention(attention, layout, 0),
-        scorer_of("query").mamba(mamba, layout, 0),
+        scorer_of("query", attention_causal=False).score(attention, layout, 0),
+        scorer_of("query").score(mamba, layout, 0),
     ):
         assert (seeing != 0).all()
 
 
-@pytest.mark.parametrize("name", sorted(SCORERS))
+@pytest.mark.parametrize("name", [known.name for known in SCORERS.built_in if issubclass(known, Scorer)])
 def test_every_scorer_is_finite_deterministic_and_blind_to_packing(name):
     """A packed sequence scores as its samples do one by one."""
     layout = layout_of(9, 4)
     attention, mamba = signals_of(layout)
     scorer = scorer_of(name)
-    for score, signals in ((scorer.attention, attention), (scorer.mamba, mamba)):
+    score = scorer.score
+    for signals in (attention, mamba):
         packed = score(signals, layout, 3)
         assert packed.shape == (13,)
         assert packed.dtype == torch.float32
         assert torch.isfinite(packed).all()
         assert torch.equal(packed, score(signals, layout, 3))
         alone_layout = layout_of(9)
-        # The first sample and the text behind all of them, of all tokens or of the query tokens.
+        # The first sample and the text after all of them, of all tokens or of the query tokens.
         first = {"q": layout.query_counts[0]}
         fields = {
             key: torch.cat([value[: first.get(key, layout.sample_lengths[0])], value[-4:]])
@@ -216,12 +221,12 @@ def test_ranks_with_a_share_of_the_heads_agree_with_all_heads(attention_pooling,
     poolings = {"attention_pooling": attention_pooling, "mamba_pooling": mamba_pooling}
     scorer = scorer_of("query", mamba_function=function, **poolings)
     halves = zip(attention.q.chunk(KV_HEADS, 1), attention.k.chunk(KV_HEADS, 1))
-    each = [scorer.attention(AttentionSignals(*half), layout, 0) for half in halves]
-    whole = scorer.attention(attention, layout, 0)
-    torch.testing.assert_close(pooled_over_ranks(each, scorer.attention_pooling), whole)
+    each = [scorer.score(AttentionSignals(*half), layout, 0) for half in halves]
+    whole = scorer.score(attention, layout, 0)
+    torch.testing.assert_close(pooled_over_ranks(each, scorer.pooling("attention")), whole)
     parts = (mamba.B.chunk(GROUPS, 1), mamba.C.chunk(GROUPS, 1), mamba.dt.chunk(GROUPS, 1), mamba.A.chunk(GROUPS))
-    each = [scorer.mamba(MambaSignals(*share), layout, 0) for share in zip(*parts)]
-    torch.testing.assert_close(pooled_over_ranks(each, scorer.mamba_pooling), scorer.mamba(mamba, layout, 0))
+    each = [scorer.score(MambaSignals(*share), layout, 0) for share in zip(*parts)]
+    torch.testing.assert_close(pooled_over_ranks(each, scorer.pooling("mamba")), scorer.score(mamba, layout, 0))
 
 
 @pytest.mark.parametrize(
@@ -232,20 +237,20 @@ def test_answers_never_score(settings):
     layout = TokenLayout.from_samples([QUESTION_FIRST, *[QUESTION_FIRST] * 2])
     attention, mamba = signals_of(layout)
     scorer = scorer_of("query", **settings)
-    before = scorer.attention(attention, layout, 0), scorer.mamba(mamba, layout, 0)
+    before = scorer.score(attention, layout, 0), scorer.score(mamba, layout, 0)
     for end in layout.sample_starts()[1:]:
         answer = slice(end - 3, end)
         attention.k[answer], mamba.C[answer], mamba.B[answer] = 100.0, 100.0, 100.0
         mamba.dt[answer] = 50.0
-    assert torch.equal(scorer.attention(attention, layout, 0), before[0])
-    assert torch.equal(scorer.mamba(mamba, layout, 0), before[1])
+    assert torch.equal(scorer.score(attention, layout, 0), before[0])
+    assert torch.equal(scorer.score(mamba, layout, 0), before[1])
 
 
 def test_random_differs_between_layers_and_is_even():
     layout = layout_of(3000)
     attention, _ = signals_of(layout)
     scorer = scorer_of("random")
-    first, second = scorer.attention(attention, layout, 0), scorer.attention(attention, layout, 1)
+    first, second = scorer.score(attention, layout, 0), scorer.score(attention, layout, 1)
     assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1]) < 0.1
     assert abs(first.mean() - 0.5) < 0.03
 
@@ -253,7 +258,7 @@ def test_random_differs_between_layers_and_is_even():
 def test_uniform_top_k_is_spread():
     layout = layout_of(64)
     attention, _ = signals_of(layout)
-    scores = scorer_of("uniform").attention(attention, layout, 0)
+    scores = scorer_of("uniform").score(attention, layout, 0)
     kept = scores.topk(8).indices.sort().values
     assert kept.tolist() == list(range(0, 64, 8))
 
@@ -262,21 +267,25 @@ def test_a_video_without_a_question_is_refused():
     layout = TokenLayout.from_samples([SampleLayout((Span(TokenKind.FRAME, 3, 0, 0), Span(TokenKind.ANSWER, 1)))])
     attention, mamba = signals_of(layout)
     for score in (
-        lambda: scorer_of("query").attention(attention, layout, 0),
-        lambda: scorer_of("query").mamba(mamba, layout, 0),
+        lambda: scorer_of("query").score(attention, layout, 0),
+        lambda: scorer_of("query").score(mamba, layout, 0),
     ):
         with pytest.raises(ValueError, match="3 visual tokens and no question"):
             score()
 
 
-def test_a_scorer_has_the_defaults_of_the_configuration():
-    """So that settings that leave a key out, as an old folder's may, mean the same as a run that does."""
-    configured = asdict(ReductionConfig(scorer="query", budget=0.5))
-    for name in SCORERS:
-        built = asdict(build_scorer({"scorer": name}))
-        assert built == {key: configured[key] for key in built}
-
-
-def test_unknown_scorer_is_refused():
-    with pytest.raises(ValueError, match=r"reduction\.scorer='magic': allowed are query"):
-        scorer_of("magic")
+def test_what_a_score_does_not_know_is_refused():
+    for value, line in (
+        ("magic", r"reduction\.score=magic: allowed are query, random, uniform, utrc, or the dotted path of a class"),
+        ("querry", r"did you mean query\?"),
+        ({"name": "query", "mamba_dcay": True}, r"reduction\.score\.mamba_dcay=True: .* did you mean .*mamba_decay\?"),
+        ({"name": "query", "mamba_decay": 1}, r"reduction\.score\.mamba_decay='?1'?: must be true or false"),
+        ({"name": "query", "query_rows": "first"}, r"reduction\.score\.query_rows=first: allowed are question, last"),
+        ({"name": "random", "seed": -1}, r"reduction\.score\.seed=-1: must be at least 0"),
+        ({"seed": 1}, "must be a name, or a name with its keys"),
+        ("json.JSONDecoder", "is not a dataclass derived from Score"),
+        ("no_such_package.Score", "cannot be imported"),
+    ):
+        with pytest.raises(ConfigError, match=line) as error:
+            SCORERS.build(value)
+        assert "\n" not in str(error.value)

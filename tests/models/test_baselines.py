@@ -21,9 +21,9 @@ BASELINES = {
     "evs": ["reduction=evs"],
     "evs_pixels": ["reduction=evs_pixels"],
     "tome": ["reduction=tome"],
-    "evs_query": ["reduction=evs_query", "reduction.front_retention=0.75"],
-    "merging query": ["reduction=query", "reduction.dropped=merge"],
-    "tome and utrc": ["reduction=utrc", "reduction.front=tome", "reduction.front_retention=0.75"],
+    "evs_query": ["reduction=evs_query", "reduction.front.retention=0.75"],
+    "merging query": ["reduction=query", "reduction.select.dropped=merge"],
+    "tome and utrc": ["reduction=utrc", "reduction.front=tome", "reduction.front.retention=0.75"],
     "longmamba": ["reduction=longmamba", "reduction.budget=1.0"],
 }
 
@@ -122,7 +122,7 @@ def _tokens_with_gradient() -> dict[str, int]:
 
 def test_gradients_reach_what_is_handed_on_and_what_is_merged():
     (reached,) = run_world(1, _tokens_with_gradient)
-    # 32 tokens: EVS hands on floor(0.3 * 32), ToMe averages all of them into as many.
+    # 32 tokens: EVS passes on floor(0.3 * 32), ToMe averages all of them into as many.
     assert reached == {"evs": 9, "tome": 32}
 
 
@@ -141,7 +141,7 @@ def _run_split(weights: str, tensor: int, sequence_parallel: bool, multiple_of: 
     model = _build(*overrides, f"parallel.sequence_parallel={sequence_parallel}", tensor=tensor)
     load_initial_weights(model, weights)
     for name in ("utrc", "merging query", "tome and utrc", "evs_query", "longmamba"):
-        model.reduction = _reduction(name, f"reduction.multiple_of={multiple_of}")
+        model.reduction = _reduction(name, f"reduction.select.multiple_of={multiple_of}")
         batch = tiny_batch(3, 5, pad_to_multiple_of=2)
         trace: list[TokenLayout] = []
         with torch.no_grad():

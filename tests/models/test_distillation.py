@@ -134,7 +134,12 @@ def _train(weights: str, tensor: int, sequence_parallel: bool, recompute: str) -
         *_SETTINGS,
         f"model.init_checkpoint={weights}",
         *(f"parallel.tensor={tensor}", f"trainer.devices={tensor}", f"parallel.sequence_parallel={sequence_parallel}"),
-        *("optim.lr=0.01", "trainer.global_batch_size=2", "reduction.multiple_of=2", f"trainer.recompute={recompute}"),
+        *(
+            "optim.lr=0.01",
+            "trainer.global_batch_size=2",
+            "reduction.select.multiple_of=2",
+            f"trainer.recompute={recompute}",
+        ),
     )
     init_model_parallel(tensor=tensor, seed=1)
     model = build_model(cfg)

@@ -125,7 +125,7 @@ def _train(weights: str, tensor: int, sequence_parallel: bool, dropout: float, f
 
     overrides = (
         *(*_EVERYWHERE, f"tuning.lora.dropout={dropout}", f"parallel.sequence_parallel={sequence_parallel}"),
-        *("trainer.global_batch_size=2", "reduction.multiple_of=2"),
+        *("trainer.global_batch_size=2", "reduction.select.multiple_of=2"),
     )
     cfg = tiny_config(*overrides, f"parallel.tensor={tensor}", f"trainer.devices={tensor}")
     model = _build(*overrides, tensor=tensor, noise=False)

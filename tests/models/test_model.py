@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from hybridprune_megatron.method.counts import kept_counts
 from hybridprune_megatron.method.layout import TokenKind, TokenLayout
-from hybridprune_megatron.method.schedule import kept_counts
+from hybridprune_megatron.method.reduction_pass import ReductionPass
 from tests.models.tiny import check_layouts, tiny_batch, tiny_config, tiny_sample
 from tests.worlds import run_world
 
@@ -32,9 +33,9 @@ def _budget_of_one() -> None:
     full = _loss_and_gradients(model, batch)
     # The same weights with the machinery on and nothing to drop.
     from hybridprune_megatron.method.reduction import Reduction
-    from hybridprune_megatron.method.scorers import build_scorer
+    from hybridprune_megatron.method.score_query import QueryScorer
 
-    model.reduction = Reduction(build_scorer({"scorer": "query"}), (1.0,) * 6)
+    model.reduction = Reduction(QueryScorer(), (1.0,) * 6)
     same = _loss_and_gradients(model, batch)
     assert torch.equal(full[0], same[0])
     assert all(torch.equal(full[1][name], same[1][name]) for name in full[1])
@@ -73,9 +74,9 @@ def _trace() -> None:
     trace: list[TokenLayout] = []
     with torch.no_grad():
         logits, last = model.logits(batch, trace=trace)
-    wanted = model.reduction.counts_by_layer(trace[0])
+    wanted = ReductionPass.of(model.reduction, trace[0]).counts
     assert [counts[0] for counts in wanted] == list(kept_counts(model.reduction.retention, 12))
-    assert [layout.visual_counts for layout in trace] == wanted
+    assert tuple(layout.visual_counts for layout in trace) == wanted
     assert logits.shape[0] == last.num_tokens
     check_layouts(batch, [*trace, last])
     # The loss of the training path is the loss of the surviving rows' logits: labels moved with their tokens.

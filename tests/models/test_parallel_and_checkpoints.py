@@ -29,7 +29,7 @@ def _train_three_steps(
         "optim.lr=0.01",
         *pooling,
     ]
-    cfg = tiny_config(*overrides, "trainer.global_batch_size=2", f"reduction.multiple_of={multiple_of}")
+    cfg = tiny_config(*overrides, "trainer.global_batch_size=2", f"reduction.select.multiple_of={multiple_of}")
     init_model_parallel(tensor=tensor, seed=1)
     model = build_model(cfg)
     load_initial_weights(model, weights)
@@ -59,7 +59,7 @@ def weights(tmp_path_factory) -> str:
 
 
 # A rank sees its own heads: their highest over all ranks is another number than the mean over ranks.
-HIGHEST = ["reduction.attention_pooling=max", "reduction.mamba_pooling=max_heads"]
+HIGHEST = ["reduction.score.attention_pooling=max", "reduction.score.mamba_pooling=max_heads"]
 
 
 @pytest.mark.parametrize(("sequence_parallel", "pooling"), [(False, []), (True, []), (False, HIGHEST)])

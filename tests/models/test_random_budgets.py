@@ -36,12 +36,12 @@ def _packed_and_alone() -> None:
 
     cfg, model = _build()
     samples = [tiny_sample(index, frames) for index, frames in enumerate((5, 3, 4))]
-    scorer = model.reduction.scorer
+    score = model.reduction.score
     retention = tuple(cfg.retention_at(budget) for budget in _BUDGETS)
     losses, gradients = _loss_and_gradients(model, replace(pack(samples), retention=retention))
     alone = []
     for sample, budget in zip(samples, _BUDGETS):
-        model.reduction = Reduction(scorer, cfg.retention_at(budget))
+        model.reduction = Reduction(score, cfg.retention_at(budget))
         alone.append(_loss_and_gradients(model, pack([sample])))
     torch.testing.assert_close(losses, torch.cat([loss for loss, _ in alone]), rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():

@@ -16,7 +16,7 @@ PATTERN = "M*M-M*M-"
 #: Sizes of ``parallel`` that take no processes of their own.
 SHARING = ("virtual_pipeline", "expert")
 #: Drops behind layers 0 (M), 1 (*), 2 (M), 4 (M) and 5 (*), on both sides of the stage cut in the middle.
-RETENTION = "reduction.retention=[1.0,0.3,0.2,0.15,0.15,0.1,0.05,0.05]"
+RETENTION = "reduction.schedule={name: listed, retention: [1.0,0.3,0.2,0.15,0.15,0.1,0.05,0.05]}"
 
 
 def step(
@@ -98,8 +98,8 @@ def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:
         "trainer.global_batch_size=4",
         "data.sequence_length=1024",
         RETENTION,
-        "reduction.frame_share=0.1",
-        f"reduction.multiple_of={MULTIPLE_OF}",
+        "reduction.select.frame_share=0.1",
+        f"reduction.select.multiple_of={MULTIPLE_OF}",
         *overrides,
         pattern=pattern,
         budget=0.25,

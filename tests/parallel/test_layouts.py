@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,14 @@ def run(
     overrides: list[str] | None = None,
     local_chunks: int = 0,
     layers: str = PATTERN,
+    world: Callable[..., list[Any]] = run_world,
 ) -> Any:
     """Loss, tokens that enter each layer by sequence and layer, and gradients."""
-    world = math.prod(size for name, size in sizes.items() if name not in SHARING)
+    processes = math.prod(size for name, size in sizes.items() if name not in SHARING)
     stages = sizes.get("pipeline", 1) * sizes.get("virtual_pipeline", 1)
     pattern = cut_pattern(layers, even_edges(len(layers), stages))
     gradients = folder / "gradients"
-    ranks = run_world(world, step, weights, str(gradients), sizes, overrides or [], pattern, local_chunks)
+    ranks = world(processes, step, weights, str(gradients), sizes, overrides or [], pattern, local_chunks)
     losses = {loss for loss, _ in ranks}
     assert len(losses) == 1, "ranks report different losses"
     kept: dict[tuple[str, int], list[int]] = {}
@@ -59,7 +61,7 @@ def run(
         for name, layer, origin in seen:
             # Every rank that runs a layer on a sequence has the same plan.
             assert kept.setdefault((name, layer), origin) == origin
-    return losses.pop(), kept, run_world(1, read, str(gradients), overrides or [], layers)[0]
+    return losses.pop(), kept, world(1, read, str(gradients), overrides or [], layers)[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def test_the_reference_drops_in_every_kind_of_layer(alone: Any):
 def test_a_local_choice_moves_no_row_and_equals_one_process_with_its_chunks(
     tmp_path: Path, weights: str, alone: Any, layout: str
 ):
-    local = ["reduction.local_choice=true"]
+    local = ["reduction.select.local_choice=true"]
     folders = [tmp_path / name for name in ("one", "shared")]
     for folder in folders:
         folder.mkdir()

@@ -1,0 +1,198 @@
+"""Makes an Energon data set from a folder of videos and a file of conversations.
+
+    hybridprune shards --conversations train.jsonl --videos videos --out data/train
+    hybridprune shards --conversations held_out.jsonl --videos videos --out data/validation --split val
+
+A row is one conversation; ``<video>`` stands where a video is shown, and paths are relative to the folder of videos:
+
+    {"id": "a1", "video": "cat.mp4", "conversations": [{"role": "user", "content": "<video>\\nWhat is it?"}, {"role":
+    "assistant", "content": "A cat."}]}
+
+Rows are the lines of a JSONL file or the elements of a JSON array. Several videos are a list under "videos".
+{"from": "human" | "gpt", "value": ...} is read as well. Every row becomes a sample, whatever its id, which is kept in
+the sample's meta. A row that training would always leave out, as one whose video does not decode to its end, is left
+out, counted and listed in ``<out>/report.json``, or in ``<out>.report.json`` where no row can be used. The data set
+appears under its name only when complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from hybridprune_megatron.config.json_text import is_plain, short
+from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.data.rows import BadRowError, check_row, open_rows, raw_rows, read_row, unique_key
+from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS, ShardWriter
+from hybridprune_megatron.data.tar_samples import MOST_SAMPLE_BYTES
+from hybridprune_megatron.data.video import check_video
+
+REPORT_FILE = "report.json"
+#: Rows that the report lists one by one, and rows that are printed; all are counted.
+MAX_LISTED = 100
+MAX_PRINTED = 5
+
+
+@dataclass
+class Report:
+    """What became of the rows.
+
+    Attributes:
+        samples: rows that became a sample.
+        left_out: number of the others, by reason.
+        rows: the first of them, a line each.
+    """
+
+    samples: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    rows: list[str] = field(default_factory=list)
+
+    def leave_out(self, number: int, error: BadRowError) -> None:
+        """Counts a row, and lists it if it is among the first."""
+        self.left_out[error.reason] += 1
+        if len(self.rows) < MAX_LISTED:
+            self.rows.append(" ".join(f"row {number}: {error}".split()))
+
+    def content(self) -> dict[str, Any]:
+        """For a JSON file."""
+        return {"samples": self.samples, "left_out": dict(self.left_out), "rows": self.rows}
+
+    def lines(self) -> list[str]:
+        """For whoever waits: the counts, and the first rows that were left out."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
+        counts = f"{self.samples} samples, {self.left_out.total()} rows left out" + f" ({reasons})" * bool(reasons)
+        return [counts, *(f"  {row}" for row in self.rows[:MAX_PRINTED])]
+
+
+class VideoFolder:
+    """The videos that rows name, read from one folder.
+
+    Args:
+        folder: paths are relative to it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._root = Path(os.path.realpath(folder))
+        # Many rows ask about the same video, and a whole decode takes a while.
+        self._checked: dict[Path, str | None] = {}
+
+    def read(self, names: Sequence[str]) -> list[tuple[str, bytes]]:
+        """Extensions and bytes of the videos of a row, which decode to their ends.
+
+        Raises:
+            BadRowError: one does not, or training reads no sample of their size.
+        """
+        paths = [self._path(name) for name in names]
+        size = sum(path.stat().st_size for path in paths)
+        if size > MOST_SAMPLE_BYTES:
+            raise BadRowError(
+                "video", f"{size} bytes of videos: training reads at most {MOST_SAMPLE_BYTES} of a sample"
+            )
+        return [self._read(path, name) for path, name in zip(paths, names)]
+
+    def _read(self, path: Path, name: str) -> tuple[str, bytes]:
+        try:
+            data = path.read_bytes()
+        except (OSError, MemoryError) as error:
+            raise BadRowError("video", f"{short(name)} cannot be read ({error})") from error
+        if path not in self._checked:
+            self._checked[path] = _why_not(data, name)
+        if self._checked[path] is not None:
+            raise BadRowError("video", str(self._checked[path]))
+        return path.suffix[1:].lower(), data
+
+    def _path(self, name: str) -> Path:
+        if not is_plain(name):
+            raise BadRowError("video", f"{short(name)} is not the name of a file")
+        path = Path(os.path.realpath(self._folder / name))
+        # A row comes from somewhere else: it may only name files below the folder that the user gave.
+        if not path.is_relative_to(self._root):
+            raise BadRowError("video", f"{short(name)} is not below {self._folder}")
+        if path.suffix[1:].lower() not in VIDEO_EXTENSIONS:
+            raise BadRowError("video", f"{short(name)}: its type is none of {', '.join(VIDEO_EXTENSIONS)}")
+        if not os.path.isfile(path):
+            raise BadRowError("video", f"{short(name)} is not a file in {self._folder}")
+        return path
+
+
+def _why_not(data: bytes, name: str) -> str | None:
+    """Why training cannot use a video, None if it can."""
+    try:
+        check_video(data, short(name))
+    except (ValueError, MemoryError) as error:
+        return str(error)
+    return None
+
+
+@one_line_errors("shards")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reads the command line, writes the data set, and says what was left out."""
+    parser = argparse.ArgumentParser(
+        prog="hybridprune shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--conversations", type=Path, required=True, help="JSONL or a JSON array, a conversation a row")
+    parser.add_argument("--videos", type=Path, required=True, help="folder that video paths are relative to")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set; must not exist")
+    parser.add_argument("--split", choices=("train", "val"), default="train", help="val for data.validation")
+    parser.add_argument("--samples-per-shard", type=int, default=500, help="at least 1 (default %(default)s)")
+    args = parser.parse_args(argv)
+    report = write_dataset(args.conversations, args.videos, args.out, args.split, args.samples_per_shard)
+    lines = report.lines()
+    if not report.samples:
+        print(*lines[1:], sep="\n", file=sys.stderr)
+        raise ValueError(f"{args.conversations}: {lines[0]}; nothing was written but {_lone_report(args.out)}")
+    print(f"{args.out}: {lines[0]}", *lines[1:], sep="\n")
+
+
+def write_dataset(conversations: Path, videos: Path, out: Path, split: str, samples_per_shard: int) -> Report:
+    """Writes a data set, or only a report if no row can be used.
+
+    Raises:
+        ValueError: ``out`` exists, or ``samples_per_shard`` is below 1.
+        OSError: the file of conversations cannot be read.
+    """
+    writer = ShardWriter(out, split, samples_per_shard)
+    report, folder, data = Report(), VideoFolder(videos), open_rows(conversations)
+    keys: set[str] = set()
+    done = 0
+    try:
+        with writer, tqdm(total=len(data), unit="B", unit_scale=True, desc=conversations.name) as bar:
+            for number, end, text in raw_rows(data):
+                try:
+                    row = read_row(text)
+                    messages = check_row(row).messages()
+                    files = folder.read(row.videos)
+                except BadRowError as error:
+                    report.leave_out(number, error)
+                else:
+                    keys.add(key := unique_key(row.id, number, keys))
+                    writer.add(key, messages, files, {} if row.id is None else {"id": row.id})
+                bar.update(end - done)
+                done = end
+            report.samples = writer.num_samples
+            if not report.samples:
+                # The writer puts away what it began.
+                raise _NothingUsable
+            writer.add_file(REPORT_FILE, report.content())
+    except _NothingUsable:
+        _lone_report(out).write_text(json.dumps(report.content(), indent=2) + "\n")
+    return report
+
+
+class _NothingUsable(Exception):
+    """No row became a sample."""
+
+
+def _lone_report(out: Path) -> Path:
+    """The report of a data set that is not there."""
+    return out.with_name(f"{out.name}.{REPORT_FILE}")

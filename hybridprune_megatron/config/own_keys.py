@@ -1,0 +1,78 @@
+"""Keys of a command besides those of the configuration: the fields of a dataclass, given as ``key=value`` too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from hybridprune_megatron.bounds import read_value
+from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.config.files import check_dataset
+from hybridprune_megatron.config.schema import Config
+
+
+def read_own_keys[T](kind: type[T], overrides: Sequence[str]) -> tuple[T, list[str]]:
+    """A command's own keys from the command line, and what is left for the configuration.
+
+    Args:
+        kind: a dataclass; a field without a default must be given.
+        overrides: ``key=value`` texts.
+
+    Raises:
+        ConfigError: one line on what is wrong.
+    """
+    known = _fields(kind)
+    own = [override for override in overrides if override.partition("=")[0] in known]
+    rest = [override for override in overrides if override not in own]
+    given = {override.partition("=")[0] for override in own}
+    for name, default in known.items():
+        if default is MISSING and name not in given:
+            raise fail(name, None, "must be set", f"give {name}=<path>")
+    texts = (override.partition("=") for override in own)
+    return kind(**{name: read_value(name, text, kind, name) for name, _, text in texts}), rest
+
+
+def own_keys_help(kind: type) -> str:
+    """A line per key, from the Attributes section of the dataclass."""
+    known = _fields(kind)
+    lines = (kind.__doc__ or "").partition("Attributes:")[2].strip().splitlines()
+    defaults = {name: "" if value is MISSING or value is None else f" [{value}]" for name, value in known.items()}
+    shown = (line.strip().partition(": ") for line in lines)
+    return "\n".join(f"  {name:<14}{text}{defaults[name]}" for name, _, text in shown)
+
+
+def check_paths(**paths: str | None) -> None:
+    """Files and folders that keys name are there.
+
+    Args:
+        paths: by key; None: not given.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    for name, path in paths.items():
+        if path is not None and not Path(path).exists():
+            raise fail(name, path, f"is not there (looked from {Path.cwd()})", f"set {name} to a file or folder")
+
+
+def data_folder(data: str | None, cfg: Config) -> Path:
+    """The data set to look at.
+
+    Args:
+        data: what the user named; None: ``data.validation``.
+        cfg: of the checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = data or cfg.data.validation
+    if folder is None or not Path(folder).is_dir():
+        raise ConfigError(f"data={folder}: is not a folder (looked from {Path.cwd()}); give data=<folder with shards>")
+    check_dataset("data", Path(folder))
+    return Path(folder)
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    return {field.name: field.default for field in fields(kind)}

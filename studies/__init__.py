@@ -1,0 +1,1 @@
+"""Work of the authors on the method: not installed, run from a checkout."""

@@ -1,0 +1,1 @@
+"""Step time and memory of training runs on many GPUs, counted from the configuration."""

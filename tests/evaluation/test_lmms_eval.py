@@ -87,7 +87,6 @@ def their_scores(folder: Path, runs: list[dict[str, object]]) -> list[list[bool]
     return scores
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make setup")
 def test_every_sample_scores_as_in_our_evaluation(data: Path, tmp_path: Path) -> None:
     script("make_lmms_task").main(["--data", str(data), "--out", str(tmp_path / "task")])
     ours = [our_scores(data, budget, tmp_path / f"hf_{budget}") for budget in BUDGETS]

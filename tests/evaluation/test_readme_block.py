@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -26,7 +25,6 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed: make setup")
 def test_every_command_runs_and_the_last_one_scores(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*_SKIPPED))

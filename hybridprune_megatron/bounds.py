@@ -1,4 +1,4 @@
-"""What a field of the schema may hold, declared beside it, and the one check of all fields.
+"""What a field of the schema may hold, declared next to it, and the one check of all fields.
 
     max_steps: Annotated[int, Range(1, 10**9)]
     precision: Annotated[str, OneOf("fp32", "bf16")] = "bf16"

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from yaml import YAMLError, safe_load  # type: ignore[import-untyped]  # the package ships no types
 
 from hybridprune_megatron.bounds import Rule, check_value, rules
-from hybridprune_megatron.checks import ConfigError, closest, fail
+from hybridprune_megatron.checks import closest, fail
 
 _STORED: ContextVar[bool] = ContextVar("_STORED", default=False)
 
@@ -187,6 +187,3 @@ def _converted(value: Any, rule: Rule) -> Any:
     if rule.kind in (list, tuple) and rule.item is not None:
         return rule.kind(_converted(each, rule.item) for each in value)
     return float(value) if rule.kind is float else value
-
-
-__all__ = ["ConfigError", "Plugin", "Registry", "plain", "typed"]

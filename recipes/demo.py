@@ -144,17 +144,14 @@ class Demo:
 
     def evaluate(self, model: VideoLanguageModel) -> dict[str, Any]:
         """Accuracy and retention, reduced and full."""
-        from tqdm import tqdm
-
-        from hybridprune_megatron.evaluation.accuracy import evaluate
+        from hybridprune_megatron.evaluation.accuracy import evaluate_each
         from hybridprune_megatron.evaluation.questions import chance
 
         questions = self.questions
         result: dict[str, Any] = {"chance": chance(questions)}
         result["visual_tokens"] = [question.sample.layout.num_visual for question in questions]
-        for name, reduction in {"full": None, "reduced": model.reduction}.items():
-            with tqdm(total=len(questions), desc=f"  {name}", unit="clip", leave=False) as bar:
-                found = evaluate(model, questions, reduction, 2 * self.cfg.data.sequence_length, bar.update)
+        reductions = {"full": None, "reduced": model.reduction}
+        for name, found in evaluate_each(model, questions, reductions, 2 * self.cfg.data.sequence_length).items():
             result[name] = {"accuracy": found.accuracy, "by_kind": found.by_kind, "retention": asdict(found.retention)}
         return result
 
@@ -380,7 +377,10 @@ def main(argv: list[str]) -> None:
     cfg = checked_config(["experiment=demo", *overrides])
     out, inputs = Path(cfg.output_dir), inputs_of(cfg)
     # Before the locks, which are files too: nothing is written into somebody else's folder.
-    products(out) if options.fresh else check_same_run(out, inputs)
+    if options.fresh:
+        products(out)
+    else:
+        check_same_run(out, inputs)
     hold_folder(out, "demo")
     # Nothing is deleted while a finetuning that was started by hand writes the same folder.
     hold_folder(out)

@@ -15,15 +15,13 @@ folder) they compose it. docs/analysis.md explains the figures.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from pathlib import Path
 
 from hybridprune_megatron.analysis.settings import AnalysisSettings
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.outputs import check_output, whole_folder
-from hybridprune_megatron.config.own_keys import data_folder, own_keys_help, read_own_keys
-from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
+from hybridprune_megatron.config.own_keys import read_checkpoint_command
 
 COMMAND = "recipes/analyze.py"
 
@@ -31,17 +29,8 @@ COMMAND = "recipes/analyze.py"
 @one_line_errors("analyze")
 def main(argv: list[str]) -> None:
     """Reads the command line; a wrong setting ends it with one line and code 2."""
-    parser = argparse.ArgumentParser(
-        prog="hybridprune analyze",
-        description=(__doc__ or "").format(keys=own_keys_help(AnalysisSettings)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys above, or of the configuration")
-    settings, overrides = read_own_keys(AnalysisSettings, parser.parse_args(argv).overrides)
     # Before the slow imports, which take half a minute.
-    checkpoint = find_checkpoint(settings.checkpoint)
-    cfg = checkpoint_config(checkpoint, overrides)
-    data = data_folder(settings.data, cfg)
+    settings, checkpoint, cfg, data = read_checkpoint_command("analyze", __doc__, AnalysisSettings, argv)
     out = Path(settings.out) if settings.out is not None else Path(cfg.output_dir) / "analysis"
     warnings.filterwarnings("ignore")
     from hybridprune_megatron.analysis.run import analyze

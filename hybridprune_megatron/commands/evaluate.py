@@ -15,7 +15,6 @@ folder) they compose it.
 
 from __future__ import annotations
 
-import argparse
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,8 +22,7 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.bounds import Count, check_bounds
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.config.own_keys import check_paths, data_folder, own_keys_help, read_own_keys
-from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
+from hybridprune_megatron.config.own_keys import check_paths, read_checkpoint_command
 from hybridprune_megatron.evaluation.report import percent, text_table
 
 if TYPE_CHECKING:
@@ -53,33 +51,20 @@ class EvaluationSettings:
 @one_line_errors("evaluate")
 def main(argv: list[str]) -> None:
     """Reads the command line; a wrong setting ends it with one line and code 2."""
-    parser = argparse.ArgumentParser(
-        prog="hybridprune evaluate",
-        description=(__doc__ or "").format(keys=own_keys_help(EvaluationSettings)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys above, or of the configuration")
-    settings, overrides = read_own_keys(EvaluationSettings, parser.parse_args(argv).overrides)
     # Before the slow imports, which take half a minute.
-    checkpoint = find_checkpoint(settings.checkpoint)
-    cfg = checkpoint_config(checkpoint, overrides)
-    cfg = replace(cfg, data=replace(cfg.data, validation=str(data_folder(settings.data, cfg))))
+    settings, checkpoint, cfg, data = read_checkpoint_command("evaluate", __doc__, EvaluationSettings, argv)
+    cfg = replace(cfg, data=replace(cfg.data, validation=str(data)))
     warnings.filterwarnings("ignore")
-    from tqdm import tqdm
-
     from hybridprune_megatron.engine.parallel import shut_down
-    from hybridprune_megatron.evaluation.accuracy import evaluate
+    from hybridprune_megatron.evaluation.accuracy import evaluate_each
     from hybridprune_megatron.evaluation.held_out import load_questions
     from hybridprune_megatron.evaluation.questions import chance
     from hybridprune_megatron.export.load import load_model
 
     model = load_model(checkpoint, cfg)
     questions = load_questions(cfg, settings.samples)
-    found = {}
-    for name, reduction in {"full": None, "reduced": model.reduction}.items():
-        if name == "full" or reduction is not None:
-            with tqdm(total=len(questions), desc=name, unit="clip", leave=False) as bar:
-                found[name] = evaluate(model, questions, reduction, 2 * cfg.data.sequence_length, bar.update)
+    reductions = {"full": None} | ({"reduced": model.reduction} if model.reduction is not None else {})
+    found = evaluate_each(model, questions, reductions, 2 * cfg.data.sequence_length)
     shut_down()
     print(text_table(table_rows(found, chance(questions), cfg.reduction.budget)))
 

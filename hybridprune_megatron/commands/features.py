@@ -7,7 +7,7 @@ The tower comes from --checkpoint, or without it from model.init_checkpoint of t
 chosen as that configuration's data group says. Samples keep their keys, conversations and everything else; in the place
 of each video stands what the tower and the pixel shuffle made of its frames. Name the new folder as data.train or
 data.validation: the projector and the language model train on it with the same loss. The same command again after a
-kill goes on after the last finished shard.
+kill continues after the last finished shard.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     hybridprune finetune experiment=nemotron_nano_12b_v2_vl model=my_vl data.train=...
 
 With --tower a RADIO folder and a projector that begins at random make a video model of a language model.
-Reads the folder tensor by tensor and holds no more than one file of its own beside them, whatever the model's size.
+Reads the folder tensor by tensor and holds no more than one file of its own besides them, whatever the model's size.
 Writes ``<out>/*.safetensors`` and ``conf/model/<name>.yaml``, which names them as ``model.init_checkpoint``; any
 parallel layout loads them. A tensor that is unknown, missing or of another shape ends it before anything is written.
 """

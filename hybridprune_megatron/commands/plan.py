@@ -121,7 +121,7 @@ def measure(cfg: Config, plan: Plan, rounds: int = 7) -> dict[str, Any]:
 
 
 def show_measured(result: dict[str, Any]) -> None:
-    """Prints predicted beside measured."""
+    """Prints predictions next to measurements."""
     for kind in ("predicted", "measured"):
         found = result[kind]
         print(f"{kind:<10} full {found['full']:.3f} s, reduced {found['reduced']:.3f} s, ratio {found['ratio']:.3f}")

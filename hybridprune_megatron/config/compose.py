@@ -136,13 +136,13 @@ def change_config(
     Raises:
         ConfigError: as ``load_config``.
     """
-    _check_overrides(overrides)
-    import_named(overrides)
-    with _explained(), from_a_file():
+    with _explained():
         changed: Any = OmegaConf.merge(OmegaConf.structured(Config), saved)
         set_keys(changed, overrides)
         changed.merge_with(fixed or {})
-        return to_config(changed)
+        import_named(overrides)
+        with from_a_file():
+            return to_config(changed)
 
 
 def set_keys(composed: DictConfig, overrides: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from hybridprune_megatron.bounds import Range, Rule, check_value
 from hybridprune_megatron.checks import fail
 
 _SWITCH = Rule(bool, optional=True)
-#: What ``conf/config.yaml`` sets, and the switches beside it.
+#: What ``conf/config.yaml`` sets, and the switches next to it.
 _RULES = {
     "explicit_log_dir": Rule(str, optional=True),
     "seconds_to_sleep": Rule(float, bound=Range(0, 3600)),

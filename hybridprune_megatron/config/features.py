@@ -91,18 +91,6 @@ class FeaturesInfo:
                 raise ConfigError(f"{where}: features with {key}={stored}, configured is {configured}; {_REMEDY}")
 
 
-def check_features(cfg: Config) -> None:
-    """Data sets of features, where ``data`` names any, are for the configured model.
-
-    Raises:
-        ConfigError: the first that is not.
-    """
-    for key in ("train", "validation"):
-        path = getattr(cfg.data, key)
-        if path is not None:
-            check_folder(cfg, f"data.{key}={path}", Path(path))
-
-
 def check_folder(cfg: Config, where: str, folder: Path) -> FeaturesInfo | None:
     """What a data set says about its features, None if it holds none; they are for the configured model.
 

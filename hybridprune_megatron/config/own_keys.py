@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hybridprune_megatron.bounds import read_value
 from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.config.fields import field_help
 from hybridprune_megatron.config.files import check_dataset
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 
 
 def read_own_keys[T](kind: type[T], overrides: Sequence[str]) -> tuple[T, list[str]]:
@@ -37,10 +40,44 @@ def read_own_keys[T](kind: type[T], overrides: Sequence[str]) -> tuple[T, list[s
 def own_keys_help(kind: type) -> str:
     """A line per key, from the Attributes section of the dataclass."""
     known = _fields(kind)
-    lines = (kind.__doc__ or "").partition("Attributes:")[2].strip().splitlines()
     defaults = {name: "" if value is MISSING or value is None else f" [{value}]" for name, value in known.items()}
-    shown = (line.strip().partition(": ") for line in lines)
-    return "\n".join(f"  {name:<14}{text}{defaults[name]}" for name, _, text in shown)
+    return "\n".join(f"  {name:<14}{field_help(kind, name)}{default}" for name, default in defaults.items())
+
+
+class CheckpointKeys(Protocol):
+    """The own keys of a command that looks at a checkpoint."""
+
+    checkpoint: str
+    data: str | None
+
+
+def read_checkpoint_command[T: CheckpointKeys](
+    command: str, about: str | None, kind: type[T], argv: Sequence[str]
+) -> tuple[T, Path, Config, Path]:
+    """The command line of a command that looks at a checkpoint; nothing slow is imported.
+
+    Args:
+        command: its name.
+        about: text of ``--help``, in which {keys} stands for the own keys.
+        kind: dataclass of these.
+        argv: arguments.
+
+    Returns:
+        Own keys, checkpoint, its configuration as changed, folder of the data set.
+
+    Raises:
+        ValueError: one line on what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"hybridprune {command}",
+        description=(about or "").format(keys=own_keys_help(kind)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys above, or of the configuration")
+    settings, overrides = read_own_keys(kind, parser.parse_args(argv).overrides)
+    checkpoint = find_checkpoint(settings.checkpoint)
+    cfg = checkpoint_config(checkpoint, overrides)
+    return settings, checkpoint, cfg, data_folder(settings.data, cfg)
 
 
 def check_paths(**paths: str | None) -> None:

@@ -80,6 +80,18 @@ class Place:
             stream.seek(self.start)
             return io.BytesIO(stream.read(self.length))
 
+    def load(self) -> Any:
+        """What is stored there, by torch's reader of plain values and tensors, which runs nothing.
+
+        Raises:
+            ValueError: it is more than those; the message is the reason alone.
+        """
+        try:
+            return torch.load(self.read(), map_location="cpu", weights_only=True)
+        # Foreign bytes: whatever the reader raises.
+        except Exception as error:
+            raise ValueError(" ".join(str(error).split())[:200]) from None
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -102,10 +114,8 @@ class Chunk:
             ValueError: no such tensor is stored there.
         """
         try:
-            value = torch.load(self.place.read(), map_location="cpu", weights_only=True)
-        # A reader of foreign bytes: whatever it raises, they hold no tensor.
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            value = self.place.load()
+        except ValueError as reason:
             raise ValueError(f"{key} in {self.place.file} is not a stored tensor ({reason})") from None
         plain = type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
         if not plain or tuple(value.shape) != self.sizes or value.dtype != dtype:
@@ -170,10 +180,8 @@ class Index:
         """
         for key, place in self.objects.items():
             try:
-                torch.load(place.read(), map_location="cpu", weights_only=True)
-            # As above; torch's own reader of plain values and tensors is the judge.
-            except Exception as error:
-                reason = " ".join(str(error).split())[:200]
+                place.load()
+            except ValueError as reason:
                 raise ValueError(
                     f"{self.folder}: {key} is more than plain values and tensors ({reason}); do not load this "
                     "checkpoint"

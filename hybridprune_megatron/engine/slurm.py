@@ -190,7 +190,7 @@ def first_host(node_list: str) -> str:
 
 
 def _told_by_scontrol(node_list: str) -> str | None:
-    """Slurm's own word; None where there is no Slurm, or one that does not know this form."""
+    """What ``scontrol show hostnames`` says first; None where there is no Slurm, or it does not know this form."""
     scontrol = shutil.which("scontrol")
     if scontrol is None or not node_list.strip() or node_list.startswith("-"):
         return None

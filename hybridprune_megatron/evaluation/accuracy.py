@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
+from tqdm import tqdm
 
 from hybridprune_megatron.data.batch import IGNORE_LABEL, PADDING_KEY, PackedBatch
 from hybridprune_megatron.evaluation.forward import device_of, length_multiple, measuring, packed_batches
@@ -75,6 +76,20 @@ def evaluate(
     kinds = sorted({question.kind for question in questions})
     by_kind = {kind: fmean([correct[q.sample.key] for q in questions if q.kind == kind]) for kind in kinds}
     return Evaluation(fmean(correct.values()), by_kind, len(correct), Retention.of(shares), correct)
+
+
+def evaluate_each(
+    model: VideoLanguageModel,
+    questions: Sequence[Question],
+    reductions: Mapping[str, Reduction | None],
+    max_tokens: int,
+) -> dict[str, Evaluation]:
+    """``evaluate`` under several reductions, by name, with a progress bar for each."""
+    found = {}
+    for name, reduction in reductions.items():
+        with tqdm(total=len(questions), desc=f"  {name}", unit="clip", leave=False) as bar:
+            found[name] = evaluate(model, questions, reduction, max_tokens, bar.update)
+    return found
 
 
 def answers_right(model: VideoLanguageModel, batch: PackedBatch, trace: list[TokenLayout] | None = None) -> list[bool]:

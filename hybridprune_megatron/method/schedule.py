@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Annotated, ClassVar
 
 from hybridprune_megatron.bounds import Positive, Range, Share, Whole
-from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.plugins import Plugin, Registry
 
@@ -144,27 +144,27 @@ class _Curve(Schedule):
 
     Without a floor the width is 1 and the floor solved; a budget below what a floor of 0 reaches narrows the curve
     instead. With a floor the width is solved; a budget that cannot hold that floor lowers it, with the narrowest width.
+
+    Attributes:
+        floor: share that it falls to, less if the budget cannot hold it; null = solved.
     """
+
+    floor: Share | None = field(default=None, kw_only=True)
 
     def curve(self, depth: float) -> float:
         """From 1 at depth 0, falling."""
         raise NotImplementedError
 
-    @property
-    def lowest(self) -> float | None:
-        """The floor; None: solved."""
-        return getattr(self, "floor", None)
-
     def check_budget(self, budget: float) -> None:
-        if self.lowest is not None and self.lowest >= budget:
+        if self.floor is not None and self.floor >= budget:
             allowed = f"must lie below reduction.budget={budget}, the mean over all layers"
-            raise fail(f"{KEY}.floor", self.lowest, allowed, f"lower {KEY}.floor")
+            raise fail(f"{KEY}.floor", self.floor, allowed, f"lower {KEY}.floor")
 
     def families(self, num_layers: int, reducing: set[int], first: float) -> list[Family]:
         def falling(floor: float, width: float) -> Callable[[int], float]:
             return lambda layer: floor + (first - floor) * self.curve(layer / max(num_layers - 1, 1) / width)
 
-        wanted = self.lowest
+        wanted = self.floor
         if wanted is not None:
             # A budget that cannot hold the floor lowers it, all dropping at once: one floor serves every budget.
             return [
@@ -186,13 +186,11 @@ class Sigmoid(_Curve):
     Attributes:
         midpoint: relative depth (0 to 1) at which half is dropped.
         slope: steepness, above 0.
-        floor: share that it falls to, less if the budget cannot hold it; null = solved.
     """
 
     name: ClassVar[str] = "sigmoid"
     midpoint: Share = 0.2
     slope: Positive = 10.0
-    floor: Share | None = None
 
     def curve(self, depth: float) -> float:
         # Beyond the exponent's bound the share is 0 in any precision that matters.
@@ -203,14 +201,9 @@ class Sigmoid(_Curve):
 
 @dataclass(frozen=True)
 class Linear(_Curve):
-    """A straight line from 1 at depth 0 to 0 at depth 1.
-
-    Attributes:
-        floor: share that it falls to, less if the budget cannot hold it; null = solved.
-    """
+    """A straight line from 1 at depth 0 to 0 at depth 1."""
 
     name: ClassVar[str] = "linear"
-    floor: Share | None = None
 
     def curve(self, depth: float) -> float:
         return max(0.0, 1.0 - depth)
@@ -218,14 +211,9 @@ class Linear(_Curve):
 
 @dataclass(frozen=True)
 class Cosine(_Curve):
-    """Half a cosine wave from 1 at depth 0 to 0 at depth 1.
-
-    Attributes:
-        floor: share that it falls to, less if the budget cannot hold it; null = solved.
-    """
+    """Half a cosine wave from 1 at depth 0 to 0 at depth 1."""
 
     name: ClassVar[str] = "cosine"
-    floor: Share | None = None
 
     def curve(self, depth: float) -> float:
         return (1 + math.cos(math.pi * min(depth, 1.0))) / 2
@@ -353,6 +341,3 @@ def _bisect(function: Callable[[float], float], target: float, low: float, high:
         else:
             high = middle
     return (low + high) / 2
-
-
-__all__ = ["SCHEDULES", "ConfigError", "Schedule", "cut_pattern", "even_edges", "layer_symbols", "reducing_layers"]

@@ -9,7 +9,6 @@ rank sends every other one as much. ``sent`` counts what one rank sends; it rece
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,12 +98,6 @@ def all_to_all(what: str, phase: str, group: Group, held: float) -> list[Transfe
     """All-to-all of so many bytes that a rank holds."""
     sent = held * (group.ranks - 1) / group.ranks
     return [Transfer(what, phase, group, sent, ring=False)] if sent else []
-
-
-def sent_bytes(transfers: Iterable[Transfer]) -> tuple[float, float]:
-    """Bytes that one rank sends within its node and out of it."""
-    transfers = list(transfers)
-    return sum(each.near for each in transfers), sum(each.far for each in transfers)
 
 
 def _pooled_scores(group: Group, visual: int, pooling: str) -> list[Transfer]:

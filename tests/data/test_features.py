@@ -17,7 +17,8 @@ from safetensors import safe_open
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.commands.features import FeatureEncoder, load, source_shards, write_features
 from hybridprune_megatron.config import Config
-from hybridprune_megatron.config.features import FEATURES_FILE, FeaturesInfo, check_features
+from hybridprune_megatron.config.data_sets import check_data_sets
+from hybridprune_megatron.config.features import FEATURES_FILE, FeaturesInfo
 from hybridprune_megatron.data.batch import FrameFeatures, no_pixels, pack
 from hybridprune_megatron.data.features import StoredFeatures, features_part
 from hybridprune_megatron.data.shards import ShardWriter, read_shard
@@ -318,25 +319,25 @@ def _keep_rows(shard: Path, rows: list[int]) -> None:
 def test_features_of_another_model_are_refused(features_config: MakeConfig, tmp_path: Path) -> None:
     shutil.copytree(features_config().data.train, tmp_path / "train")
     cfg = features_config(f"data.train={tmp_path / 'train'}")
-    check_features(cfg)
+    check_data_sets(cfg)
     cfg.reduction.front = FRONTS.build({"name": "evs_pixels", "retention": 0.5})
     with pytest.raises(
         ConfigError, match=r"reduction\.front=evs_pixels: compares frames, and data\.train=.* holds features"
     ):
-        check_features(cfg)
+        check_data_sets(cfg)
     cfg.reduction.front = FRONTS.build("none")
     cfg.model.trainable.vision = True
     with pytest.raises(ConfigError, match=r"model\.trainable\.vision=true: data\.train=.* features of a frozen tower"):
-        check_features(cfg)
+        check_data_sets(cfg)
     with pytest.raises(ValueError, match=r"^sample train-\d+: model\.trainable\.vision=true: .* train on videos$"):
         next(iter(build_train_loader(cfg, 0, 1)))
     cfg.model.trainable.vision = False
     cfg.model.vision.frame_size = 64
     with pytest.raises(ConfigError, match=r"features with model\.vision\.frame_size=128, configured is 64; precompute"):
-        check_features(cfg)
+        check_data_sets(cfg)
     (Path(cfg.data.train) / FEATURES_FILE).write_text("{}")
     with pytest.raises(ConfigError, match=r"features\.json cannot be read \(expected an object with tower"):
-        check_features(cfg)
+        check_data_sets(cfg)
 
 
 def test_a_batch_holds_frames_or_features_of_one_tower(features_config: MakeConfig, demo_config: MakeConfig) -> None:

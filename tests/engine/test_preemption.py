@@ -1,4 +1,4 @@
-"""A job that is asked to stop saves the step it is at, everywhere the same, and goes on bitwise."""
+"""A job that is asked to stop saves the step it is at, everywhere the same, and continues bitwise."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE
 from tests.export.conftest import row
 
 SETTINGS = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None, "return_dict_in_generate": True}
-# What runs these tests beside the installed version says which one it means.
+# What runs these tests under another version than the installed one says which.
 WANTED = os.environ.get("HYBRIDPRUNE_TRANSFORMERS", transformers.__version__)
 
 

@@ -58,7 +58,7 @@ def start_holder() -> Iterator[StartHolder]:
 
     yield start
     for process in started:
-        # Those that were killed and left no child are no group any more.
+        # The group of a process that was killed and left no child is gone.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

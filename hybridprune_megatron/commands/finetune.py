@@ -45,9 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     launch = read_launch()
     overrides = sys.argv[1:] if argv is None else argv
-    # Hydra reads them there.
-    sys.argv[1:] = [*overrides, *launch_overrides(launch, overrides)]
-    cfg = parse_command_line(sys.argv[1:])
+    overrides = [*overrides, *launch_overrides(launch, overrides)]
+    cfg = parse_command_line(overrides)
     check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)
     if launch.rank == 0:
         hold_folder(Path(cfg.output_dir))
@@ -57,10 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     from nemo.core.config import hydra_runner
     from omegaconf import DictConfig
 
-    from hybridprune_megatron.config.compose import CONF_DIR, register_schema
+    from hybridprune_megatron.config.compose import CONF_DIR, hydra_overrides, register_schema
     from hybridprune_megatron.engine.parallel import shut_down
 
     register_schema()
+    # Where NeMo's runner reads them, in the form that Hydra takes.
+    sys.argv[1:] = hydra_overrides(overrides)
     failures: list[BaseException] = []
 
     @hydra_runner(config_path=str(CONF_DIR), config_name="config")

@@ -56,13 +56,18 @@ def compose_config(
     """
     register_schema()
     _check_overrides(overrides)
-    typed = [as_typed(override) for override in part_overrides(overrides)]
+    typed = hydra_overrides(overrides)
     with _explained(), initialize_config_dir(config_dir=str(CONF_DIR), version_base="1.3"):
         composed = compose(config_name, overrides=typed)
         if look_at_files:
             check_written(CONF_DIR, config_name, typed)
         _find_shipped(composed)
         return composed
+
+
+def hydra_overrides(overrides: Sequence[str]) -> list[str]:
+    """What Hydra is given for the overrides of a command line, which ``_check_overrides`` has passed."""
+    return [as_typed(override) for override in part_overrides(overrides)]
 
 
 def _find_shipped(composed: DictConfig) -> None:
@@ -153,8 +158,8 @@ def set_keys(composed: DictConfig, overrides: Sequence[str]) -> None:
     """
     with _explained():
         _check_overrides(overrides)
-        for text in part_overrides(overrides):
-            override = OverridesParser.create().parse_override(as_typed(text))
+        for text in hydra_overrides(overrides):
+            override = OverridesParser.create().parse_override(text)
             key = override.key_or_group
             if key in GROUPS:
                 what = "the configuration is there already; change single keys as group.key=value"

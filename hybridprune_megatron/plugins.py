@@ -45,9 +45,11 @@ class Plugin:
 
     Attributes:
         name: what chooses it in a configuration.
+        before: what keys that came later were worth before, for stored files that lack them.
     """
 
     name: ClassVar[str]
+    before: ClassVar[Mapping[str, Any]] = {}
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,11 @@ def unfused_products(inputs: tuple[MambaSignals, TokenLayout]) -> Tensor:
     return products.repeat_interleave(heads_of_group, 2) * signals.dt[layout.visual_index]
 
 
+def unfused_contrast(inputs: tuple[MambaSignals, TokenLayout]) -> Tensor:
+    scores = unfused_products(inputs).mean(0)
+    return ((scores - scores.mean(0)).abs() / scores.std(0, correction=0)).mean(1)
+
+
 def mamba_bytes(sizes: Sizes) -> int:
     channels = sizes.groups * sizes.state
     read = (sizes.visual + sizes.question) * channels * sizes.bytes_each + sizes.visual * sizes.mamba_heads * 4
@@ -117,7 +122,7 @@ def mamba_case(name: str, scorer: QueryScorer, unfused: Callable[[Any], Tensor],
     return Case(
         name,
         mamba_inputs,
-        lambda inputs: scorer.mamba(*inputs, 0),
+        lambda inputs: scorer.score(*inputs, 0),
         unfused,
         lambda sizes: passes * mamba_bytes(sizes),
         lambda sizes: 3 * 4 * sizes.question * sizes.visual * sizes.mamba_heads,
@@ -163,7 +168,7 @@ CASES = [
     Case(
         "attention score",
         attention_inputs,
-        lambda inputs: QueryScorer().attention(*inputs, 0),
+        lambda inputs: QueryScorer().score(*inputs, 0),
         unfused_attention,
         lambda sizes: (
             2 * (sizes.length * sizes.key_heads + sizes.question * sizes.heads) * sizes.width * sizes.bytes_each
@@ -171,15 +176,24 @@ CASES = [
         ),
         lambda sizes: 3 * 4 * sizes.question * sizes.length * sizes.heads,
     ),
-    mamba_case("Mamba score", QueryScorer(), lambda inputs: unfused_products(inputs).mean((0, 2)), 1),
+    mamba_case("Mamba score", QueryScorer(), unfused_contrast, 2),
+    mamba_case(
+        "Mamba score, signed",
+        QueryScorer(mamba_contrast=False),
+        lambda inputs: unfused_products(inputs).mean((0, 2)),
+        1,
+    ),
     mamba_case(
         "Mamba score, softmax",
-        QueryScorer(mamba_function="softmax"),
+        QueryScorer(mamba_function="softmax", mamba_contrast=False),
         lambda inputs: unfused_products(inputs).softmax(1).mean((0, 2)),
         2,
     ),
     mamba_case(
-        "Mamba score, abs", QueryScorer(mamba_function="abs"), lambda i: unfused_products(i).abs().mean((0, 2)), 1
+        "Mamba score, abs",
+        QueryScorer(mamba_function="abs", mamba_contrast=False),
+        lambda inputs: unfused_products(inputs).abs().mean((0, 2)),
+        1,
     ),
     Case(
         "select",

@@ -6,7 +6,7 @@
 Takes the base model of ``experiment=bench``, which is in the repository, and the data that the first command makes.
 Measures, the most telling first: accuracy of the base model under every method, light finetuning under every method
 and its accuracy, and measured prefill time. Hours of work; every result is one row of docs/study/rows.jsonl as soon as
-it is there, a killed study goes on where it was, and docs/study.md is written again after every row.
+it is there, a killed study resumes, and docs/study.md is written again every half hour and at the end.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import hashlib
 import json
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +38,7 @@ DOCS = ROOT / "docs" / "study"
 PAGE = ROOT / "docs" / "study.md"
 FIGURE = DOCS / "accuracy.png"
 BATCH_TOKENS = 6000
+PAGE_SECONDS = 1800
 
 
 @one_line_errors("study")
@@ -74,12 +77,25 @@ def study(cfg: Config, overrides: list[str], options: argparse.Namespace) -> lis
     failures: list[str] = []
     if not options.report:
         runner = Runner(tuple(overrides), cfg.trainer.eval_samples, BATCH_TOKENS, threads=1)
-        failures = run_all(runner, rows, options.workers, partial(selected, options), write)
+        failures = run_all(runner, rows, options.workers, partial(selected, options), seldom(write, PAGE_SECONDS))
         if not options.no_timing:
             runner = replace(runner, threads=os.cpu_count() or 1)
             timings |= time_methods(runner, DOCS / "prefill.jsonl", settings, partial(tqdm, desc="prefill"))
     write()
     return failures
+
+
+def seldom(write: Callable[[], None], seconds: float) -> Callable[[], None]:
+    """A call that writes where the last time is long enough ago: the intervals of a page take a minute of a core."""
+    last = time.monotonic()
+
+    def call() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            write()
+            last = time.monotonic()
+
+    return call
 
 
 def selected(options: argparse.Namespace, unit: Unit) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.json_text import read_json
-from hybridprune_megatron.config.legacy import is_flat
+from hybridprune_megatron.config.legacy import is_flat, nested
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.plugins import from_a_file
 
@@ -79,9 +79,10 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint / RUN_FILE} has {asking!a:.80} in its configuration, which is not a resolved value"
         )
     reduction = found.get("reduction")
-    if isinstance(reduction, dict) and is_flat(reduction):
+    if isinstance(reduction, dict):
         with from_a_file():
-            found["reduction"] = json.loads(json.dumps(ReductionConfig.of(reduction).plain()))
+            complete = ReductionConfig.of(reduction).plain() if is_flat(reduction) else nested(reduction)
+            found["reduction"] = json.loads(json.dumps(complete))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The flat keys of ``reduction`` in version 0.1, as saved runs and exported folders still have them."""
+"""A ``reduction`` as older saved runs and exported folders have it: flat keys, and fewer of them."""
 
 from __future__ import annotations
 
@@ -31,12 +31,17 @@ def is_flat(values: Mapping[str, Any]) -> bool:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat keys under the parts that have them today; what is nested already stays as it is.
+    """Flat keys under the parts that have them today; what is nested already stays where it is.
 
     A flat configuration names the keys of every score, schedule and front; those of parts that it does not choose go.
+    What is stored names all keys there were, so a part that lacks only keys that came later gets their old values.
     """
     if not is_flat(values):
-        return dict(values)
+        return dict(values) | {
+            part: _with_later_keys(registry, values[part])
+            for part, registry in _PARTS.items()
+            if isinstance(values.get(part), Mapping)
+        }
     result: dict[str, Any] = {}
     for key, value in values.items():
         part, name = MOVED.get(key, (key, ""))
@@ -52,5 +57,15 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         chosen = result.get(part, {})
         if isinstance(chosen, dict) and "name" in chosen:
             known = {"name", *(field.name for field in fields(registry.find(chosen["name"])))}
-            result[part] = {name: value for name, value in chosen.items() if name in known}
+            result[part] = _with_later_keys(
+                registry, {name: value for name, value in chosen.items() if name in known}, always=True
+            )
     return result
+
+
+def _with_later_keys(registry: Registry[Any], part: Mapping[str, Any], always: bool = False) -> dict[str, Any]:
+    owner = next((known for known in registry.built_in if known.name == part.get("name")), None)
+    if owner is None:
+        return dict(part)
+    stored = always or {each.name for each in fields(owner)} - set(owner.before) <= set(part)
+    return {**(owner.before if stored else {}), **part}

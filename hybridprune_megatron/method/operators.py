@@ -76,9 +76,10 @@ def mamba_scores(
     decay: bool,
     dt: bool,
     function: str,
+    contrast: bool,
     pooling: str,
 ) -> Tensor:
-    """float32 [V] ``implicit_attention`` over the heads; arguments as there and for ``attention_scores``."""
+    """float32 [V] ``implicit_attention`` over the heads, ``contrasted`` or not; other arguments as above."""
     device = signals.B.device
     log_decay = None
     if decay:
@@ -95,6 +96,7 @@ def mamba_scores(
         torch.cat([layout.query_index[:0], *(sample.rows for sample in samples)]),
         _offsets([len(sample.rows) for sample in samples], device),
         function,
+        contrast,
         pooling,
     )
 

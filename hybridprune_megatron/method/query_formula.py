@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.method.signals import BLOCK, AttentionSignals, MambaSignals, ScoredSample
-from hybridprune_megatron.method.sums import averaged, on_grid
+from hybridprune_megatron.method.sums import averaged, on_grid, summed
 
 _ATTENTION = "tkre,jke->tjkr"
 
@@ -122,6 +122,41 @@ def implicit_attention(
     log_sum = log_sum.masked_fill(log_sum == float("-inf"), float("inf"))
     for block in blocks:
         yield averaged(torch.exp(rows.logits(block) - log_sum), 0)
+
+
+def contrasted(blocks: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+    """``c_jh = |s_jh - mean_j s_jh| / std_j s_jh`` over the visual tokens j of one sample, for every head h.
+
+    The signed scores of a Mamba head have an offset that all tokens share and a sign that other heads have the other
+    way round, so their plain mean over heads says how common a token is, not how much it is asked for (docs/method.md).
+
+    Two passes: one finds each head's mean and standard deviation (divided by V), the other measures against them;
+    nothing but one block is kept. A head that scores all tokens alike says 0 of each.
+
+    Args:
+        blocks: starts a pass over the scores of one sample, float [J, heads...] in blocks.
+
+    Yields:
+        float64 [J, heads...], the same blocks.
+    """
+    # Moments are those of differences from the first token: it lies within sqrt(V) standard deviations of the mean, so
+    # that an offset of all tokens costs no digits, and equal tokens differ by exactly 0.
+    count, first, total, squares = 0, None, None, None
+    for block in blocks():
+        scores = block.double()
+        first = scores[:1] if first is None else first
+        gaps = scores - first
+        sums = summed(gaps, 0), summed(gaps * gaps, 0)
+        total, squares = sums if total is None else (total + sums[0], squares + sums[1])
+        count += len(block)
+    if first is None:
+        return
+    mean = total / count
+    variance = squares / count - mean * mean
+    scale = torch.where(variance > 0, variance, torch.inf).rsqrt()
+    centre = first + mean
+    for block in blocks():
+        yield (block.double() - centre).abs() * scale
 
 
 class _Products:

@@ -156,7 +156,9 @@ class _Curve(Schedule):
         raise NotImplementedError
 
     def check_budget(self, budget: float) -> None:
-        if self.floor is not None and self.floor >= budget:
+        # The default gives way to any budget; a floor that somebody asks for is meant.
+        default = type(self).__dataclass_fields__["floor"].default
+        if self.floor is not None and self.floor != default and self.floor >= budget:
             allowed = f"must lie below reduction.budget={budget}, the mean over all layers"
             raise fail(f"{KEY}.floor", self.floor, allowed, f"lower {KEY}.floor")
 
@@ -191,6 +193,7 @@ class Sigmoid(_Curve):
     name: ClassVar[str] = "sigmoid"
     midpoint: Share = 0.2
     slope: Positive = 10.0
+    floor: Share | None = field(default=0.15, kw_only=True)
 
     def curve(self, depth: float) -> float:
         # Beyond the exponent's bound the share is 0 in any precision that matters.

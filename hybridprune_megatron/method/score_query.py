@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from hybridprune_megatron.bounds import OneOf
@@ -31,16 +32,20 @@ class QueryScorer(Scorer):
         mamba_decay: keeps the decay of the Mamba state in the score, which favours frames close to the question.
         mamba_dt: keeps the step size dt of a visual token in the Mamba score.
         mamba_function: applied to implicit attention before it is averaged; identity, abs, relu or softmax.
+        mamba_contrast: a Mamba head's score becomes its distance, in standard deviations, from the head's mean over the
+            sample's visual tokens.
         mamba_pooling: scores of a Mamba layer over its heads; mean, max_groups (mean within a group) or max_heads.
     """
 
     name: ClassVar[str] = "query"
+    before: ClassVar[Mapping[str, Any]] = {"mamba_contrast": False}
     query_rows: Annotated[str, OneOf("question", "last")] = "question"
     attention_pooling: Annotated[str, OneOf("mean", "max")] = "mean"
     attention_causal: bool = True
     mamba_decay: bool = False
     mamba_dt: bool = True
     mamba_function: Annotated[str, OneOf("identity", "abs", "relu", "softmax")] = "identity"
+    mamba_contrast: bool = True
     mamba_pooling: Annotated[str, OneOf("mean", "max_groups", "max_heads")] = "mean"
 
     def can_score(self, kind: str) -> bool:
@@ -55,15 +60,16 @@ class QueryScorer(Scorer):
     def values(
         self, signals: Any, samples: Sequence[ScoredSample], layer: int
     ) -> Iterator[tuple[Tensor | slice, Tensor]]:
-        from hybridprune_megatron.method.query_formula import attention_mass, implicit_attention
+        from hybridprune_megatron.method.query_formula import attention_mass, contrasted, implicit_attention
 
         if signals.kind == "attention":
             # A row without a visual sample asks for nothing; see ``attention_mass``.
             yield from attention_mass(signals, samples, self.attention_causal)
             return
+        how = (self.mamba_decay, self.mamba_dt, self.mamba_function)
         for sample in samples:
-            start = sample.place.start
-            for block in implicit_attention(signals, sample, self.mamba_decay, self.mamba_dt, self.mamba_function):
+            start, blocks = sample.place.start, partial(implicit_attention, signals, sample, *how)
+            for block in contrasted(blocks) if self.mamba_contrast else blocks():
                 yield slice(start, start + len(block)), block
                 start += len(block)
 
@@ -79,7 +85,9 @@ class QueryScorer(Scorer):
         ops = native(signals.B, signals.C)
         if ops is None:
             return None
-        how = (self.mamba_decay, self.mamba_dt, self.mamba_function, self.mamba_pooling)
+        if self.mamba_contrast and not self._one_pass:
+            return None
+        how = (self.mamba_decay, self.mamba_dt, self.mamba_function, self.mamba_contrast, self.mamba_pooling)
         return mamba_scores(ops, signals, layout, samples, *how)
 
     def check_heads(self, kind: str, groups: int, context: int) -> None:
@@ -95,10 +103,17 @@ class QueryScorer(Scorer):
         rows = self.rows(sizes.question)
         if kind == "attention":
             return attention_score(sizes, rows)
-        if self.mamba_function == "identity" and not self.mamba_decay:
-            return decay_free_score(sizes, rows)
-        softmax = self.mamba_function == "softmax"
-        return implicit_attention_score(sizes, rows, softmax, self.mamba_decay)
+        passes = 2 if self.mamba_contrast else 1
+        if self._one_pass:
+            found = decay_free_score(sizes, rows)
+        else:
+            found = implicit_attention_score(sizes, rows, self.mamba_function == "softmax", self.mamba_decay)
+        return {name: cost.times(passes) for name, cost in found.items()}
+
+    @property
+    def _one_pass(self) -> bool:
+        """Whether the mean of C comes first, so that no product of a row with a token is needed."""
+        return self.mamba_function == "identity" and not self.mamba_decay
 
 
 def attention_score(sizes: ScoreSizes, rows: int) -> Mapping[str, Cost]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 _PACKAGE = "hybridprune_kernels"
 # The schemas that the calls below are made for.
-_INTERFACE = 2
+_INTERFACE = 3
 _VARIABLE = "HYBRIDPRUNE_KERNELS"
 _DTYPES = (torch.float32, torch.bfloat16)
 

@@ -82,6 +82,12 @@ inline Pooling mamba_pooling_of(c10::string_view name) {
   return Pooling::kMaxHeads;
 }
 
+// Contrast is there for scores whose rows are averaged first; plain torch has the others.
+inline void check_contrast(bool contrast, c10::string_view function, const std::optional<at::Tensor>& log_decay) {
+  TORCH_CHECK(!contrast || (function == "identity" && !log_decay), "contrast with function='", function,
+              log_decay ? "' and log_decay" : "'", ": expected identity without log_decay");
+}
+
 inline void check_mamba(const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& dt,
                         const std::optional<at::Tensor>& log_decay, const at::Tensor& visual_index,
                         const at::Tensor& visual_offsets, const at::Tensor& query_index,

@@ -41,7 +41,7 @@ TORCH_LIBRARY(hybridprune, m) {
       torch::dispatch(c10::DispatchKey::CompositeImplicitAutograd, TORCH_FN(hybridprune::attention_score)));
   m.def(
       "mamba_score(Tensor B, Tensor C, Tensor? dt, Tensor? log_decay, Tensor visual_index, Tensor visual_offsets, "
-      "Tensor query_index, Tensor query_offsets, str function, str pooling) -> Tensor");
+      "Tensor query_index, Tensor query_offsets, str function, bool contrast, str pooling) -> Tensor");
   m.def("select(Tensor scores, Tensor offsets, Tensor kept_offsets, SymInt num_kept) -> Tensor");
   m.def("gather(Tensor rows, Tensor index) -> Tensor");
   m.def("gather_backward(Tensor grad, Tensor index, SymInt num_rows) -> Tensor");

@@ -15,8 +15,12 @@ BUDGETS = (0.25, 0.5, 0.35, 0.15)
 #: The budget at which methods are compared first.
 HEADLINE = 0.25
 SEEDS = (0, 1, 2)
-#: The variant of ours that the findings recommend; the others are its ablations.
-OURS = "attention_frames"
+#: The variant of ours that the findings recommend, and the default; the others are its ablations.
+OURS = "contrast"
+#: How version 0.1 differs: signed Mamba scores, a sigmoid that ends at nearly nothing, no neighbours.
+FIRST = ("reduction.score.mamba_contrast=false", "reduction.schedule.floor=null", "reduction.select.frame_share=0.0")
+#: The same for schedules that have no floor.
+FIRST_STEP = (FIRST[0], FIRST[2])
 #: Baselines of other people's, of which the strongest get all seeds.
 NUM_STRONGEST = 2
 
@@ -54,13 +58,22 @@ class Method:
 
 
 METHODS = (
-    Method(OURS, "ours: attention layers, low to high, with neighbours", ("reduction=attention_frames",), ours=True),
+    Method(OURS, "ours: all layers, with contrast and neighbours", ("reduction=query",), ours=True),
+    Method("contrast_attention", "ours, attention layers only", ("reduction=attention_only",), ours=True),
+    Method("contrast_mamba", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
+    Method("contrast_without_dt", "ours, without dt", ("reduction=query_without_dt",), ours=True),
+    Method("contrast_with_decay", "ours, with decay", ("reduction=query_with_decay",), ours=True),
+    Method("signed", "ours, without contrast", ("reduction=query_signed",), ours=True),
+    Method(
+        "contrast_alone", "ours, without neighbours", ("reduction=query", "reduction.select.frame_share=0.0"), ours=True
+    ),
     Method("random", "random", ("reduction=random",)),
     # The control for the score alone: ours but for it.
+    Method("random_all_layers", "random, on the schedule of ours", ("reduction=query", "reduction.score=random")),
     Method(
         "random_same_schedule",
-        "random, on the schedule of ours",
-        (f"reduction={OURS}", "reduction.score=random"),
+        "random, on the schedule of 0.1 with attention layers",
+        ("reduction=attention_frames", "reduction.score=random"),
     ),
     Method("uniform", "uniform stride", ("reduction=uniform",)),
     Method("fastv", "FastV", ("reduction=fastv",)),
@@ -68,45 +81,55 @@ METHODS = (
     Method("evs", "EVS in front", ("reduction=evs",), tuning=FIXED_BUDGET),
     Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
     Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
-    Method("attention_floor", "ours, without neighbours", ("reduction=attention_floor",), ours=True),
-    # The Mamba layers that rank needed frames above others (docs/study.md) choose too.
+    # What version 0.1 recommended.
+    Method(
+        "attention_frames",
+        "0.1: attention layers, floor 0.1, with neighbours",
+        ("reduction=attention_frames",),
+        ours=True,
+    ),
+    Method("attention_floor", "0.1: attention layers, floor 0.1", ("reduction=attention_floor",), ours=True),
+    # That schedule has nothing left to drop in those Mamba layers, so it says nothing about them.
     Method(
         "attention_mamba_frames",
-        "ours, with Mamba layers 6 to 13 as well, with neighbours",
-        (f"reduction={OURS}", "reduction.layers=[1,4,6,8,9,11,13]"),
+        "0.1: attention layers and Mamba layers 6 to 13, floor 0.1, with neighbours",
+        ("reduction=attention_frames", "reduction.layers=[1,4,6,8,9,11,13]", FIRST[0]),
         ours=True,
     ),
-    Method("query", "ours, all layers", ("reduction=query",), ours=True),
+    Method("query", "0.1: all layers", ("reduction=query", *FIRST), ours=True),
     Method(
-        "query_floor", "ours, all layers, floor 0.1", ("reduction=query", "reduction.schedule.floor=0.1"), ours=True
+        "query_floor",
+        "0.1: all layers, floor 0.1",
+        ("reduction=query", *FIRST_STEP, "reduction.schedule.floor=0.1"),
+        ours=True,
     ),
-    Method("query_with_decay", "ours, all layers, with decay", ("reduction=query_with_decay",), ours=True),
-    Method("attention_only", "ours, attention layers only, no floor", ("reduction=attention_only",), ours=True),
-    Method("mamba_only", "ours, Mamba layers only", ("reduction=mamba_only",), ours=True),
-    Method("constant", "ours, constant from layer 1 on", ("reduction=constant",), ours=True),
+    Method("query_with_decay", "0.1: all layers, with decay", ("reduction=query_with_decay", *FIRST), ours=True),
+    Method("attention_only", "0.1: attention layers", ("reduction=attention_only", *FIRST), ours=True),
+    Method("mamba_only", "0.1: Mamba layers", ("reduction=mamba_only", *FIRST), ours=True),
+    Method("constant", "0.1: constant from layer 1 on", ("reduction=constant", *FIRST_STEP), ours=True),
     Method(
         "one_shot",
-        "ours, early one-shot after layer 1",
-        ("reduction=constant", "reduction.schedule.layer=1"),
+        "0.1: one drop after layer 1",
+        ("reduction=constant", "reduction.schedule.layer=1", *FIRST_STEP),
         ours=True,
     ),
-    # Against ours, the schedule alone.
+    # Its layer is an attention layer, so no Mamba layer scores.
     Method(
         "one_shot_frames",
-        "ours, early one-shot after layer 1, with neighbours",
-        ("reduction=constant", "reduction.schedule.layer=1", "reduction.select.frame_share=0.01"),
+        "one drop after layer 1, with neighbours",
+        ("reduction=constant", "reduction.schedule.layer=1"),
         ours=True,
     ),
     Method(
         "evs_query",
-        "EVS in front and ours (all layers) inside",
-        ("reduction=evs_query",),
+        "EVS in front and 0.1 (all layers) inside",
+        ("reduction=evs_query", *FIRST),
         ours=True,
         tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),
     ),
     Method(
         "evs_attention",
-        "EVS in front and ours (attention layers) inside",
+        "EVS in front and 0.1 (attention layers) inside",
         ("reduction=evs_attention",),
         ours=True,
         tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),
@@ -117,7 +140,10 @@ METHODS = (
 #: model with every token.
 FIXED = (
     "none",
+    "contrast_attention",
+    "random_all_layers",
     "pyramiddrop",
+    "attention_frames",
     "attention_floor",
     "random",
     "random_same_schedule",
@@ -133,7 +159,14 @@ FIXED = (
     "evs_attention",
 )
 #: Variants of ours that get all seeds as well: what each takes away from it is one of the claims.
-ABLATIONS = ("attention_floor", "one_shot", "one_shot_frames")
+ABLATIONS = (
+    "contrast_attention",
+    "random_all_layers",
+    "one_shot_frames",
+    "attention_frames",
+    "attention_floor",
+    "one_shot",
+)
 METHOD_BY_NAME = {method.name: method for method in METHODS}
 
 

@@ -144,7 +144,7 @@ def test_cfg_job_prints_the_resolved_configuration(capsys) -> None:
     assert shown["model"]["vision"]["patch_size"] == 16
     # Keys of the parts that are chosen, whether the files name them or not.
     assert shown["reduction"]["score"]["mamba_pooling"] == "mean"
-    assert shown["reduction"]["schedule"] == {"name": "sigmoid", "midpoint": 0.2, "slope": 10.0, "floor": None}
+    assert shown["reduction"]["schedule"] == {"name": "sigmoid", "midpoint": 0.2, "slope": 10.0, "floor": 0.15}
 
 
 @pytest.mark.parametrize(

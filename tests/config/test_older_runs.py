@@ -24,16 +24,29 @@ FLAT = {
     "front": "evs", "front_retention": 0.5, "dt_filter": None,
 }  # fmt: skip
 LISTED = [1.0] + [0.5] * 9
-SAME = ["reduction=evs_query"]
+# What the default of version 0.1 differs in.
+SAME = [
+    "reduction=evs_query",
+    "reduction.score.mamba_contrast=false",
+    "reduction.schedule.floor=null",
+    "reduction.select.frame_share=0.0",
+]
 CASES = {
     "a front": ({}, SAME),
     "every part": (
         {"scorer": "random", "seed": 4, "schedule": "linear", "floor": 0.1, "front": "none", "front_retention": 1.0},
-        ["reduction=random", "reduction.score.seed=4", "reduction.schedule=linear", "reduction.schedule.floor=0.1"],
+        [
+            *("reduction=random", "reduction.score.seed=4", "reduction.schedule=linear"),
+            *("reduction.schedule.floor=0.1", "reduction.front.name=none", "reduction.front.retention=1.0"),
+        ],
     ),
     "a list": (
         {"retention": LISTED, "budget": 0.55, "front": "none", "front_retention": 1.0},
-        ["reduction.budget=0.55", f"reduction.schedule={{name: listed, retention: {LISTED}}}"],
+        [
+            *("reduction.budget=0.55", f"reduction.schedule={{name: listed, retention: {LISTED}}}"),
+            *SAME[1:2],
+            SAME[3],
+        ],
     ),
 }
 
@@ -84,6 +97,17 @@ def test_a_reduction_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"reduction\.score=best") as raised:
         checkpoint_config(find_checkpoint(tmp_path), [])
     assert "\n" not in str(raised.value)
+
+
+def test_a_stored_score_that_lacks_a_later_key_is_read_as_it_was() -> None:
+    """Runs of the day between the nested keys and contrast have all other keys of the score."""
+    today = ReductionConfig.of({"budget": 0.25}).plain()
+    assert today["score"]["mamba_contrast"]
+    before = {name: value for name, value in today["score"].items() if name != "mamba_contrast"}
+    assert not ReductionConfig.of(today | {"score": before}).score.mamba_contrast
+    # What somebody writes names what matters to him, and means today's score.
+    for score in ("query", {"name": "query"}, {"name": "query", "mamba_dt": False}):
+        assert ReductionConfig.of({"budget": 0.25, "score": score}).score.mamba_contrast
 
 
 def test_flat_keys_of_saved_runs_are_read() -> None:

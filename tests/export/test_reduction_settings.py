@@ -58,10 +58,13 @@ _CHANGED = {
     "front": {"front": "random", "front_retention": 0.6, "seed": 5, "budget": 0.3,
               "retention": [0.6, 0.3525342150043168, 0.19020718737621986, 0.19020718737621986, 0.1670514102432434]},
 }  # fmt: skip
+_SIGNED = {"name": "query", "mamba_contrast": False}
+_NO_FLOOR = {"name": "sigmoid", "floor": None}
 _NESTED = {
     "query": {
         "budget": 0.5,
-        "score": {"name": "query", "mamba_pooling": "max_heads"},
+        "score": _SIGNED | {"mamba_pooling": "max_heads"},
+        "schedule": _NO_FLOOR,
         "select": {"frame_share": 0.25, "dropped": "merge"},
     },
     "random, step": {
@@ -69,7 +72,12 @@ _NESTED = {
         "score": {"name": "random", "seed": 3},
         "schedule": {"name": "step", "layer": 1},
     },
-    "front": {"budget": 0.3, "front": {"name": "random", "retention": 0.6, "seed": 5}},
+    "front": {
+        "budget": 0.3,
+        "score": _SIGNED,
+        "schedule": _NO_FLOOR,
+        "front": {"name": "random", "retention": 0.6, "seed": 5},
+    },
 }
 
 

@@ -86,5 +86,5 @@ def fast_attention(backend: str, signals: AttentionSignals, layout: TokenLayout,
 def fast_mamba(backend: str, signals: MambaSignals, layout: TokenLayout, scorer: QueryScorer) -> torch.Tensor:
     """Native scores of the visual tokens, by a score's settings."""
     samples = scored_samples(layout, scorer.rows)
-    how = (scorer.mamba_decay, scorer.mamba_dt, scorer.mamba_function, scorer.mamba_pooling)
+    how = (scorer.mamba_decay, scorer.mamba_dt, scorer.mamba_function, scorer.mamba_contrast, scorer.mamba_pooling)
     return mamba_scores(native(backend), signals, layout, samples, *how)

@@ -38,6 +38,9 @@ def test_equal_tokens_get_equal_scores(backend, sizes, dtype):
         scores = fast_attention(backend, attention, layout, scorer)
         assert_equal_within_kinds(scores[layout.visual_index].cpu(), kinds)
     for settings in MAMBA:
+        if settings["mamba_contrast"] and settings["mamba_function"] != "identity":
+            # Plain torch alone has it.
+            continue
         scorer = QueryScorer(**settings)
         scores = fast_mamba(backend, mamba, layout, scorer)
         assert_equal_within_kinds(scores.cpu(), kinds)
@@ -82,7 +85,13 @@ def pack_of(seed: int) -> tuple[TokenLayout, AttentionSignals, MambaSignals]:
 
 
 SETTINGS = [
-    {"mamba_function": function, "mamba_decay": decay, "mamba_dt": dt, "mamba_pooling": pooling}
+    {
+        "mamba_function": function,
+        "mamba_decay": decay,
+        "mamba_dt": dt,
+        "mamba_pooling": pooling,
+        "mamba_contrast": False,
+    }
     for (decay, dt), function, pooling in itertools.product(
         [(True, True), (True, False), (False, True)],
         ("identity", "abs", "relu", "softmax"),
@@ -114,7 +123,7 @@ def test_decays_that_no_float32_holds_are_the_same_in_both(backend, function):
     layout = moved(TokenLayout.from_samples([SampleLayout(spans)]), device_of(backend))
     generator = torch.Generator().manual_seed(5)
     B, C = (torch.randn(405, 2, 16, generator=generator) for _ in range(2))
-    scorer = QueryScorer(mamba_decay=True, mamba_function=function)
+    scorer = QueryScorer(mamba_decay=True, mamba_function=function, mamba_contrast=False)
     for rate in (0.02, 0.3, 2.0, 40.0):
         A = -rate * torch.tensor([1.0, 1.1, 0.5, 2.0])
         mamba = moved(MambaSignals(B, C, torch.rand(405, 4, generator=generator), A), device_of(backend))
@@ -131,7 +140,7 @@ def test_a_token_without_a_step_has_the_score_of_its_double(backend):
     B[second], dt[second] = B[first], 0.0
     layout, mamba = moved(layout, device_of(backend)), moved(replace(mamba, B=B, dt=dt), device_of(backend))
     for function in ("identity", "abs", "relu", "softmax"):
-        scorer = QueryScorer(mamba_decay=True, mamba_dt=False, mamba_function=function)
+        scorer = QueryScorer(mamba_decay=True, mamba_dt=False, mamba_function=function, mamba_contrast=False)
         for scores in (
             fast_mamba(backend, mamba, layout, scorer),
             scorer.score(mamba, layout, 0),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 import types
 
 import hybridprune_kernels
@@ -13,6 +16,7 @@ from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.scorers import SCORERS
 from hybridprune_megatron.ops import native as switch
 from tests.kernels.backends import attention_of, layout_of, mamba_of
+from tests.kernels.emulation import ROOT
 from tests.method import test_score_memory as memory
 
 CPU = torch.device("cpu")
@@ -40,7 +44,7 @@ def mamba_arguments(dtype: torch.dtype = torch.float32) -> list:
     dt = torch.rand(9, 4, generator=generator)
     log_decay = -dt.double().cumsum(0)
     indices = [torch.tensor([0, 1, 6]), torch.tensor([0, 2, 3]), torch.tensor([4, 8]), torch.tensor([0, 1, 2])]
-    return [B, C, dt, log_decay, *indices, "softmax", "max_heads"]
+    return [B, C, dt, log_decay, *indices, "softmax", False, "max_heads"]
 
 
 def calls(dtype: torch.dtype = torch.float32) -> dict[str, list]:
@@ -83,7 +87,8 @@ def replaced(arguments: list, place: int, value: object) -> list:
         ("mamba_score", 4, torch.tensor([0, 1, 9]), r"visual_index\[2\]=9: there are 9 rows"),
         ("mamba_score", 7, torch.tensor([0, 2, 2]), "sample 1 has visual tokens and no query"),
         ("mamba_score", 8, "tanh", "function='tanh': allowed are identity, abs, relu, softmax"),
-        ("mamba_score", 9, "max", "pooling='max': allowed are mean, max_groups, max_heads"),
+        ("mamba_score", 9, True, "contrast with function='softmax' and log_decay: expected identity without log_decay"),
+        ("mamba_score", 10, "max", "pooling='max': allowed are mean, max_groups, max_heads"),
     ],
 )
 def test_what_is_refused_is_one_line(name, place, value, message):
@@ -182,10 +187,22 @@ def test_memory_of_attention_scores_is_linear(settings, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("decay", "function"), list(itertools.product([True, False], ["identity", "abs", "relu", "softmax"]))
+    ("contrast", "decay", "function"),
+    [(True, False, "identity"), *itertools.product([False], [True, False], ["identity", "abs", "relu", "softmax"])],
 )
-def test_memory_of_mamba_scores_is_linear(decay, function, monkeypatch):
+def test_memory_of_mamba_scores_is_linear(contrast, decay, function, monkeypatch):
     monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "1")
-    scorer = SCORERS.build({"name": "query", "mamba_decay": decay, "mamba_function": function})
+    how = {"mamba_contrast": contrast, "mamba_decay": decay, "mamba_function": function}
+    scorer = SCORERS.build({"name": "query", **how})
     growth = memory.bytes_per_token(lambda layout, _, signals: scorer.score(signals, layout, 0))
     assert growth < memory.BYTES_PER_TOKEN
+
+
+def test_the_benchmark_of_operators_runs(tmp_path):
+    """Every case native and plain, at sizes of a layer of the 12B model."""
+    out = tmp_path / "kernels.json"
+    command = [sys.executable, "kernels/bench.py", "--device", "cpu", "--quick", "--lengths", "96", "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert {"attention score", "Mamba score", "Mamba score, signed"} <= {row["operator"] for row in rows}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from random import Random
 
 import pytest
 import torch
 
+from hybridprune_megatron.method.layout import TokenLayout
+from hybridprune_megatron.method.plan import select
 from hybridprune_megatron.method.score_query import QueryScorer
 from tests.kernels.backends import (
     BACKENDS,
@@ -18,6 +21,8 @@ from tests.kernels.backends import (
     fast_mamba,
     layout_of,
     mamba_of,
+    moved,
+    sample,
 )
 
 # Sums of float32 in another order.
@@ -70,8 +75,45 @@ def test_attention_scores_of_all_widths(backend, heads, dtype):
 @pytest.mark.parametrize("pooling", ["mean", "max_groups", "max_heads"])
 def test_mamba_scores_of_all_settings(backend, pooling, dt, decay, function, name):
     layout = layout_of(name, device_of(backend))
-    scorer = QueryScorer(mamba_decay=decay, mamba_dt=dt, mamba_function=function, mamba_pooling=pooling)
+    how = {"mamba_decay": decay, "mamba_dt": dt, "mamba_function": function, "mamba_pooling": pooling}
+    scorer = QueryScorer(**how, mamba_contrast=False)
     torch.testing.assert_close(*mamba_pair(backend, scorer, mamba_of(layout, 3, 6, 20), layout), **CLOSE)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dt", [True, False])
+@pytest.mark.parametrize("pooling", ["mean", "max_groups", "max_heads"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 6, 20), (1, 37, 7), (8, 16, 128)], ids=str)
+def test_contrast_of_all_settings(backend, sizes, dtype, pooling, dt, name):
+    layout = layout_of(name, device_of(backend))
+    scorer = QueryScorer(mamba_dt=dt, mamba_pooling=pooling)
+    torch.testing.assert_close(*mamba_pair(backend, scorer, mamba_of(layout, *sizes, dtype), layout), **CLOSE)
+
+
+def test_contrast_keeps_what_plain_torch_keeps(backend):
+    """500 random packs: an offset that all tokens share, signs that differ by head, tokens that are repeated."""
+    random = Random(7)
+    for number in range(500):
+        shown = [random.choice((0, 1, 5, 63, 64, 65, 257)) for _ in range(random.randint(1, 3))]
+        layout = TokenLayout.from_samples([sample(count, random.randint(1, 9)) for count in shown])
+        layout = moved(layout, device_of(backend))
+        groups, of_group = random.choice((1, 2, 8)), random.choice((1, 2, 5, 17))
+        signals = mamba_of(layout, groups, groups * of_group, random.choice((4, 7, 32)))
+        copies = torch.randint(layout.num_tokens, (layout.num_tokens,), generator=torch.Generator().manual_seed(number))
+        signals = replace(signals, B=signals.B[copies] + random.choice((0.0, 3.0)), dt=signals.dt[copies])
+        fast, plain = mamba_pair(backend, QueryScorer(mamba_dt=number % 2 == 0), signals, layout)
+        counts = [random.randint(0, count) for count in layout.visual_counts]
+        assert torch.equal(select(fast, layout, counts).kept, select(plain, layout, counts).kept), number
+
+
+def test_contrast_does_not_wait_for_rows_to_be_averaged(backend):
+    layout = layout_of("packed", device_of(backend))
+    for settings in ({"mamba_function": "abs"}, {"mamba_decay": True}):
+        with pytest.raises(RuntimeError, match="expected identity without log_decay"):
+            fast_mamba(backend, mamba_of(layout, 3, 6, 20), layout, QueryScorer(**settings))
+        # So the score itself takes plain torch.
+        assert QueryScorer(**settings).native_scores(mamba_of(layout, 3, 6, 20), layout, []) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -80,16 +122,16 @@ def test_mamba_scores_of_all_settings(backend, pooling, dt, decay, function, nam
 def test_mamba_scores_of_all_widths(backend, function, sizes, dtype):
     layout = layout_of("packed", device_of(backend))
     signals = mamba_of(layout, *sizes, dtype)
-    scorer = QueryScorer(query_rows="last", mamba_function=function, mamba_pooling="max_groups")
+    scorer = QueryScorer("last", mamba_function=function, mamba_pooling="max_groups", mamba_contrast=False)
     torch.testing.assert_close(*mamba_pair(backend, scorer, signals, layout), **CLOSE)
 
 
-@pytest.mark.parametrize("settings", [{}, {"mamba_decay": True}, {"mamba_function": "softmax"}], ids=str)
+SIGNED = [{"mamba_contrast": False} | each for each in ({}, {"mamba_decay": True}, {"mamba_function": "softmax"})]
+
+
+@pytest.mark.parametrize("settings", [{}, *SIGNED], ids=str)
 def test_several_shares_of_a_first_pass_join(settings, monkeypatch):
     """On the CPU a share is 4,096 keys."""
-    from hybridprune_megatron.method.layout import TokenLayout
-    from tests.kernels.backends import sample
-
     monkeypatch.setenv("HYBRIDPRUNE_KERNELS", "0")
     layout = TokenLayout.from_samples([sample(3, 1), sample(8300, 3)])
     scorer = QueryScorer(**settings)
@@ -100,13 +142,13 @@ def test_several_shares_of_a_first_pass_join(settings, monkeypatch):
 @pytest.mark.parametrize("name", ["packed", "one token"])
 def test_scores_are_the_same_bits_every_time_and_with_any_threads(name):
     layout = layout_of(name, torch.device("cpu"))
-    scorer = QueryScorer(mamba_function="softmax", mamba_decay=True)
+    scorers = [QueryScorer(), QueryScorer(mamba_function="softmax", mamba_decay=True, mamba_contrast=False)]
     threads, seen = torch.get_num_threads(), []
     for count in (1, 2, 2):
         torch.set_num_threads(count)
-        attention = fast_attention("cpu", attention_of(layout, 6, 2, 20), layout, scorer)
-        mamba = fast_mamba("cpu", mamba_of(layout, 3, 6, 20), layout, scorer)
-        seen.append(torch.cat([attention, mamba]))
+        attention = fast_attention("cpu", attention_of(layout, 6, 2, 20), layout, scorers[0])
+        mamba = [fast_mamba("cpu", mamba_of(layout, 3, 6, 20), layout, scorer) for scorer in scorers]
+        seen.append(torch.cat([attention, *mamba]))
     torch.set_num_threads(threads)
     assert torch.equal(seen[0], seen[1])
     assert torch.equal(seen[1], seen[2])

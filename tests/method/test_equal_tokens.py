@@ -21,9 +21,9 @@ KINDS = 5
 #: vector registers, where a block of one token is left over, and where a sum is over one number only.
 SIZES = [(1300, 3, 6, 2, 20), (1025, 1, 1, 1, 7), (513, 32, 8, 8, 64), (67, 5, 12, 3, 33), (129, 2, 16, 1, 128)]
 MAMBA = [
-    {"mamba_function": function, "mamba_dt": dt, "mamba_pooling": pooling}
-    for (function, dt), pooling in zip(
-        itertools.product(("identity", "abs", "relu", "softmax"), (True, False)),
+    {"mamba_function": function, "mamba_dt": dt, "mamba_contrast": contrast, "mamba_pooling": pooling}
+    for (function, dt, contrast), pooling in zip(
+        itertools.product(("identity", "abs", "relu", "softmax"), (True, False), (True, False)),
         itertools.cycle(("mean", "max_groups", "max_heads")),
     )
 ]

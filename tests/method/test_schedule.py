@@ -72,7 +72,7 @@ def test_shapes_are_their_formulas():
         (Sigmoid, lambda x: (1 + math.exp(-2)) / (1 + math.exp(10 * (x - 0.2)))),
     ):
         wide = [0.3 + 0.7 * curve(x) for x in depths]
-        assert retention_by_layer(pattern, fmean(wide), "all", shape()) == pytest.approx(wide)
+        assert retention_by_layer(pattern, fmean(wide), "all", shape(floor=None)) == pytest.approx(wide)
         # With a floor of its own a curve reaches it at the depth that meets the budget, here half.
         narrow = [0.1 + 0.9 * (curve(min(2 * x, 1)) if shape is not Sigmoid else curve(2 * x)) for x in depths]
         assert retention_by_layer(pattern, fmean(narrow), "all", shape(floor=0.1)) == pytest.approx(narrow)
@@ -127,7 +127,9 @@ def test_a_floor_that_the_budget_cannot_hold_is_lowered(layers: str):
 def test_published_floors_of_the_sigmoid():
     """The method's notes give these floors for the 12B pattern at a budget of 0.25."""
     for midpoint, slope, floor in ((0.2, 10, 0.006), (0.1, 8, 0.044)):
-        assert retention_by_layer(NANO_12B, 0.25, "all", Sigmoid(midpoint, slope))[-1] == pytest.approx(floor, abs=0.01)
+        assert retention_by_layer(NANO_12B, 0.25, "all", Sigmoid(midpoint, slope, floor=None))[-1] == pytest.approx(
+            floor, abs=0.01
+        )
 
 
 def test_only_layers_that_score_drop():
@@ -185,13 +187,14 @@ def test_counts_meet_the_budget(pattern, shape):
             assert all(counts[i] == counts[i - 1] for i in range(1, len(pattern)) if i - 1 not in reducing)
 
 
-def test_the_demo_has_the_plan_it_was_measured_with():
-    counts = kept_counts(retention_by_layer("M-M*-M-M*-", 0.25), 256)
-    assert counts == (256, 178, 178, 19, 4, 4, 1, 1, 1, 1)
+def test_the_demo_has_the_plans_it_was_measured_with():
+    pattern, first = "M-M*-M-M*-", Sigmoid(floor=None)
+    assert kept_counts(retention_by_layer(pattern, 0.25, "all", first), 256) == (256, 178, 178, 19, 4, 4, 1, 1, 1, 1)
+    assert kept_counts(retention_by_layer(pattern, 0.25), 256) == (256, 58, 58, 39, *[38] * 6)
 
 
 def test_counts_keep_a_minimum():
-    assert min(kept_counts(retention_by_layer(NANO_12B, 0.25), 256, min_tokens=8)) == 8
+    assert min(kept_counts(retention_by_layer(NANO_12B, 0.25, "all", Sigmoid(floor=None)), 256, min_tokens=8)) == 8
     assert kept_counts((1.0, 0.1), 3, min_tokens=8) == (3, 3)
     assert kept_counts((1.0, 0.5), 0) == (0, 0)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, pstdev
 
 import pytest
 import torch
@@ -119,6 +119,17 @@ def naive_mamba(
     return written_out(layout, last, masses)
 
 
+def naive_contrast(layout: TokenLayout, per_head: list[list[float]]) -> list[list[float]]:
+    """Every head's distance from its mean over a sample's visual tokens, in standard deviations."""
+    contrasted, start = [], 0
+    for count in layout.visual_counts:
+        own = per_head[start : start + count]
+        moments = [(fmean(column), pstdev(column)) for column in zip(*own)]
+        contrasted += [[abs(s - mean) / std if std else 0.0 for s, (mean, std) in zip(row, moments)] for row in own]
+        start += count
+    return contrasted
+
+
 def max_groups(heads: list[float]) -> float:
     size = HEADS // GROUPS
     return max(fmean(heads[start : start + size]) for start in range(0, HEADS, size))
@@ -154,13 +165,15 @@ def test_attention_scores_equal_their_formula(causal, rows, layout, monkeypatch)
 @pytest.mark.parametrize("function", ["identity", "abs", "relu", "softmax"])
 @pytest.mark.parametrize("dt", [True, False])
 @pytest.mark.parametrize("decay", [True, False])
-def test_mamba_scores_equal_their_formula(decay, dt, function, layout, monkeypatch):
+@pytest.mark.parametrize("contrast", [True, False])
+def test_mamba_scores_equal_their_formula(contrast, decay, dt, function, layout, monkeypatch):
     monkeypatch.setattr(query_formula, "BLOCK", 12)
     monkeypatch.setattr(signals_module, "BLOCK", 12)
     _, signals = signals_of(layout)
-    settings = {"mamba_decay": decay, "mamba_dt": dt, "mamba_function": function}
+    settings = {"mamba_contrast": contrast, "mamba_decay": decay, "mamba_dt": dt, "mamba_function": function}
     for rows in ("question", "last"):
         per_head = naive_mamba(signals, layout, decay, dt, function, rows == "last")
+        per_head = naive_contrast(layout, per_head) if contrast else per_head
         for pooling in ("mean", "max_groups", "max_heads"):
             scorer = scorer_of("query", query_rows=rows, mamba_pooling=pooling, **settings)
             assert_scores(scorer.score(signals, layout, 0), per_head, pooling)

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "../checks.h"
@@ -289,6 +290,11 @@ double pooled(const double* products, const float* steps, const double* sums, in
   return pooling == Pooling::kMean ? sum / static_cast<double>(groups * R) : best;
 }
 
+// float32 [G, N]: the mean of C over a sample's query rows.
+at::Tensor mean_rows(const Mamba& mamba, int64_t sample) {
+  return mamba.C.narrow(0, mamba.query_offsets[sample], mamba.queries(sample)).to(at::kDouble).mean(0).to(at::kFloat);
+}
+
 // Identity without decay: the mean of C first, then one pass over B, summed in float64 and rounded at the end, so that
 // plain torch comes to the same bits. ``scalar_t``: float, or the bits of bfloat16.
 template <typename scalar_t>
@@ -299,9 +305,8 @@ at::Tensor one_pass(const Mamba& mamba, Pooling pooling) {
   const float* steps = mamba.dt.defined() ? mamba.dt.const_data_ptr<float>() : nullptr;
   const std::vector<float> ones(R, 1.0f);
   for (int64_t sample = 0; sample < mamba.samples; ++sample) {
-    const int64_t queries = mamba.queries(sample);
-    if (queries == 0) continue;
-    const at::Tensor mean = mamba.C.narrow(0, mamba.query_offsets[sample], queries).to(at::kDouble).mean(0).to(at::kFloat);
+    if (mamba.queries(sample) == 0) continue;
+    const at::Tensor mean = mean_rows(mamba, sample);
     const float* c = mean.const_data_ptr<float>();
     at::parallel_for(mamba.visual_offsets[sample], mamba.visual_offsets[sample + 1], 256, [&](int64_t begin, int64_t end) {
       std::vector<double> products(G), sums(G, static_cast<double>(R));
@@ -317,17 +322,117 @@ at::Tensor one_pass(const Mamba& mamba, Pooling pooling) {
   return out;
 }
 
+// One token's score from what its heads [G, R] say.
+double pooled_heads(const double* heads, int64_t groups, int64_t R, Pooling pooling) {
+  double best = kNegInf, sum = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    double in_group = 0;
+    for (int64_t r = 0; r < R; ++r) {
+      const double value = heads[g * R + r];
+      in_group += value;
+      best = pooling == Pooling::kMaxHeads ? std::max(best, value) : best;
+    }
+    sum += in_group;
+    best = pooling == Pooling::kMaxGroups ? std::max(best, in_group / static_cast<double>(R)) : best;
+  }
+  return pooling == Pooling::kMean ? sum / static_cast<double>(groups * R) : best;
+}
+
+// The same scores as ``one_pass`` before heads are pooled, each as its distance from its head's mean over the sample's
+// visual tokens in standard deviations: one pass over B for the moments, one to measure. Moments are of differences from
+// the sample's first token, as in plain torch, summed in blocks of their own so that threads change no bit.
+template <typename scalar_t>
+class Contrast {
+ public:
+  Contrast(const Mamba& mamba, const float* mean_c, int64_t sample)
+      : mamba_(mamba), mean_c_(mean_c), begin_(mamba.visual_offsets[sample]), end_(mamba.visual_offsets[sample + 1]),
+        heads_(mamba.groups * mamba.heads_of_group), first_(heads_), centre_(heads_), scale_(heads_) {}
+
+  void find_moments() {
+    std::vector<double> products(mamba_.groups);
+    score(first_.data(), products.data(), begin_);
+    const int64_t blocks = (end_ - begin_ + kTokens - 1) / kTokens;
+    // Sums and sums of squares of every block.
+    std::vector<double> sums(blocks * 2 * heads_, 0.0);
+    at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+      std::vector<double> scores(heads_), own_products(mamba_.groups);
+      for (int64_t block = first; block < last; ++block) {
+        double* total = sums.data() + block * 2 * heads_;
+        const int64_t stop = std::min(begin_ + (block + 1) * kTokens, end_);
+        for (int64_t j = begin_ + block * kTokens; j < stop; ++j) {
+          score(scores.data(), own_products.data(), j);
+          add_gaps(total, total + heads_, scores.data(), first_.data(), heads_);
+        }
+      }
+    });
+    for (int64_t block = 1; block < blocks; ++block) add(sums.data(), sums.data() + block * 2 * heads_, 2 * heads_);
+    const double count = static_cast<double>(end_ - begin_);
+    for (int64_t h = 0; h < heads_; ++h) {
+      const double mean = sums[h] / count, variance = sums[heads_ + h] / count - mean * mean;
+      centre_[h] = first_[h] + mean;
+      // A head that scores all tokens alike says 0 of each.
+      scale_[h] = variance > 0 ? 1 / std::sqrt(variance) : 0;
+    }
+  }
+
+  void measure(float* out, Pooling pooling) const {
+    at::parallel_for(begin_, end_, kTokens, [&](int64_t first, int64_t last) {
+      std::vector<double> scores(heads_), products(mamba_.groups);
+      for (int64_t j = first; j < last; ++j) {
+        score(scores.data(), products.data(), j);
+        contrast(scores.data(), centre_.data(), scale_.data(), heads_);
+        out[j] = static_cast<float>(pooled_heads(scores.data(), mamba_.groups, mamba_.heads_of_group, pooling));
+      }
+    });
+  }
+
+ private:
+  static constexpr int64_t kTokens = 256;
+
+  // [G, R] signed scores of a visual token.
+  void score(double* out, double* products, int64_t j) const {
+    const int64_t G = mamba_.groups, R = mamba_.heads_of_group, width = mamba_.width, token = mamba_.visual_index[j];
+    const auto* b = static_cast<const scalar_t*>(mamba_.B.const_data_ptr()) + token * G * width;
+    group_products(products, b, mean_c_, width, G, width);
+    const float* steps = mamba_.dt.defined() ? mamba_.dt.const_data_ptr<float>() + token * heads_ : nullptr;
+    for (int64_t g = 0; g < G; ++g) {
+      for (int64_t r = 0; r < R; ++r) out[g * R + r] = products[g] * (steps ? steps[g * R + r] : 1.0f);
+    }
+  }
+
+  const Mamba& mamba_;
+  const float* mean_c_;
+  int64_t begin_, end_, heads_;
+  std::vector<double> first_, centre_, scale_;
+};
+
+template <typename scalar_t>
+at::Tensor contrasted(const Mamba& mamba, Pooling pooling) {
+  const at::Tensor out = at::empty({mamba.visual_offsets[mamba.samples]}, at::kFloat);
+  for (int64_t sample = 0; sample < mamba.samples; ++sample) {
+    if (mamba.queries(sample) == 0 || mamba.visual_offsets[sample] == mamba.visual_offsets[sample + 1]) continue;
+    const at::Tensor mean = mean_rows(mamba, sample);
+    Contrast<scalar_t> contrast(mamba, mean.const_data_ptr<float>(), sample);
+    contrast.find_moments();
+    contrast.measure(out.mutable_data_ptr<float>(), pooling);
+  }
+  return out;
+}
+
 at::Tensor mamba_score(const at::Tensor& B, const at::Tensor& C, const std::optional<at::Tensor>& dt,
                        const std::optional<at::Tensor>& log_decay, const at::Tensor& visual_index,
                        const at::Tensor& visual_offsets, const at::Tensor& query_index, const at::Tensor& query_offsets,
-                       c10::string_view function, c10::string_view pooling) {
+                       c10::string_view function, bool contrast, c10::string_view pooling) {
   const at::NoGradGuard no_grad;
   const Pooling pool = mamba_pooling_of(pooling);
+  check_contrast(contrast, function, log_decay);
   const Mamba mamba(B, C, dt, log_decay, visual_index, visual_offsets, query_index, query_offsets,
                     function_of(function));
   if (log_decay) return from_products<double>(mamba, pool);
   if (mamba.function != Function::kIdentity) return from_products<float>(mamba, pool);
-  return B.scalar_type() == at::kFloat ? one_pass<float>(mamba, pool) : one_pass<uint16_t>(mamba, pool);
+  const bool wide = B.scalar_type() == at::kFloat;
+  if (contrast) return wide ? contrasted<float>(mamba, pool) : contrasted<uint16_t>(mamba, pool);
+  return wide ? one_pass<float>(mamba, pool) : one_pass<uint16_t>(mamba, pool);
 }
 
 }  // namespace

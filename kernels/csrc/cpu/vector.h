@@ -171,4 +171,20 @@ HP_VECTOR void group_products(double* __restrict__ out, const scalar_t* __restri
   }
 }
 
+// One token's heads: adds the gaps to a first token's scores, and their squares.
+HP_VECTOR void add_gaps(double* __restrict__ total, double* __restrict__ squares, const double* __restrict__ scores,
+                        const double* __restrict__ first, int64_t n) {
+  for (int64_t h = 0; h < n; ++h) {
+    const double gap = scores[h] - first[h];
+    total[h] += gap;
+    squares[h] += gap * gap;
+  }
+}
+
+// out_h = |out_h - centre_h| scale_h
+HP_VECTOR void contrast(double* __restrict__ out, const double* __restrict__ centre, const double* __restrict__ scale,
+                        int64_t n) {
+  for (int64_t h = 0; h < n; ++h) out[h] = std::fabs(out[h] - centre[h]) * scale[h];
+}
+
 }  // namespace hybridprune

@@ -49,8 +49,17 @@ void attention_log_sum(const AttentionInputs& in, float* partial, float* log_sum
 void attention_mass(const AttentionInputs& in, const float* log_sum, bool by_max, float* per_key_head,
                     cudaStream_t stream);
 
-// mean_c: float32 [samples, G, N]; scores: [V].
-void mamba_one_pass(const MambaInputs& in, float* mean_c, float* scores, cudaStream_t stream);
+// What scores are measured against, of every sample and head; null: they are taken as they are.
+struct Moments {
+  double *centre, *scale;  // [samples, H]
+};
+
+// mean_c: float32 [samples, G, N].
+void mamba_mean_rows(const MambaInputs& in, float* mean_c, cudaStream_t stream);
+// partial: float64 [max_pieces(visual, samples, share_of(visual)), 2, H].
+void mamba_moments(const MambaInputs& in, const float* mean_c, double* partial, Moments moments, cudaStream_t stream);
+// scores: [V].
+void mamba_one_pass(const MambaInputs& in, const float* mean_c, Moments moments, float* scores, cudaStream_t stream);
 // With log_decay all of these are float64, else float32. partial: as above with visual tokens for keys; log_sum: [T, H].
 void mamba_log_sum(const MambaInputs& in, void* partial, void* log_sum, cudaStream_t stream);
 // per_head: [H, V]; log_sum only for the softmax.

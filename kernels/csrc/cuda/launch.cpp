@@ -111,9 +111,11 @@ at::Tensor pooled_heads(const at::Tensor& per_head, int64_t groups, Pooling pool
 at::Tensor mamba_score(const at::Tensor& B_in, const at::Tensor& C_in, const std::optional<at::Tensor>& dt_in,
                        const std::optional<at::Tensor>& log_decay_in, const at::Tensor& visual_index_in,
                        const at::Tensor& visual_offsets_in, const at::Tensor& query_index_in,
-                       const at::Tensor& query_offsets_in, c10::string_view function, c10::string_view pooling) {
+                       const at::Tensor& query_offsets_in, c10::string_view function, bool contrast,
+                       c10::string_view pooling) {
   const DeviceOf device(B_in);
   const Pooling pool = mamba_pooling_of(pooling);
+  check_contrast(contrast, function, log_decay_in);
   check_mamba(B_in, C_in, dt_in, log_decay_in, visual_index_in, visual_offsets_in, query_index_in, query_offsets_in);
   const at::Tensor B = B_in.contiguous(), C = C_in.contiguous();
   const at::Tensor dt = dt_in ? dt_in->contiguous() : at::Tensor();
@@ -140,7 +142,15 @@ at::Tensor mamba_score(const at::Tensor& B_in, const at::Tensor& C_in, const std
   in.bf16 = B.scalar_type() == at::kBFloat16;
   if (in.function == static_cast<int>(Function::kIdentity) && !log_decay_in) {
     const at::Tensor scores = scratch(B, {in.visual}), mean_c = scratch(B, {in.samples, B.size(1), B.size(2)});
-    cuda::mamba_one_pass(in, mean_c.mutable_data_ptr<float>(), scores.mutable_data_ptr<float>(), device.stream);
+    const at::Tensor centre = scratch(B, {contrast ? in.samples : 0, in.heads}, at::kDouble), scale = at::empty_like(centre);
+    cuda::Moments moments{nullptr, nullptr};
+    cuda::mamba_mean_rows(in, mean_c.mutable_data_ptr<float>(), device.stream);
+    if (contrast) {
+      moments = {centre.mutable_data_ptr<double>(), scale.mutable_data_ptr<double>()};
+      const at::Tensor sums = partial_sums(B, in.visual, in.samples, in.heads, at::kDouble);
+      cuda::mamba_moments(in, mean_c.const_data_ptr<float>(), sums.mutable_data_ptr<double>(), moments, device.stream);
+    }
+    cuda::mamba_one_pass(in, mean_c.const_data_ptr<float>(), moments, scores.mutable_data_ptr<float>(), device.stream);
     return scores;
   }
   const at::ScalarType type = log_decay_in ? at::kDouble : at::kFloat;

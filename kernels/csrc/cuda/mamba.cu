@@ -53,12 +53,99 @@ __device__ __forceinline__ double lane_product(const T* b, const float* c, int w
   return sum;
 }
 
+// The moments of scores over one share of a sample's visual tokens, for the heads of one group: sums of differences from
+// the sample's first token, as in plain torch, and of their squares. Grid: shares, groups.
+constexpr int kLanes = 16;  // heads at once, and tokens at once: kThreads is their product
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    moments_kernel(MambaInputs in, int64_t size, const float* mean_c, double* partial) {
+  static_assert(kLanes * kLanes == kThreads);
+  // Products of the tokens of a tile with the mean of C, and of the first token.
+  __shared__ double products[kTile + 1];
+  __shared__ int64_t tokens[kTile + 1];
+  __shared__ double totals[kLanes][kLanes], squares[kLanes][kLanes];
+  Piece piece;
+  if (!find_piece(in.visual_offsets, in.samples, size, blockIdx.x, piece)) return;
+  const int group = blockIdx.y, heads_of_group = in.heads / in.groups, width = in.width;
+  const int lane = threadIdx.x % 32, row = threadIdx.x / kLanes, column = threadIdx.x % kLanes;
+  const float* c = mean_c + (piece.sample * in.groups + group) * width;
+  double* out = partial + (static_cast<int64_t>(blockIdx.x) * 2 * in.groups + group) * heads_of_group;
+  for (int64_t start = piece.begin; start < piece.end; start += kTile) {
+    const int count = static_cast<int>(smaller(kTile, piece.end - start));
+    for (int j = threadIdx.x / 32; j <= count; j += kThreads / 32) {
+      const int64_t token = in.visual_index[j < count ? start + j : in.visual_offsets[piece.sample]];
+      const int slot = j < count ? j : kTile;
+      const T* b = static_cast<const T*>(in.B) + (token * in.groups + group) * width;
+      const double product = warp_sum(lane_product(b, c, width, lane));
+      if (lane == 0) {
+        products[slot] = product;
+        tokens[slot] = token;
+      }
+    }
+    __syncthreads();
+    for (int left = 0; left < heads_of_group; left += kLanes) {
+      const int r = left + column;
+      double total = 0, square = 0;
+      if (r < heads_of_group) {
+        const auto score = [&](int slot) {
+          const int64_t head = tokens[slot] * in.heads + group * heads_of_group + r;
+          return products[slot] * (in.dt != nullptr ? in.dt[head] : 1.0f);
+        };
+        const double first = score(kTile);
+        for (int j = row; j < count; j += kLanes) {
+          const double gap = score(j) - first;
+          total += gap;
+          square += gap * gap;
+        }
+      }
+      totals[row][column] = total;
+      squares[row][column] = square;
+      __syncthreads();
+      if (row < 2 && r < heads_of_group) {
+        const auto& part = row == 0 ? totals : squares;
+        double sum = start == piece.begin ? 0.0 : out[row * in.heads + r];
+        for (int i = 0; i < kLanes; ++i) sum += part[i][column];
+        // This thread alone writes here, so it may add tile after tile.
+        out[row * in.heads + r] = sum;
+      }
+      // All have read this tile, and what its rows came to.
+      __syncthreads();
+    }
+  }
+}
+
+// Grid: samples, heads / 256.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    join_moments(MambaInputs in, int64_t size, const float* mean_c, const double* partial, Moments moments) {
+  const int64_t sample = blockIdx.x, begin = in.visual_offsets[sample], end = in.visual_offsets[sample + 1];
+  const int head = blockIdx.y * kThreads + threadIdx.x, group = head / (in.heads / in.groups);
+  if (head >= in.heads || begin == end) return;
+  const int64_t first_share = first_piece(in.visual_offsets, sample, size), shares = (end - begin + size - 1) / size;
+  double total = 0, squares = 0;
+  for (int64_t i = 0; i < shares; ++i) {
+    const double* sums = partial + (first_share + i) * 2 * in.heads + head;
+    total += sums[0];
+    squares += sums[in.heads];
+  }
+  const int64_t token = in.visual_index[begin];
+  const T* b = static_cast<const T*>(in.B) + (token * in.groups + group) * in.width;
+  const float* c = mean_c + (sample * in.groups + group) * in.width;
+  double first = 0;
+  for (int n = 0; n < in.width; ++n) first += as_float(b[n]) * c[n];
+  if (in.dt != nullptr) first *= in.dt[token * in.heads + head];
+  const double count = static_cast<double>(end - begin), mean = total / count, variance = squares / count - mean * mean;
+  moments.centre[sample * in.heads + head] = first + mean;
+  // A head that scores all tokens alike says 0 of each.
+  moments.scale[sample * in.heads + head] = variance > 0 ? 1 / sqrt(variance) : 0;
+}
+
 constexpr int kGroupsAtOnce = 4;
 constexpr int kTokensPerBlock = 64;  // eight for each warp
 
 // Scores of 64 visual tokens of a sample, one warp a token. Grid: pieces of visual tokens.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) one_pass_kernel(MambaInputs in, const float* mean_c, float* scores) {
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) one_pass_kernel(MambaInputs in, const float* mean_c, Moments moments, float* scores) {
   Piece piece;
   if (!find_piece(in.visual_offsets, in.samples, kTokensPerBlock, blockIdx.x, piece)) return;
   const int lane = threadIdx.x % 32, size = in.groups * in.width, heads_of_group = in.heads / in.groups;
@@ -78,16 +165,24 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) one_pass_kernel(Mamba
       for (int g = 0; g < kGroupsAtOnce; ++g) {
         if (group + g >= in.groups) break;
         const double product = warp_sum(products[g]);
+        // Without moments the product weighs all heads of the group alike, and their steps are summed alone.
         double in_group = 0;
         for (int r = lane; r < heads_of_group; r += 32) {
-          const float step = in.dt != nullptr ? in.dt[token * in.heads + (group + g) * heads_of_group + r] : 1.0f;
-          in_group += step;
-          if (in.pooling == static_cast<int>(Pooling::kMaxHeads)) best = larger(best, product * step);
+          const int head = (group + g) * heads_of_group + r;
+          const float step = in.dt != nullptr ? in.dt[token * in.heads + head] : 1.0f;
+          double value = product * step;
+          if (moments.scale != nullptr) {
+            const int64_t at = piece.sample * in.heads + head;
+            value = fabs(value - moments.centre[at]) * moments.scale[at];
+          }
+          in_group += moments.scale != nullptr ? value : step;
+          if (in.pooling == static_cast<int>(Pooling::kMaxHeads)) best = larger(best, value);
         }
+        const double factor = moments.scale != nullptr ? 1.0 : product;
         if (in.pooling == static_cast<int>(Pooling::kMaxGroups)) {
-          best = larger(best, product * warp_sum(in_group) / static_cast<double>(heads_of_group));
+          best = larger(best, factor * warp_sum(in_group) / static_cast<double>(heads_of_group));
         }
-        sum += product * in_group;
+        sum += factor * in_group;
       }
     }
     const double score = in.pooling == static_cast<int>(Pooling::kMean) ? warp_sum(sum) / static_cast<double>(in.heads)
@@ -246,16 +341,25 @@ void launch_mass(const MambaInputs& in, const void* log_sum, void* per_head, cud
 
 }  // namespace
 
-void mamba_one_pass(const MambaInputs& in, float* mean_c, float* scores, cudaStream_t stream) {
+void mamba_mean_rows(const MambaInputs& in, float* mean_c, cudaStream_t stream) {
   const dim3 channels((in.groups * in.width + kThreads - 1) / kThreads, static_cast<unsigned>(in.samples));
+  launch(in.bf16 ? mean_rows_kernel<__nv_bfloat16> : mean_rows_kernel<float>, channels, kThreads, stream, in, mean_c);
+}
+
+void mamba_moments(const MambaInputs& in, const float* mean_c, double* partial, Moments moments, cudaStream_t stream) {
+  const int64_t size = share_of(in.visual);
+  const dim3 shares(static_cast<unsigned>(max_pieces(in.visual, in.samples, size)), in.groups);
+  const dim3 heads(static_cast<unsigned>(in.samples), (in.heads + kThreads - 1) / kThreads);
+  launch(in.bf16 ? moments_kernel<__nv_bfloat16> : moments_kernel<float>, shares, kThreads, stream, in, size, mean_c,
+         partial);
+  launch(in.bf16 ? join_moments<__nv_bfloat16> : join_moments<float>, heads, kThreads, stream, in, size, mean_c, partial,
+         moments);
+}
+
+void mamba_one_pass(const MambaInputs& in, const float* mean_c, Moments moments, float* scores, cudaStream_t stream) {
   const dim3 tokens(static_cast<unsigned>(max_pieces(in.visual, in.samples, kTokensPerBlock)));
-  if (in.bf16) {
-    launch(mean_rows_kernel<__nv_bfloat16>, channels, kThreads, stream, in, mean_c);
-    launch(one_pass_kernel<__nv_bfloat16>, tokens, kThreads, stream, in, mean_c, scores);
-  } else {
-    launch(mean_rows_kernel<float>, channels, kThreads, stream, in, mean_c);
-    launch(one_pass_kernel<float>, tokens, kThreads, stream, in, mean_c, scores);
-  }
+  launch(in.bf16 ? one_pass_kernel<__nv_bfloat16> : one_pass_kernel<float>, tokens, kThreads, stream, in, mean_c, moments,
+         scores);
 }
 
 void mamba_log_sum(const MambaInputs& in, void* partial, void* log_sum, cudaStream_t stream) {

@@ -14,7 +14,7 @@ except ImportError as error:
     ) from None
 
 #: What the main package asks for; rises when a schema changes.
-INTERFACE = 2
+INTERFACE = 3
 #: CUDA architectures of the build, such as ("80", "90"); empty: CPU only.
 CUDA_ARCHS: tuple[str, ...] = _build.CUDA_ARCHS
 

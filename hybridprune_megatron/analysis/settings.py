@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from hybridprune_megatron.bounds import Count, Range, Whole, check_bounds
+from hybridprune_megatron.bounds import Count, OneOf, Range, Whole, check_bounds
 from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.own_keys import check_paths
 
@@ -44,4 +44,39 @@ class AnalysisSettings:
         if self.probe_samples != 0 and self.probe_samples < FEWEST_PROBED:
             allowed = f"must be 0 (no probe) or at least {FEWEST_PROBED}"
             raise fail("probe_samples", self.probe_samples, allowed, "set e.g. probe_samples=64")
+        check_paths(checkpoint=self.checkpoint, data=self.data)
+
+
+#: Fewer clips: the solved list depends on which, for the damage has a heavy tail.
+FEWEST_CLIPS = 128
+
+
+@dataclass
+class SolveSettings:
+    """The keys of ``hybridprune solve``; the line on each is also what ``--help`` prints.
+
+    Attributes:
+        checkpoint: folder of a run (newest checkpoint), of one checkpoint, or a .safetensors file with experiment=...
+        out: folder for damages.jsonl (one line per clip, resumed) and solved.json.
+        data: folder of a data set that the answers are not judged on; null = data.train of the run.
+        clips: half of them are solved from, half are checked on; at least 128.
+        levels: shares that a layer may drop to, falling; 0 = as few tokens as the reduction allows.
+        damage: log (log(1 + KL / 0.01) of a clip, steadier) or raw (KL).
+        speedup: what the layers' operations are divided by, instead of reduction.budget; null = the budget.
+    """
+
+    checkpoint: str
+    out: str
+    data: str | None = None
+    clips: Count = 2 * FEWEST_CLIPS
+    levels: tuple[Annotated[float, Range(0, 1, below=True)], ...] = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
+    damage: Annotated[str, OneOf("log", "raw")] = "log"
+    speedup: Annotated[float, Range(1, 1000, above=True, example=4)] | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds("", self)
+        if self.clips < FEWEST_CLIPS:
+            raise fail("clips", self.clips, f"must be at least {FEWEST_CLIPS}", f"set clips={FEWEST_CLIPS} or more")
+        if list(self.levels) != sorted(set(self.levels), reverse=True) or not self.levels:
+            raise fail("levels", list(self.levels), "must fall", "set e.g. levels=[0.5,0.25,0.1,0]")
         check_paths(checkpoint=self.checkpoint, data=self.data)

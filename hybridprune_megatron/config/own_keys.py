@@ -52,7 +52,7 @@ class CheckpointKeys(Protocol):
 
 
 def read_checkpoint_command[T: CheckpointKeys](
-    command: str, about: str | None, kind: type[T], argv: Sequence[str]
+    command: str, about: str | None, kind: type[T], argv: Sequence[str], split: str = "validation"
 ) -> tuple[T, Path, Config, Path]:
     """The command line of a command that looks at a checkpoint; nothing slow is imported.
 
@@ -61,6 +61,7 @@ def read_checkpoint_command[T: CheckpointKeys](
         about: text of ``--help``, in which {keys} stands for the own keys.
         kind: dataclass of these.
         argv: arguments.
+        split: of the configuration's data, where the command line names none.
 
     Returns:
         Own keys, checkpoint, its configuration as changed, folder of the data set.
@@ -77,7 +78,7 @@ def read_checkpoint_command[T: CheckpointKeys](
     settings, overrides = read_own_keys(kind, parser.parse_args(argv).overrides)
     checkpoint = find_checkpoint(settings.checkpoint)
     cfg = checkpoint_config(checkpoint, overrides)
-    return settings, checkpoint, cfg, data_folder(settings.data, cfg)
+    return settings, checkpoint, cfg, data_folder(settings.data, getattr(cfg.data, split))
 
 
 def check_paths(**paths: str | None) -> None:
@@ -94,17 +95,17 @@ def check_paths(**paths: str | None) -> None:
             raise fail(name, path, f"is not there (looked from {Path.cwd()})", f"set {name} to a file or folder")
 
 
-def data_folder(data: str | None, cfg: Config) -> Path:
+def data_folder(data: str | None, otherwise: str | None) -> Path:
     """The data set to look at.
 
     Args:
-        data: what the user named; None: ``data.validation``.
-        cfg: of the checkpoint.
+        data: what the user named.
+        otherwise: taken where that is None.
 
     Raises:
         ConfigError: there is none.
     """
-    folder = data or cfg.data.validation
+    folder = data or otherwise
     if folder is None or not Path(folder).is_dir():
         raise ConfigError(f"data={folder}: is not a folder (looked from {Path.cwd()}); give data=<folder with shards>")
     check_dataset("data", Path(folder))

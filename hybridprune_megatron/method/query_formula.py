@@ -141,19 +141,17 @@ def contrasted(blocks: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
     """
     # Moments are those of differences from the first token: it lies within sqrt(V) standard deviations of the mean, so
     # that an offset of all tokens costs no digits, and equal tokens differ by exactly 0.
-    count, first, total, squares = 0, None, None, None
-    for block in blocks():
-        scores = block.double()
-        first = scores[:1] if first is None else first
-        gaps = scores - first
-        sums = summed(gaps, 0), summed(gaps * gaps, 0)
-        total, squares = sums if total is None else (total + sums[0], squares + sums[1])
-        count += len(block)
-    if first is None:
+    head = next(blocks(), None)
+    if head is None:
         return
+    first = head[:1].double()
+    count, total, squares = 0, torch.zeros_like(first[0]), torch.zeros_like(first[0])
+    for block in blocks():
+        gaps = block.double() - first
+        count, total, squares = count + len(block), total + summed(gaps, 0), squares + summed(gaps * gaps, 0)
     mean = total / count
     variance = squares / count - mean * mean
-    scale = torch.where(variance > 0, variance, torch.inf).rsqrt()
+    scale = torch.where(variance > 0, variance.rsqrt(), 0.0)
     centre = first + mean
     for block in blocks():
         yield (block.double() - centre).abs() * scale

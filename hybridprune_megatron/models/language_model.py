@@ -65,13 +65,25 @@ class ReductionHybridModel(HybridModel):
         hidden, layout = decoder(hidden, layout, dropping, trace)
         if not self.post_process:
             return with_origin(hidden, decoder.scattered(decoder.shard.cut(layout.origin))), layout
-        hidden = decoder.gathered(hidden)
-        if rows is not None:
-            index = torch.searchsorted(layout.origin, rows)
-            hidden, dealt = decoder.shard.rows_dealt(hidden, index, layout.num_tokens)
-            labels = labels[dealt] if labels is not None else None
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight)
+        logits, dealt = self.row_logits(hidden, layout, rows)
         if labels is None:
             return logits.squeeze(1), layout
-        return self.compute_language_model_loss(labels.unsqueeze(0), logits).squeeze(0).float(), layout
+        return self.compute_language_model_loss(labels[dealt].unsqueeze(0), logits).squeeze(0).float(), layout
+
+    def row_logits(self, hidden: Tensor, layout: TokenLayout, rows: Tensor | None) -> tuple[Tensor, slice]:
+        """Logits from what leaves the last stage's decoder.
+
+        Args:
+            hidden: this rank's part of it.
+            layout: of the tokens that are left.
+            rows: as for ``forward``.
+
+        Returns:
+            [R, 1, vocabulary of this rank], and which of the rows these are.
+        """
+        hidden, dealt = self.decoder.gathered(hidden), slice(None)
+        if rows is not None:
+            index = torch.searchsorted(layout.origin, rows)
+            hidden, dealt = self.decoder.shard.rows_dealt(hidden, index, layout.num_tokens)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden, weight=weight)[0], dealt

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.plan import Plan
 from hybridprune_megatron.method.reduction import Reduction
-from hybridprune_megatron.method.reduction_pass import ReductionPass
+from hybridprune_megatron.method.reduction_pass import ReductionPass, RunLayer
 from hybridprune_megatron.method.scorer import Scorer
 from hybridprune_megatron.method.sums import averaged
 from hybridprune_megatron.models.context import ContextShard
@@ -98,23 +98,34 @@ class ReductionStack(HybridStack):
         """
         if hidden_states is None:
             hidden_states, layout = self._received(layout, dropping)
+        layers = [layer.layer_number - 1 for layer in self.layers]
+        with pass_context(self.config):
+            run = self.layer_runner(dropping.dt_filter)
+            hidden_states, layout = dropping.walk(layers, hidden_states, layout, run, self, trace)
+        return self.finished(hidden_states), layout
+
+    def layer_runner(self, dt_filter: float | None = None) -> RunLayer:
+        """Runs this stage's layers one by one, for ``ReductionPass.walk``.
+
+        Args:
+            dt_filter: see ``Reduction``.
+        """
         layers = {layer.layer_number - 1: layer for layer in self.layers}
         packing: LayerPacking | None = None
 
         def run(index: int, hidden: Tensor, layout: TokenLayout, scorer: Scorer | None) -> tuple[Tensor, Tensor | None]:
             nonlocal packing
-            packing = pack_for_layer(layout, scorer, dropping.dt_filter, packing, self.shard)
+            packing = pack_for_layer(layout, scorer, dt_filter, packing, self.shard)
             hidden = self._run_layer(layers[index], hidden, packing)
             return hidden, _over_heads(packing, packing.heads_group or self.tp_group)
 
-        with pass_context(self.config):
-            hidden_states, layout = dropping.walk(layers, hidden_states, layout, run, self, trace)
+        return run
+
+    def finished(self, hidden_states: Tensor) -> Tensor:
+        """What leaves this stage of the hidden states after its last layer."""
         if self.post_process:
             hidden_states = self.final_norm(hidden_states)
-        hidden_states = make_viewless_tensor(
-            inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True
-        )
-        return hidden_states, layout
+        return make_viewless_tensor(inp=hidden_states, requires_grad=hidden_states.requires_grad, keep_graph=True)
 
     def input_shape(self, layout: TokenLayout, dropping: ReductionPass) -> tuple[int, int, int]:
         """Shape of what crosses the pipeline boundary before this stage.

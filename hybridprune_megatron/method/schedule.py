@@ -259,6 +259,38 @@ class Stages(Schedule):
 
 
 @dataclass(frozen=True)
+class Plateau(Schedule):
+    """Two early drops to one share, which is solved; late layers get less.
+
+    The first layer that may drop goes half of the way in ratio (``sqrt(first share)``), the second the rest.
+
+    Attributes:
+        end: relative depth (0 to 1) from which layers get the tail; 1 = none but the last layer.
+        tail: share of the late layers; those who read nothing there may have 0.
+    """
+
+    name: ClassVar[str] = "plateau"
+    end: Share = 1.0
+    tail: Share = 0.15
+
+    def families(self, num_layers: int, reducing: set[int], first: float) -> list[Family]:
+        once, *later = [*sorted(reducing), num_layers]
+        twice = later[0] if later else num_layers
+
+        def falling(share: float) -> Callable[[int], float]:
+            def target(layer: int) -> float:
+                if layer <= once:
+                    return first
+                if layer <= twice:
+                    return math.sqrt(first * share)
+                return min(share, self.tail) if layer >= self.end * (num_layers - 1) else share
+
+            return target
+
+        return [(falling, 0.0, first)]
+
+
+@dataclass(frozen=True)
 class Listed(Schedule):
     """Explicit shares.
 
@@ -299,7 +331,7 @@ class Listed(Schedule):
         return self.retention
 
 
-SCHEDULES = Registry(KEY, Schedule, (Sigmoid, Linear, Cosine, Step, Stages, Listed))
+SCHEDULES = Registry(KEY, Schedule, (Sigmoid, Linear, Cosine, Step, Stages, Plateau, Listed))
 
 
 def retention_by_layer(

@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from hybridprune_megatron.benchmark.report import headline_rows
 from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.evaluation.performance_page import headline_rows
 from hybridprune_megatron.evaluation.report import markdown_table, summary_rows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -28,14 +28,13 @@ ALLOWED: dict[str, set[str]] = {
     "vision": set(),
     "data": {"method", "config"},
     "models": {"layers", "method", "ops", "vision", "data", "config"},
-    "evaluation": {"layers", "method", "vision", "data", "config", "models"},
+    "evaluation": {"layers", "method", "data", "config", "models", "engine", "export"},
     "analysis": {"layers", "method", "ops", "data", "config", "models", "evaluation"},
     "huggingface": {"layers", "method", "config"},
-    "engine": {"layers", "method", "data", "config", "models", "evaluation", "huggingface"},
-    "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface", "export"},
+    "engine": {"layers", "method", "data", "config", "models", "huggingface"},
     "commands": {
         *("data", "config", "cost", "vision", "models", "huggingface"),
-        *("evaluation", "analysis", "engine", "export", "benchmark"),
+        *("evaluation", "analysis", "engine", "export"),
     },
     "export": {"layers", "method", "ops", "vision", "data", "config", "models", "engine", "huggingface"},
 }

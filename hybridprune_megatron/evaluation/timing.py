@@ -95,13 +95,14 @@ def in_turn(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    _wait()
+    synchronize()
     start = time.perf_counter()
     run()
-    _wait()
+    synchronize()
     return time.perf_counter() - start
 
 
-def _wait() -> None:
+def synchronize() -> None:
+    """Waits for what was started on a GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

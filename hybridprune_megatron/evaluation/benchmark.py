@@ -6,20 +6,20 @@ Every measurement is of the same weights, embeddings and tokens; candidates take
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.evaluation.forward import device_of, measuring
-from hybridprune_megatron.evaluation.timing import in_turn
-from hybridprune_megatron.method.layout import SampleLayout, TokenLayout
+from hybridprune_megatron.evaluation.forward import measuring
+from hybridprune_megatron.evaluation.language_prefill import Prompt
+from hybridprune_megatron.evaluation.timing import in_turn, synchronize
+from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
-from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.method.scorer import Scorer
 from hybridprune_megatron.method.signals import Signals
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
@@ -27,31 +27,6 @@ from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 #: Largest difference of logits from the peer's, relative to their largest.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 5e-2}
 _ANSWER_TOKENS = 32
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One sample as embeddings.
-
-    Attributes:
-        layout: what every token is.
-        hidden: [L, 1, D].
-    """
-
-    layout: TokenLayout
-    hidden: Tensor
-
-    @staticmethod
-    def of(model: VideoLanguageModel, sample: SampleLayout) -> Prompt:
-        """Random embeddings, the same for every model of a width."""
-        layout = TokenLayout.from_samples([sample], device_of(model))
-        weight = next(model.language_model.parameters())
-        values = torch.randn(layout.num_tokens, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-        return Prompt(layout, values.to(weight.device, weight.dtype))
-
-    def dropping(self, model: VideoLanguageModel, reduction: Reduction | None) -> ReductionPass:
-        """What is dropped in a pass over it."""
-        return model.language_model.decoder.pass_of(reduction, self.layout)
 
 
 def check_peer(model: VideoLanguageModel, peer: Any, prompt: Prompt) -> float:
@@ -126,23 +101,6 @@ def check_reduction(model: VideoLanguageModel, prompt: Prompt, reduction: Reduct
         )
 
 
-def time_prefill(
-    model: VideoLanguageModel, peer: Any, prompt: Prompt, reduction: Reduction, rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of prefills, in turn, from embeddings to the logits of the last token: full, reduced, transformers."""
-    last = prompt.layout.origin[-1:]
-
-    def ours(reduction: Reduction | None) -> object:
-        return model.language_model(prompt.hidden, prompt.layout, prompt.dropping(model, reduction), last)
-
-    candidates: dict[str, Callable[[], object]] = {"full": partial(ours, None), "reduced": partial(ours, reduction)}
-    if peer is not None:
-        embeds = prompt.hidden.transpose(0, 1)
-        candidates["transformers"] = partial(peer, inputs_embeds=embeds, use_cache=False, logits_to_keep=1)
-    with measuring(model, None):
-        return in_turn(candidates, rounds)
-
-
 class TimedScorer(Scorer):
     """A scorer that keeps the seconds it took.
 
@@ -157,10 +115,10 @@ class TimedScorer(Scorer):
         return self.scorer.pooling(kind)
 
     def score(self, signals: Signals, layout: TokenLayout, layer: int) -> Tensor:
-        _wait()
+        synchronize()
         start = time.perf_counter()
         scores = self.scorer.score(signals, layout, layer)
-        _wait()
+        synchronize()
         self.seconds += time.perf_counter() - start
         return scores
 
@@ -241,8 +199,3 @@ class _SavedBytes:
             # The tensor is held, so that its address is not given to another.
             self.storages[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

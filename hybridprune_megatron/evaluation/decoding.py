@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.benchmark.measure import TOLERANCE, Prompt, checked_difference
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.evaluation.benchmark import TOLERANCE, checked_difference
 from hybridprune_megatron.evaluation.forward import measuring
+from hybridprune_megatron.evaluation.language_prefill import Prompt
 from hybridprune_megatron.evaluation.timing import in_turn
 from hybridprune_megatron.export.cache import HybridCache
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig

@@ -10,15 +10,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from hybridprune_megatron.benchmark.report import headline, plot_prefill, write_page
+from hybridprune_megatron.evaluation.performance_page import headline, plot_prefill, write_page
 from tests.worlds import run_world
 
 
 def _measured() -> dict:
-    from hybridprune_megatron.benchmark import decoding, measure
-    from hybridprune_megatron.benchmark.peer import transformers_peer
     from hybridprune_megatron.engine.parallel import init_model_parallel
-    from hybridprune_megatron.evaluation.language_prefill import one_sample
+    from hybridprune_megatron.evaluation import benchmark, decoding
+    from hybridprune_megatron.evaluation.language_prefill import Prompt, one_sample, time_prefill
+    from hybridprune_megatron.export.transformers_model import transformers_peer
     from hybridprune_megatron.method.reduction_pass import ReductionPass
     from hybridprune_megatron.models.build import build_model, build_reduction
     from tests.models.tiny import tiny_config
@@ -28,21 +28,21 @@ def _measured() -> dict:
     model, reduction = build_model(cfg), build_reduction(cfg)
     peer = transformers_peer(model, cfg.model)
     sample = one_sample(120, 20, 6, tokens_per_frame=12)
-    prompt = measure.Prompt.of(model, sample)
-    difference = measure.check_peer(model, peer, prompt)
-    measure.check_reduction(model, prompt, reduction)
+    prompt = Prompt.of(model, sample)
+    difference = benchmark.check_peer(model, peer, prompt)
+    benchmark.check_reduction(model, prompt, reduction)
     exported = decoding.exported_model(model, cfg)
     decoded = [decoding.check_decoding(model, exported, sample, each) for each in (None, reduction)]
     tokens = decoding.time_decoding(exported, peer, prompt, reduction, rounds=2)
-    prefill = measure.time_prefill(model, peer, prompt, reduction, rounds=2)
-    scoring = measure.time_scoring(model, prompt, reduction, rounds=2)
-    seconds, kept = measure.time_training(model, prompt, reduction, rounds=1)
+    prefill = time_prefill(model, prompt, {"full": None, "reduced": reduction}, 2, peer)
+    scoring = benchmark.time_scoring(model, prompt, reduction, rounds=2)
+    seconds, kept = benchmark.time_training(model, prompt, reduction, rounds=1)
     # Faults: a weight of the peer, and a layer that hears of its place in the stack.
     refused = []
     with torch.no_grad():
         weight = peer.model.layers[0].mixer.dt_bias
         weight.add_(0.5)
-        refused.append(_line(measure.check_peer, model, peer, prompt))
+        refused.append(_line(benchmark.check_peer, model, peer, prompt))
         weight.sub_(0.5)
         # Weights are shared with the model: replaced, not changed.
         mixer = exported.backbone.layers[0].mixer
@@ -50,7 +50,7 @@ def _measured() -> dict:
         refused.append(_line(decoding.check_decoding, model, exported, sample, reduction))
     original = ReductionPass.step
     with patch.object(ReductionPass, "step", lambda *arguments: _shifted(original(*arguments))):
-        refused.append(_line(measure.check_reduction, model, prompt, reduction))
+        refused.append(_line(benchmark.check_reduction, model, prompt, reduction))
     return {
         "difference": difference,
         "decoded": decoded,

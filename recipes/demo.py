@@ -119,14 +119,14 @@ class Demo:
 
     def model(self, weights: Path) -> VideoLanguageModel:
         """The training model with the weights of a file or checkpoint."""
-        from hybridprune_megatron.export.load import load_model
+        from hybridprune_megatron.engine.load import load_model
 
         return load_model(weights, self.cfg)
 
     @cached_property
     def finetuned(self) -> VideoLanguageModel:
         """The model of the last checkpoint."""
-        from hybridprune_megatron.export.load import find_checkpoint
+        from hybridprune_megatron.config.stored_run import find_checkpoint
 
         return self.model(find_checkpoint(self.out))
 

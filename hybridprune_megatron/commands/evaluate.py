@@ -55,11 +55,11 @@ def main(argv: list[str]) -> None:
     settings, checkpoint, cfg, data = read_checkpoint_command("evaluate", __doc__, EvaluationSettings, argv)
     cfg = replace(cfg, data=replace(cfg.data, validation=str(data)))
     warnings.filterwarnings("ignore")
+    from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.parallel import shut_down
     from hybridprune_megatron.evaluation.accuracy import evaluate_each
     from hybridprune_megatron.evaluation.held_out import load_questions
     from hybridprune_megatron.evaluation.questions import chance
-    from hybridprune_megatron.export.load import load_model
 
     model = load_model(checkpoint, cfg)
     questions = load_questions(cfg, settings.samples)

@@ -24,7 +24,7 @@ class FeaturesInfo:
     """Where features come from.
 
     Attributes:
-        tower: fingerprint of the tower's weights (``vision.fingerprint``).
+        tower: fingerprint of the tower's weights (``tower_fingerprint``).
         frame_size: side of the frames that the tower saw, pixels.
         tokens_per_frame: tokens of a frame after the pixel shuffle.
         channels: width of a token before the projector.

@@ -26,7 +26,7 @@ class FrameFeatures:
 
     Attributes:
         values: bf16 or float32 [F, M, C], M tokens a frame of C channels.
-        tower: fingerprint of the tower (``vision.fingerprint``).
+        tower: fingerprint of the tower (``tower_fingerprint``).
     """
 
     values: Tensor

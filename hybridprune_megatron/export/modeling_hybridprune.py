@@ -35,7 +35,7 @@ from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.method.scorer import Scorer
-from hybridprune_megatron.vision.encoder import build_projector, encode_frames, radio_config
+from hybridprune_megatron.models.encoder import build_projector, encode_frames, radio_config
 
 
 class HybridBackbone(nn.Module):

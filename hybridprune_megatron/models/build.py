@@ -19,6 +19,7 @@ from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.models.distillation import DistillingModel
+from hybridprune_megatron.models.encoder import build_projector, radio_config
 from hybridprune_megatron.models.experts import expert_settings, prepare_experts
 from hybridprune_megatron.models.fp8 import fp8_settings
 from hybridprune_megatron.models.language_model import ReductionHybridModel
@@ -26,7 +27,6 @@ from hybridprune_megatron.models.lora import adapt_projector, is_adapter, train_
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
 from hybridprune_megatron.models.torch_layers import relu_squared
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
-from hybridprune_megatron.vision.encoder import build_projector, radio_config
 
 
 def build_model(

@@ -90,7 +90,7 @@ class Runner:
 
     def _weights(self, unit: Unit) -> Path:
         """The weights of a unit, finetuned first if they are not there."""
-        from hybridprune_megatron.export.load import find_checkpoint
+        from hybridprune_megatron.config.stored_run import find_checkpoint
 
         base = self.config(unit, 1.0)
         if not unit.weights:

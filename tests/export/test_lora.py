@@ -14,8 +14,8 @@ from tests.export.test_measured_parity import samples_of
 
 
 def test_an_export_is_the_adapted_model(world, inputs, tokenizer_dir: Path, tmp_path: Path) -> None:
+    from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.weights import save_weights
-    from hybridprune_megatron.export.load import load_model
     from hybridprune_megatron.export.write import export_model
 
     cfg = make_config(tokenizer_dir)

@@ -1,11 +1,10 @@
-"""A training model from its checkpoint, whole in one process, for the export."""
+"""A training model from its checkpoint, whole in one process."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.parallel import init_distributed, init_model_parallel
 from hybridprune_megatron.engine.weights import load_initial_weights
@@ -13,15 +12,13 @@ from hybridprune_megatron.models.build import build_model
 from hybridprune_megatron.models.lora import merge_adapters
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
-__all__ = ["checkpoint_config", "find_checkpoint", "load_model"]
-
 
 def load_model(checkpoint: Path, cfg: Config) -> VideoLanguageModel:
     """Builds the model and loads the weights of a checkpoint of any parallel layout, adapters merged.
 
     Args:
-        checkpoint: from ``find_checkpoint``.
-        cfg: from ``checkpoint_config``.
+        checkpoint: from ``config.stored_run.find_checkpoint``.
+        cfg: from ``config.stored_run.checkpoint_config``.
 
     Raises:
         ValueError: the weights are of another model.

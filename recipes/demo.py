@@ -28,14 +28,19 @@ from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.outputs import whole_file
 from hybridprune_megatron.engine.preemption import STOPPED
 from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
-from hybridprune_megatron.evaluation.report import summary_rows, text_table
-from hybridprune_megatron.evaluation.stages import Stages, differences
+from hybridprune_megatron.evaluation.report import text_table
+
+ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.demo.report import summary_rows  # noqa: E402
+from studies.demo.stages import Stages, differences  # noqa: E402
 
 if TYPE_CHECKING:
     from hybridprune_megatron.evaluation.questions import Question
     from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
-ROOT = Path(__file__).resolve().parents[1]
 # The demo's data: clips of eight seconds. A training clip is asked all five kinds, a held-out one a single question,
 # both balanced over kinds and answers.
 TRAIN_SAMPLES = 1000
@@ -172,7 +177,7 @@ class Demo:
         from transformers import AutoModelForCausalLM
 
         from hybridprune_megatron.evaluation.forward import device_of
-        from hybridprune_megatron.evaluation.parity import max_logit_difference
+        from studies.demo.parity import max_logit_difference
 
         exported = AutoModelForCausalLM.from_pretrained(self.out / "hf", trust_remote_code=True).eval()
         exported.to(device_of(self.finetuned))
@@ -203,7 +208,7 @@ class Demo:
         """Writes the plot and returns the figures of the run."""
         from hybridprune_megatron.engine.train_log import read_train_log
         from hybridprune_megatron.evaluation.machine import describe_machine
-        from hybridprune_megatron.evaluation.plots import plot_run, running_mean
+        from studies.demo.plots import plot_run, running_mean
 
         rows = read_train_log(self.out / "train_log.jsonl")
         losses = [row["loss"] for row in rows]

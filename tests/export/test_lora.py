@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET, LoraConfig, language_targets
-from hybridprune_megatron.evaluation.parity import max_logit_difference
+from studies.demo.parity import max_logit_difference
 from tests.export.conftest import make_config, make_model
 from tests.export.test_measured_parity import samples_of
 

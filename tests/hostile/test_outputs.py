@@ -237,7 +237,7 @@ def test_the_other_programs_eat_nothing(
         ("save_weights", ["--checkpoint", step, "--out", str(mine)], "was not written by"),
         ("save_weights", ["--checkpoint", step, "--out", f"{step}/w.safetensors"], "lies in"),
         ("grow_depth", [*grow, str(weights)], "which is read"),
-        ("grow_depth", [*grow, str(mine / "inputs")], "was not written by scripts/grow_depth.py"),
+        ("grow_depth", [*grow, str(mine / "inputs")], "was not written by studies/base/grow_depth.py"),
     ):
         if name == "make_demo_data":
             (tmp_path / "validation").mkdir()

@@ -2,7 +2,7 @@
 # Makes assets/demo/base.safetensors again: data, two stages of training without reduction, and the file. About an hour
 # on two CPU cores. Killed and started again, it goes on where it was.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=.venv/bin/python
 # One single-threaded process a core is faster here than one process with two threads.
 export OMP_NUM_THREADS=1

@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.config.outputs import check_output, mark_folder
-from hybridprune_megatron.data.needles import load_backgrounds
 from hybridprune_megatron.data.shards import ShardWriter
+from studies.needles.needles import load_backgrounds
 
 DESCRIPTION_FILE = "needles.json"
 #: What the marker of such a data set says, whichever script made it.
-MADE_BY = "scripts/make_demo_data.py or scripts/make_bench_data.py"
+MADE_BY = "scripts/make_demo_data.py or studies/base/make_bench_data.py"
 
 
 class SamplePlan(Protocol):

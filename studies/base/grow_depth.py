@@ -1,6 +1,6 @@
 """Makes a deeper model of trained weights that computes the same: new layers start as copies that add nothing yet.
 
-    python scripts/grow_depth.py --weights assets/demo/base.safetensors --pattern 'M-M*-M-M*-' \\
+    python studies/base/grow_depth.py --weights assets/demo/base.safetensors --pattern 'M-M*-M-M*-' \\
         --deeper 'M*-M*-M-M*-M-M*-' --positions 0 2 3 4 5 8 10 13 14 15 --out runs/study_base/grown.safetensors
 
 Every new layer copies the nearest old layer of its kind, with its output projection set to zero: a residual block that
@@ -19,7 +19,7 @@ from typing import Any
 
 from hybridprune_megatron.config.one_line import one_line_errors
 
-COMMAND = "scripts/grow_depth.py"
+COMMAND = "studies/base/grow_depth.py"
 #: The projection that writes a layer's result back to the residual stream.
 OUTPUT_PROJECTIONS = {
     "M": "mixer.out_proj.weight",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybridprune_megatron.evaluation.plots import plot_run, running_mean
+from studies.demo.plots import plot_run, running_mean
 
 
 def test_the_plot_is_a_png_of_a_sensible_size(tmp_path):

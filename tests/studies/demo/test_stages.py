@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridprune_megatron.evaluation.stages import Stages, differences
+from studies.demo.stages import Stages, differences
 
 
 class _Job:

@@ -1,6 +1,6 @@
 """Makes the study's data: long real clips with several needles and a ghost (studies/needles/bench.py).
 
-    python scripts/make_bench_data.py --out runs/study/data --train 1000 --validation 384
+    python studies/base/make_bench_data.py --out runs/study/data --train 1000 --validation 384
 
 Writes ``<out>/train`` and ``<out>/validation`` as Energon data sets, each with a ``needles.json`` that gives chance for
 every kind of question. A training clip is asked several questions, a held-out clip one. Held-out clips come from a part
@@ -21,13 +21,13 @@ from statistics import fmean
 from typing import Any
 
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.data.needle_shards import write_split
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # The studies are not installed.
 sys.path.insert(0, str(ROOT))
 
 from studies.needles.bench import BenchPlan, BenchTask  # noqa: E402
+from studies.needles.needle_shards import write_split  # noqa: E402
 
 
 @one_line_errors("make_bench_data")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scripts.grow_depth import grow, layer_sources
+from studies.base.grow_depth import grow, layer_sources
 
 LAYER = "language_model.decoder.layers."
 

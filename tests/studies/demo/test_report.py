@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hybridprune_megatron.evaluation.report import markdown_table, summary_rows, text_table
+from hybridprune_megatron.evaluation.report import text_table
+from studies.demo.report import markdown_table, summary_rows
 
 REPORT = {
     "steps": 100,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import hybridprune_megatron.data.needles as needles_module
-from hybridprune_megatron.data.needles import (
+import studies.needles.needles as needles_module
+from hybridprune_megatron.data.video import FrameSampling, decode_video
+from studies.needles.needles import (
     CHOICES,
     COLOURS,
     KINDS,
@@ -19,7 +20,6 @@ from hybridprune_megatron.data.needles import (
     plan_samples,
     render_sample,
 )
-from hybridprune_megatron.data.video import FrameSampling, decode_video
 
 
 def test_only_the_chosen_kinds_are_asked() -> None:

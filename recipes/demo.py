@@ -38,7 +38,7 @@ from studies.demo.report import summary_rows  # noqa: E402
 from studies.demo.stages import Stages, differences  # noqa: E402
 
 if TYPE_CHECKING:
-    from hybridprune_megatron.evaluation.questions import Question
+    from hybridprune_megatron.evaluation.held_out import Question
     from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 # The demo's data: clips of eight seconds. A training clip is asked all five kinds, a held-out one a single question,
@@ -150,7 +150,7 @@ class Demo:
     def evaluate(self, model: VideoLanguageModel) -> dict[str, Any]:
         """Accuracy and retention, reduced and full."""
         from hybridprune_megatron.evaluation.accuracy import evaluate_each
-        from hybridprune_megatron.evaluation.questions import chance
+        from hybridprune_megatron.evaluation.held_out import chance
 
         questions = self.questions
         result: dict[str, Any] = {"chance": chance(questions)}
@@ -188,7 +188,7 @@ class Demo:
         """Prefill seconds of one packed batch."""
         from hybridprune_megatron.data.batch import pack
         from hybridprune_megatron.evaluation.forward import length_multiple
-        from hybridprune_megatron.evaluation.timing import time_prefill
+        from studies.demo.prefill import time_prefill
 
         model = self.finetuned
         samples = [question.sample for question in self.questions[:TIMING_SAMPLES]]

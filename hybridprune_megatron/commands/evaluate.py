@@ -58,8 +58,7 @@ def main(argv: list[str]) -> None:
     from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.parallel import shut_down
     from hybridprune_megatron.evaluation.accuracy import evaluate_each
-    from hybridprune_megatron.evaluation.held_out import load_questions
-    from hybridprune_megatron.evaluation.questions import chance
+    from hybridprune_megatron.evaluation.held_out import chance, load_questions
 
     model = load_model(checkpoint, cfg)
     questions = load_questions(cfg, settings.samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,18 +13,44 @@ from lightning.pytorch import LightningModule
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
-from hybridprune_megatron.engine.budgets import BudgetSampler
 from hybridprune_megatron.engine.optimization import ModelChunks, TrainState, build_train_state, micro_batches_per_step
 from hybridprune_megatron.engine.parallel import data_rank, seed_generators
 from hybridprune_megatron.engine.rng_state import restore_rng_state
 from hybridprune_megatron.engine.train_log import TrainLog
 from hybridprune_megatron.engine.train_step import StepResult, train_step
 from hybridprune_megatron.engine.weights import load_initial_weights
+from hybridprune_megatron.method.budgets import budget_levels, draw_budget
 from hybridprune_megatron.models.distillation import DistillingModel
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
     from hybridprune_megatron.data.batch import PackedBatch
+
+
+class BudgetSampler:
+    """Draws a budget for every sample and looks its schedule up; holds no state but solved schedules.
+
+    Args:
+        cfg: uses ``tuning.budget``, ``trainer.seed``, and what the schedules are solved from.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        budget = cfg.tuning.budget
+        self._levels = budget_levels(budget.distribution, budget.low, budget.high, budget.choices)
+        self._retention = {level: cfg.retention_at(level) for level in self._levels}
+        self._per_sample = budget.per == "sample"
+        self._seed = cfg.trainer.seed
+
+    def assign(self, batch: PackedBatch, step: int) -> PackedBatch:
+        """The batch with a retention for every sample.
+
+        Args:
+            batch: samples with the same key in the same step get the same budget.
+            step: of the optimizer, from 1.
+        """
+        keys = batch.keys if self._per_sample else [""] * len(batch.keys)
+        budgets = [draw_budget(self._levels, self._seed, step, key) for key in keys]
+        return replace(batch, retention=tuple(self._retention[budget] for budget in budgets))
 
 
 class TrainLoader(Protocol):

@@ -22,10 +22,11 @@ from hybridprune_megatron.config.features import FEATURES_FILE, FeaturesInfo
 from hybridprune_megatron.data.batch import FrameFeatures, no_pixels, pack
 from hybridprune_megatron.data.features import StoredFeatures, features_part
 from hybridprune_megatron.data.shards import ShardWriter, read_shard
-from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader
+from hybridprune_megatron.data.task_encoder import build_train_loader
 from hybridprune_megatron.data.video import FrameSampling, decode_video
 from hybridprune_megatron.evaluation.held_out import load_questions
 from hybridprune_megatron.method.front import FRONTS
+from tests.data.eval_loader import build_eval_loader
 
 from .conftest import encode_clip, grey_frames
 

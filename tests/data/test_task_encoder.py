@@ -21,8 +21,9 @@ from hybridprune_megatron.data.batch import PADDING_KEY, PackedBatch
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
 from hybridprune_megatron.data.shards import ShardWriter
-from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader, cook_sample
+from hybridprune_megatron.data.task_encoder import build_train_loader, cook_sample
 from hybridprune_megatron.method.layout import TokenKind
+from tests.data.eval_loader import build_eval_loader
 
 from .conftest import encode_clip, grey_frames
 

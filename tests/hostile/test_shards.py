@@ -15,8 +15,9 @@ import pytest
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config import Config
 from hybridprune_megatron.data.shards import read_shard
-from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader
+from hybridprune_megatron.data.task_encoder import build_train_loader
 from hybridprune_megatron.evaluation.held_out import read_samples
+from tests.data.eval_loader import build_eval_loader
 from tests.hostile.folders import config, json_member, member, turns, write_set, write_shard
 
 GOOD = json.dumps({"conversation": turns()})

@@ -104,8 +104,8 @@ def test_a_tower_has_one_name_in_every_precision():
 
 def _evaluation() -> None:
     from hybridprune_megatron.evaluation.accuracy import evaluate
-    from hybridprune_megatron.evaluation.questions import Question
-    from hybridprune_megatron.evaluation.timing import time_prefill
+    from hybridprune_megatron.evaluation.held_out import Question
+    from studies.demo.prefill import time_prefill
 
     model = _model()
     samples = [tiny_sample(index, frames) for index, frames in enumerate((3, 5, 2, 4))]

@@ -39,12 +39,9 @@ def check_exp_manager(settings: Mapping[str, Any]) -> None:
         if name in settings:
             check_value(f"exp_manager.{name}", settings[name], rule)
     if settings.get("create_checkpoint_callback"):
-        raise fail(
-            "exp_manager.create_checkpoint_callback",
-            True,
-            "NeMo's callback cannot write checkpoints in one move",
-            "leave it false, the run saves every trainer.save_every_n_steps steps by itself",
-        )
+        reason = "NeMo's callback cannot write checkpoints in one move"
+        fix = "leave it false, the run saves every trainer.save_every_n_steps steps by itself"
+        raise fail("exp_manager.create_checkpoint_callback", True, reason, fix)
     if settings.get("create_wandb_logger"):
         kwargs = settings.get("wandb_logger_kwargs")
         project = kwargs.get("project") if isinstance(kwargs, Mapping) else kwargs

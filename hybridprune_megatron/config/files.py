@@ -34,12 +34,8 @@ def check_files(cfg: Config) -> None:
         ConfigError: the first that is not set, not there, or something else.
     """
     if cfg.data.train is None:
-        raise fail(
-            "data.train",
-            None,
-            "a run needs data",
-            "set data.train to an Energon dataset folder (hybridprune shards writes one) or a metadataset .yaml",
-        )
+        fix = "set data.train to an Energon dataset folder (hybridprune shards writes one) or a metadataset .yaml"
+        raise fail("data.train", None, "a run needs data", fix)
     shards = "hybridprune shards writes a dataset, `make demo` the demo's"
     makers = {
         "data.train": shards,

@@ -36,13 +36,12 @@ def _check_layers(cfg: RunConfig) -> None:
             reason = f"must not exceed the {most} layers of a pipeline stage"
             raise fail(f"fp8.{name}", count, reason, f"lower fp8.{name}")
     if not any(fp8.quantizes(layer, layers) for layer in range(layers)):
-        raise fail(
-            "fp8.num_layers_at_start_in_bf16",
-            fp8.num_layers_at_start_in_bf16,
+        reason = (
             f"leaves none of the {layers} layers to FP8 with "
-            f"fp8.num_layers_at_end_in_bf16={fp8.num_layers_at_end_in_bf16}",
-            "lower either, or set fp8=none",
+            f"fp8.num_layers_at_end_in_bf16={fp8.num_layers_at_end_in_bf16}"
         )
+        fix = "lower either, or set fp8=none"
+        raise fail("fp8.num_layers_at_start_in_bf16", fp8.num_layers_at_start_in_bf16, reason, fix)
 
 
 def _check_widths(cfg: RunConfig) -> None:

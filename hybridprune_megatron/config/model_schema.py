@@ -44,12 +44,8 @@ def check_pattern(pattern: str, has_experts: bool = False) -> None:
         if symbol not in meanings:
             raise fail("model.hybrid_pattern", pattern, f"has the unknown symbol {symbol!r}", f"use only {known}")
     if not all(pattern.split("|")):
-        raise fail(
-            "model.hybrid_pattern",
-            pattern,
-            "every pipeline stage needs a layer",
-            "put a | only between two layers, e.g. M-M*|-M-",
-        )
+        reason = "every pipeline stage needs a layer"
+        raise fail("model.hybrid_pattern", pattern, reason, "put a | only between two layers, e.g. M-M*|-M-")
     if (Experts.symbol in pattern) != has_experts:
         has = f"has {Experts.symbol} layers, and model.experts is null"
         what = has if not has_experts else f"has no {Experts.symbol} layer, and model.experts is set"
@@ -102,12 +98,8 @@ class VisionConfig:
         divides(f"{prefix}.frame_size", self.frame_size, f"{prefix}.patch_size", self.patch_size)
         divides(f"{prefix}.position_grid_px", self.position_grid_px, f"{prefix}.patch_size", self.patch_size)
         if self.position_grid_px < self.frame_size:
-            raise fail(
-                f"{prefix}.frame_size",
-                self.frame_size,
-                f"must not exceed {prefix}.position_grid_px={self.position_grid_px}",
-                "use smaller frames",
-            )
+            reason = f"must not exceed {prefix}.position_grid_px={self.position_grid_px}"
+            raise fail(f"{prefix}.frame_size", self.frame_size, reason, "use smaller frames")
         if self.pixel_shuffle not in (1.0, 0.5, 0.25):
             raise fail(
                 f"{prefix}.pixel_shuffle", self.pixel_shuffle, "allowed are 1.0, 0.5, 0.25", "use the model's own (0.5)"
@@ -167,20 +159,16 @@ class ExpertsConfig:
         divides(f"{prefix}.num_experts", self.num_experts, f"{prefix}.num_groups", self.num_groups)
         reachable = self.num_experts // self.num_groups * min(self.groups_per_token, self.num_groups)
         if self.experts_per_token > reachable:
-            raise fail(
-                f"{prefix}.experts_per_token",
-                self.experts_per_token,
-                f"must not exceed the {reachable} experts of the groups that a token visits",
-                "lower it or raise groups_per_token",
-            )
+            reason = f"must not exceed the {reachable} experts of the groups that a token visits"
+            fix = "lower it or raise groups_per_token"
+            raise fail(f"{prefix}.experts_per_token", self.experts_per_token, reason, fix)
         if self.num_groups > 1 and self.experts_per_token // self.groups_per_token != 2:
-            raise fail(
-                f"{prefix}.groups_per_token",
-                self.groups_per_token,
+            reason = (
                 f"must be half of experts_per_token={self.experts_per_token}: megatron ranks groups by as many experts "
-                "as a token visits in each, the published models by two",
-                "set num_groups=1, or groups_per_token to that",
+                "as a token visits in each, the published models by two"
             )
+            fix = "set num_groups=1, or groups_per_token to that"
+            raise fail(f"{prefix}.groups_per_token", self.groups_per_token, reason, fix)
 
 
 @dataclass

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -219,11 +220,7 @@ def by_drop(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]
         for after in drops:
             layers = [row["layer"] for row in rows if row["type"] == kind and row["dropped_after"] == after]
             if layers:
-                means = {name: _mean([known[drop, layer] for layer in layers])
+                means = {name: fmean([known[drop, layer] for layer in layers])
                          for name, drop in (("score", after), ("held", None), ("absent", IN_FRONT))}  # fmt: skip
                 result[kind].append({"dropped_after": after, **means, "layers": len(layers)})
     return result
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

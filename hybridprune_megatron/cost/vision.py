@@ -22,11 +22,6 @@ def tokens_in_tower(vision: VisionConfig) -> int:
     return patches_per_frame(vision) + vision.num_cls_tokens + vision.num_register_tokens
 
 
-def projector_input(vision: VisionConfig) -> int:
-    """Width of a token after the pixel shuffle."""
-    return round(vision.hidden_size / vision.pixel_shuffle**2)
-
-
 def tower_operations(vision: VisionConfig, frames: int, width: int) -> dict[str, Cost]:
     """The tower over some frames, by operation, all blocks together.
 
@@ -70,7 +65,7 @@ def projector_cost(vision: VisionConfig, output_size: int, frames: int, width: i
         frames: frames.
         width: bytes of an activation or weight.
     """
-    tokens, inputs, hidden = frames * vision.tokens_per_frame, projector_input(vision), vision.projector_hidden_size
+    tokens, inputs, hidden = frames * vision.tokens_per_frame, vision.projector_input_size, vision.projector_hidden_size
     return (
         elementwise(2 * tokens * inputs + inputs, width)
         + linear(tokens, inputs, hidden, width)

@@ -328,11 +328,6 @@ class TrainLoader:
             stream.load_state(states[number])
 
 
-def build_train_loader(cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> TrainLoader:
-    """The training loader of a data-parallel rank; see ``TrainLoader``."""
-    return TrainLoader(cfg, rank, world_size, pad_to_multiple_of)
-
-
 def _data_sets(path: str | None, key: str, part: str) -> list[DataSet]:
     if path is None:
         raise ConfigError(f"{key}=null: give an Energon data set folder; hybridprune shards writes one")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,6 +25,7 @@ from hybridprune_megatron.models.distillation import DistillingModel
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
     from hybridprune_megatron.data.batch import PackedBatch
+    from hybridprune_megatron.data.task_encoder import TrainLoader
 
 
 class BudgetSampler:
@@ -53,27 +54,6 @@ class BudgetSampler:
         return replace(batch, retention=tuple(self._retention[budget] for budget in budgets))
 
 
-class TrainLoader(Protocol):
-    """Endless packed batches of one data-parallel rank, in an order that can be saved.
-
-    They come from the rank's streams (:func:`~hybridprune_megatron.data.streams.streams_of`) in turn. A stream's state
-    is plain values (str, numbers, lists, dicts, tensors) and describes what comes after its last batch handed out.
-    States are asked for between two steps.
-    """
-
-    def __iter__(self) -> Iterator[PackedBatch]:
-        """Batches from the state on; called once a run."""
-        ...
-
-    def save_state(self) -> dict[int, Any]:
-        """The states as of now, by stream."""
-        ...
-
-    def load_state(self, states: dict[int, Any]) -> None:
-        """Continues from saved states, one for each of the rank's streams; called before ``iter``."""
-        ...
-
-
 #: A single bad batch is skipped; a model that has diverged must not run on until the job's time is up.
 _MAX_SKIPPED_IN_A_ROW = 10
 
@@ -81,7 +61,7 @@ _MAX_SKIPPED_IN_A_ROW = 10
 #: marked.
 ModelFactory = Callable[..., MegatronModule]
 #: (data-parallel rank, number of data-parallel ranks) -> this rank's loader.
-LoaderFactory = Callable[[int, int], TrainLoader]
+LoaderFactory = Callable[[int, int], "TrainLoader"]
 
 
 class HybridPruneModule(LightningModule):

@@ -172,22 +172,19 @@ def _local_part(entry: ShardedTensor | ShardedTensorFactory, full: torch.Tensor,
         return _slice(entry, full, path)
     # A factory (Mamba's in_proj and conv, gated MLPs) holds several weights in one, side by side on dim 0,
     # each split by itself.
-    parts, offset = [], 0
-    for part in _leaves(entry.build()):
-        rows = part.global_shape[0]
-        parts.append(_slice(part, full[offset : offset + rows], path))
-        offset += rows
+    offset = 0
+
+    def read(part: ShardedTensor) -> torch.Tensor:
+        nonlocal offset
+        offset += part.global_shape[0]
+        return _slice(part, full[offset - part.global_shape[0] : offset], path)
+
+    own = _read_entry(entry, read)
     if offset != full.shape[0]:
         raise ValueError(
             f"model.init_checkpoint={path}: {entry.key}: {full.shape[0]} rows, in the model {offset}; check model=..."
         )
-    return entry.merge_fn(parts) if not isinstance(entry.build(), dict) else torch.cat(parts)
-
-
-def _leaves(tree: Any) -> list[ShardedTensor]:
-    if isinstance(tree, ShardedTensor):
-        return [tree]
-    return [leaf for branch in (tree.values() if isinstance(tree, dict) else tree) for leaf in _leaves(branch)]
+    return own
 
 
 def _slice(entry: ShardedTensor, full: torch.Tensor, path: Path) -> torch.Tensor:

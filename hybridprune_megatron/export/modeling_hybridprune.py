@@ -112,9 +112,7 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         self.language_model = HybridLanguageModel(config)
         if config.vision is not None:
             vision = config.vision
-            names = ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "patch_size")
-            more = ("position_grid_px", "num_cls_tokens", "num_register_tokens", "image_mean", "image_std")
-            self.vision_model = RadioModel(radio_config(**{name: vision[name] for name in (*names, *more)}))
+            self.vision_model = RadioModel(radio_config(vision))
             self.mlp1 = build_projector(
                 vision["hidden_size"], vision["pixel_shuffle"], vision["projector_hidden_size"], config.hidden_size
             )

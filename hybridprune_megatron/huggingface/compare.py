@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
 
+from hybridprune_megatron.config.flat import leaves
 from hybridprune_megatron.config.model_schema import ModelConfig
 from hybridprune_megatron.huggingface.folder import model_values, read_config
 from hybridprune_megatron.huggingface.source import TranslatedWeights
@@ -30,16 +29,8 @@ def check_same_model(weights: TranslatedWeights, model: ModelConfig) -> None:
         ValueError: naming the first setting that differs.
     """
     theirs = model_values(model.name, read_config(weights.path), weights.files.shape, weights.table)
-    ours = dict(_leaves(asdict(model)))
+    ours = dict(leaves(asdict(model)))
     ours["hybrid_pattern"] = model.hybrid_pattern.replace("|", "")
-    for key, value in _leaves(theirs):
+    for key, value in leaves(theirs):
         if key not in _FREE and ours.get(key) != value:
             raise ValueError(f"its config.json says {key}={value}, and model.{key}={ours.get(key)}; set the same")
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import RadioModel
 
-from hybridprune_megatron.config.schema import Config, VisionConfig
+from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import layer_symbols
@@ -82,7 +83,7 @@ def _build(
     if model.vision is not None and pre_process:
         vision = model.vision
         with torch.device("meta" if meta else _device(config)):
-            tower = RadioModel(tower_config(vision))
+            tower = RadioModel(radio_config(asdict(vision)))
             projector = build_projector(
                 vision.hidden_size, vision.pixel_shuffle, vision.projector_hidden_size, model.hidden_size
             )
@@ -126,22 +127,6 @@ def _choose_trained(model: VideoLanguageModel, cfg: Config) -> None:
 def build_reduction(cfg: Config) -> Reduction | None:
     """The reduction of a configuration; None where nothing is ever dropped, which is bitwise the model without it."""
     return cfg.reduction.policy(cfg.model.hybrid_pattern, drawn=cfg.tuning.budget.distribution != "fixed")
-
-
-def tower_config(vision: VisionConfig):
-    """The vision tower's configuration."""
-    return radio_config(
-        vision.hidden_size,
-        vision.num_layers,
-        vision.num_attention_heads,
-        vision.intermediate_size,
-        vision.patch_size,
-        vision.position_grid_px,
-        vision.num_cls_tokens,
-        vision.num_register_tokens,
-        list(vision.image_mean),
-        list(vision.image_std),
-    )
 
 
 def transformer_config(cfg: Config, *, meta: bool = False, fused_gradients: bool = False) -> TransformerConfig:

@@ -5,7 +5,8 @@ Shape letters: F frames, h x w patches a frame, D tower width, M tokens a frame,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +20,20 @@ class SquaredReLU(nn.Module):
         return torch.square(torch.relu(x))
 
 
-def radio_config(
-    hidden_size: int,
-    num_layers: int,
-    num_attention_heads: int,
-    intermediate_size: int,
-    patch_size: int,
-    position_grid_px: int,
-    num_cls_tokens: int,
-    num_register_tokens: int,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
-) -> RadioConfig:
-    """The tower's configuration in transformers' words."""
+def radio_config(vision: Mapping[str, Any]) -> RadioConfig:
+    """The tower's configuration in transformers' words, from the fields of ``model.vision``."""
     return RadioConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_attention_heads,
-        mlp_ratio=intermediate_size / hidden_size,
-        patch_size=patch_size,
-        max_img_size=position_grid_px,
-        num_cls_tokens=num_cls_tokens,
-        num_registers=num_register_tokens,
+        hidden_size=vision["hidden_size"],
+        num_hidden_layers=vision["num_layers"],
+        num_attention_heads=vision["num_attention_heads"],
+        mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
+        patch_size=vision["patch_size"],
+        max_img_size=vision["position_grid_px"],
+        num_cls_tokens=vision["num_cls_tokens"],
+        num_registers=vision["num_register_tokens"],
         summary_idxs=[0],
-        norm_mean=list(image_mean),
-        norm_std=list(image_std),
+        norm_mean=list(vision["image_mean"]),
+        norm_std=list(vision["image_std"]),
         attn_implementation="sdpa",
     )
 

@@ -84,8 +84,6 @@ def collect(
     Args:
         model: on one pipeline stage.
         samples: with one needle each, or all without.
-        symbols: a letter a layer.
-        label: attribute of the needle.
         progress: gets 1 after each sample.
     """
     data = ProbeData()
@@ -145,7 +143,6 @@ def evaluate_probes(data: ProbeData, symbols: str) -> dict[str, Any]:
 
     Args:
         data: from ``collect``.
-        symbols: a letter a layer.
     """
     contents: dict[str, tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
         "feature": (principal_components(torch.stack(data.features), COMPONENTS), explained_variance)

@@ -48,7 +48,6 @@ def probe(features: Tensor, targets: Tensor, score: Score, seed: int = 0) -> Pro
         features: [n, D].
         targets: [n, K].
         score: ``explained_variance`` or ``accuracy``.
-        seed: of folds and shuffles.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(features)
@@ -66,7 +65,6 @@ def held_out_predictions(features: Tensor, targets: Tensor, seed: int = 0) -> Te
     Args:
         features: float64 [n, D].
         targets: float64 [P, n, K].
-        seed: of the folds.
 
     Returns:
         float64 [P, n, K].

@@ -74,7 +74,6 @@ def table_rows(found: Mapping[str, Evaluation], chance: float, budget: float) ->
     Args:
         found: by column, on the same questions; at least one.
         chance: expected accuracy of a guess.
-        budget: of the reduced column.
     """
     first, *_ = found.values()
     rows = [("", *found, "")]

@@ -186,7 +186,6 @@ class FeatureEncoder:
         """Names and contents of the new shard, in the order of the old one.
 
         Args:
-            shard: the old one.
             progress: gets the number of samples that are done.
 
         Raises:

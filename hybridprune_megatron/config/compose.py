@@ -186,7 +186,6 @@ def checked_config(overrides: Sequence[str], config_name: str = "config", need_f
     """``load_config`` for commands: files of ``conf/`` say what is read of them, too.
 
     Args:
-        overrides: Hydra overrides.
         config_name: file of ``conf/`` to start from, without its ending.
         need_files: also check that the run can start: its files are there, and
             its folder holds no other run.
@@ -309,9 +308,7 @@ def check_written(conf_dir: Path, config_name: str, overrides: Sequence[str]) ->
     """What the files of a composition say is what is read of them. Call it while Hydra is initialized.
 
     Args:
-        conf_dir: the folder of the configuration groups.
         config_name: file that the composition starts from, without its ending.
-        overrides: of the composition.
 
     Raises:
         ConfigError: naming the first value that is not.

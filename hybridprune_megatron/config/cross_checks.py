@@ -198,7 +198,6 @@ def check_kept(cfg: RunConfig, budget: float, retention: tuple[float, ...]) -> N
     """What stays of the longest video whatever the schedule says leaves room for the budget.
 
     Args:
-        cfg: the run.
         budget: mean share of the visual tokens over all layers.
         retention: share that enters every layer, which meets it.
     """

@@ -128,7 +128,6 @@ def shard_counts(folder: Path, key: str) -> dict[str, int]:
     """Number of samples by shard of a folder, of all parts of its split.
 
     Args:
-        folder: of the data set.
         key: what sets it, for errors.
 
     Raises:

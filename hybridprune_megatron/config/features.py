@@ -91,9 +91,7 @@ def check_folder(cfg: Config, where: str, folder: Path) -> FeaturesInfo | None:
     """What a data set says about its features, None if it holds none; they are for the configured model.
 
     Args:
-        cfg: the configuration.
         where: what to call the data set in an error.
-        folder: of the data set.
 
     Raises:
         ConfigError: they are not, or cannot be told.

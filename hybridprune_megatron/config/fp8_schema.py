@@ -57,7 +57,6 @@ class Fp8Config:
 
         Args:
             layer: 0-based, of the whole model.
-            num_layers: of the whole model.
         """
         if self.recipe is None or not self.first_last_layers_bf16:
             return self.recipe is not None

@@ -60,7 +60,6 @@ def usage(composed: DictConfig, conf_dir: Path, everything: bool = False) -> str
 
     Args:
         composed: configuration whose values are shown as the current ones.
-        conf_dir: folder of the groups.
         everything: show every key instead of the most used.
     """
     lines = ["usage: hybridprune finetune [group=option] [key=value] ... [--help | --help-all | --cfg job]", ""]

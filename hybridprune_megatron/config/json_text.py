@@ -35,7 +35,6 @@ def parse_json(text: bytes | str, infinity: bool = False) -> Any:
     """Parses JSON strictly: UTF-8 (a byte order mark is skipped), finite numbers, text that can be encoded again.
 
     Args:
-        text: one value.
         infinity: also take Infinity and -Infinity, which transformers before version 5 writes into config.json.
 
     Raises:

@@ -57,10 +57,8 @@ def read_checkpoint_command[T: CheckpointKeys](
     """The command line of a command that looks at a checkpoint; nothing slow is imported.
 
     Args:
-        command: its name.
         about: text of ``--help``, in which {keys} stands for the own keys.
         kind: dataclass of these.
-        argv: arguments.
 
     Returns:
         Own keys, checkpoint, its configuration as changed, folder of the data set.
@@ -99,7 +97,6 @@ def data_folder(data: str | None, cfg: Config) -> Path:
 
     Args:
         data: what the user named; None: ``data.validation``.
-        cfg: of the checkpoint.
 
     Raises:
         ConfigError: there is none.

@@ -95,9 +95,6 @@ class ReductionConfig:
     def retention(self, pattern: str) -> tuple[float, ...]:
         """Share of a sample's visual tokens that enters each layer.
 
-        Args:
-            pattern: hybrid layer pattern.
-
         Raises:
             ConfigError: layers that do not exist or cannot drop, or a budget that they cannot reach.
         """
@@ -134,7 +131,6 @@ class ReductionConfig:
         """What a model drops.
 
         Args:
-            pattern: hybrid layer pattern.
             drawn: samples will come with retentions of their own, so there is a reduction whatever this one says.
             retention: share that enters every layer; None: solved.
 

@@ -28,8 +28,6 @@ def layer_activations(model: ModelConfig, symbol: str, width: int, fused: bool) 
     """What one layer keeps, its input first.
 
     Args:
-        model: dimensions.
-        symbol: of the kind of layer.
         width: bytes of an activation.
         fused: kernels of a GPU, else plain torch.
     """

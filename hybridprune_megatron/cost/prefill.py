@@ -23,8 +23,6 @@ def layer_operations(model: ModelConfig, symbol: str, lengths: Sequence[int], wi
     """The operations of one layer by name.
 
     Args:
-        model: dimensions.
-        symbol: of the kind of layer.
         lengths: tokens of every sample of the packed sequence.
         width: bytes of an activation or weight.
 
@@ -154,10 +152,8 @@ def prefill_cost(
     """Counts one prefill: all tokens in, the logits of the last one out.
 
     Args:
-        model: dimensions.
         reduction: scorer and smallest counts; its budget and schedule are in ``retention`` already.
         retention: share of the visual tokens that enters every layer.
-        prompt: the sample.
         precision: fp32 or bf16.
     """
     width, symbols = WIDTH[precision], layer_symbols(model.hybrid_pattern)

@@ -26,7 +26,6 @@ def tower_operations(vision: VisionConfig, frames: int, width: int) -> dict[str,
     """The tower over some frames, by operation, all blocks together.
 
     Args:
-        vision: dimensions.
         frames: frames; each attends to itself only.
         width: bytes of an activation or weight.
     """
@@ -60,9 +59,7 @@ def projector_cost(vision: VisionConfig, output_size: int, frames: int, width: i
     """Norm, linear, squared ReLU and linear on every visual token of some frames.
 
     Args:
-        vision: dimensions.
         output_size: width of the language model.
-        frames: frames.
         width: bytes of an activation or weight.
     """
     tokens, inputs, hidden = frames * vision.tokens_per_frame, vision.projector_input_size, vision.projector_hidden_size

@@ -171,7 +171,6 @@ class CheckpointSaver:
         """Writes ``directory/step_<step>``, then deletes older checkpoints; waits for the save before it.
 
         Args:
-            step: optimizer steps done.
             state: model, optimizer and schedule.
             loader: state of each stream that this rank reads; plain values (str, numbers, lists, dicts, tensors).
             common: plain values, equal on all ranks, that :func:`load_checkpoint` gives back.

@@ -92,7 +92,6 @@ class HybridPruneModule(LightningModule):
         """Nothing is built yet.
 
         Args:
-            cfg: the run's configuration.
             model_factory: called once (in an interleaved pipeline once a chunk), after megatron's groups exist.
             loader_factory: called once, after that.
             log_path: where the step log goes; default ``<output_dir>/train_log.jsonl``.

@@ -100,7 +100,6 @@ def wrap_model(
             already.
         trainer: ``precision`` is read.
         parallel: ``distributed_optimizer`` and the overlap switches are read.
-        device: this process's device.
         first_chunk: whether it is the first chunk of layers on this stage; the gradients of the others are reduced
             in one bucket, as megatron does it.
 

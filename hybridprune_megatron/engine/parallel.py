@@ -74,7 +74,6 @@ def init_distributed(launch: Launch, timeout_minutes: float = 30.0, init_method:
     """Starts torch.distributed (nccl on GPUs, gloo elsewhere) and returns this process's device. Idempotent.
 
     Args:
-        launch: this process's place in the job.
         timeout_minutes: how long a collective waits for the others before the job fails.
         init_method: where the ranks meet; default: the launcher's address and port.
     """

@@ -122,8 +122,6 @@ def _run_schedule(
     Args:
         chunks: the model, or what this stage of an interleaved pipeline holds of it.
         batches: as many micro batches at least.
-        num_microbatches: to run.
-        sequence_length: see ``train_step``.
         forward_only: without gradients.
 
     Returns:

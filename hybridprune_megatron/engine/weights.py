@@ -100,9 +100,7 @@ def _tensors_to_load(module: MegatronModule, names: Iterable[str], path: Path) -
     """``_sharded_tensors``, without the adapters if the file has none: new ones change nothing as they are built.
 
     Args:
-        module: the model.
         names: all keys of the file.
-        path: for the message.
 
     Raises:
         ValueError: the file has adapters and the model has not.

@@ -45,8 +45,6 @@ def checked_difference(found: Tensor, expected: Tensor, allowed: float, what: st
     """Largest difference of logits, relative to the largest one.
 
     Args:
-        found: any shape.
-        expected: as ``found``.
         allowed: highest relative difference.
         what: begins the error, e.g. "logits differ from transformers'".
 

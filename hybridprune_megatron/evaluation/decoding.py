@@ -32,7 +32,6 @@ def exported_model(model: VideoLanguageModel, cfg: Config) -> HybridLanguageMode
 
     Args:
         model: unsplit.
-        cfg: its configuration.
     """
     with torch.device("meta"):
         exported = HybridLanguageModel(HybridPruneConfig(**language_settings(cfg.model)))

@@ -148,7 +148,6 @@ def load_questions(cfg: Config, count: int) -> list[Question]:
 
     Args:
         cfg: uses ``data`` and ``model.vision``.
-        count: how many at most.
 
     Raises:
         ValueError: none can be used.

@@ -34,7 +34,6 @@ def one_sample(visual: int, text: int, question: int, tokens_per_frame: int = 25
 
     Args:
         visual: visual tokens, in frames of ``tokens_per_frame`` and what is left over.
-        text: all other tokens.
         question: those of them that ask.
         tokens_per_frame: visual tokens of a frame.
     """
@@ -81,7 +80,6 @@ def time_prefill(
         model: on one process.
         prompt: what is prefilled.
         reductions: what to drop, by name; None: nothing.
-        rounds: how often each is timed.
         peer: timed as "transformers" too, if given.
 
     Returns:
@@ -112,7 +110,6 @@ def time_pieces(
 
     Args:
         model: on one process.
-        pattern: its hybrid layer pattern.
         sample: what every token is; hidden states are random.
         reduction: its scorer scores and its drop drops.
         rounds: how often each is timed; the fastest counts, for other work on the machine only adds.

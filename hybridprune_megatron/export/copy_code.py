@@ -48,7 +48,6 @@ def relative_source(module: str, text: str | None = None) -> str:
     """A module's source with the package's imports made relative and flat.
 
     Args:
-        module: for the error.
         text: its source; None: of a module of this package.
 
     Raises:
@@ -68,7 +67,6 @@ def copy_code(folder: Path, score: Score | None = None) -> list[str]:
     """Writes the code into a folder.
 
     Args:
-        folder: the export.
         score: what it ranks by; the file of one that is not ours goes along.
 
     Returns:

@@ -41,7 +41,6 @@ def transformers_peer(model: VideoLanguageModel, shape: ModelConfig) -> Nemotron
 
     Args:
         model: unsplit.
-        shape: its configuration.
     """
     experts = shape.experts
     peer = NemotronHForCausalLM(transformers_config(shape))

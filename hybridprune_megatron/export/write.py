@@ -64,7 +64,6 @@ def export_model(
     Args:
         model: the unsplit training model (tensor and pipeline parallel 1).
         cfg: its configuration; uses model, reduction and data (tokenizer, sampling, frame_text, conversation).
-        out_dir: where to write.
         max_shard_size: largest weights file, e.g. "5GB".
         facts: of the run, for the card (``run_facts.read_facts``).
         inputs: files and folders that the model came from.

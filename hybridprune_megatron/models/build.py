@@ -133,8 +133,6 @@ def transformer_config(cfg: Config, *, meta: bool = False, fused_gradients: bool
     """Megatron's configuration of the language model.
 
     Args:
-        cfg: as for ``build_model``.
-        meta: as for ``build_model``.
         fused_gradients: as for ``build_model``. Megatron's own linears (the output layer) take the kernel from apex,
             and one switch holds for all, so without apex nothing is fused.
 

@@ -6,15 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from hybridprune_megatron.bounds import (
-    Count,
-    NotNegative,
-    OneOf,
-    Positive,
-    Range,
-    Size,
-    check_bounds,
-)
+from hybridprune_megatron.bounds import Count, NotNegative, OneOf, Positive, Range, Size, check_bounds
 from hybridprune_megatron.checks import divides, fail
 from hybridprune_megatron.layers.experts import Experts
 from hybridprune_megatron.layers.kinds import KINDS

@@ -143,11 +143,7 @@ class Prefill:
 
 
 def prefill_cost(
-    model: ModelConfig,
-    reduction: ReductionConfig,
-    retention: Sequence[float],
-    prompt: Prompt,
-    precision: str,
+    model: ModelConfig, reduction: ReductionConfig, retention: Sequence[float], prompt: Prompt, precision: str
 ) -> Prefill:
     """Counts one prefill: all tokens in, the logits of the last one out.
 

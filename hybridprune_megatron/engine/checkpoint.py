@@ -161,12 +161,7 @@ class CheckpointSaver:
         self._scratch = directory
 
     def save(
-        self,
-        step: int,
-        state: TrainState,
-        loader: Mapping[int, Any],
-        common: Mapping[str, Any],
-        run: Mapping[str, Any],
+        self, step: int, state: TrainState, loader: Mapping[int, Any], common: Mapping[str, Any], run: Mapping[str, Any]
     ) -> Path:
         """Writes ``directory/step_<step>``, then deletes older checkpoints; waits for the save before it.
 
@@ -219,8 +214,7 @@ class CheckpointSaver:
             str(self._scratch),
             # Replicas hold the same values: each writes a share.
             FullyParallelSaveStrategyWrapper(
-                TorchDistSaveShardedStrategy(),
-                parallel_state.get_data_parallel_group(with_context_parallel=True),
+                TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
             ),
             async_sharded_save=True,
             content_metadata=dict(SHARDED_FORMAT),

@@ -83,11 +83,7 @@ class HybridPruneModule(LightningModule):
     state: TrainState
 
     def __init__(
-        self,
-        cfg: Config,
-        model_factory: ModelFactory,
-        loader_factory: LoaderFactory,
-        log_path: Path | None = None,
+        self, cfg: Config, model_factory: ModelFactory, loader_factory: LoaderFactory, log_path: Path | None = None
     ) -> None:
         """Nothing is built yet.
 
@@ -183,12 +179,7 @@ class HybridPruneModule(LightningModule):
         # Lightning yields (batch, index, loader index).
         batches = (self._with_budgets(item[0], step) for item in dataloader_iter)
         result = train_step(
-            self.state,
-            batches,
-            self._num_microbatches,
-            self.cfg.data.sequence_length,
-            step,
-            self.cfg.trainer.nonfinite,
+            self.state, batches, self._num_microbatches, self.cfg.data.sequence_length, step, self.cfg.trainer.nonfinite
         )
         self._count_skipped(result)
         # Lightning counts steps by its own optimizers, of which there are none; the count ends the run and

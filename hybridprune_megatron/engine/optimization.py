@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -284,11 +280,7 @@ def connect_schedule(
 
 
 def build_train_state(
-    module: MegatronModule,
-    optim: OptimConfig,
-    trainer: TrainerConfig,
-    parallel: ParallelConfig,
-    device: torch.device,
+    module: MegatronModule, optim: OptimConfig, trainer: TrainerConfig, parallel: ParallelConfig, device: torch.device
 ) -> TrainState:
     """Everything that trains ``module``; see :class:`TrainState`."""
     ddp = [

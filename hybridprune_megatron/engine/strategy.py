@@ -24,12 +24,7 @@ from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint, start_save_helper
 from hybridprune_megatron.engine.launch import Launch, check_launch
 from hybridprune_megatron.engine.module import HybridPruneModule
-from hybridprune_megatron.engine.parallel import (
-    LaunchedEnvironment,
-    data_rank,
-    init_distributed,
-    init_model_parallel,
-)
+from hybridprune_megatron.engine.parallel import LaunchedEnvironment, data_rank, init_distributed, init_model_parallel
 from hybridprune_megatron.engine.watch import report_failure, start_watch
 
 

@@ -111,11 +111,7 @@ def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tup
 
 
 def _run_schedule(
-    chunks: list[torch.nn.Module],
-    batches: _Recorder,
-    num_microbatches: int,
-    sequence_length: int,
-    forward_only: bool,
+    chunks: list[torch.nn.Module], batches: _Recorder, num_microbatches: int, sequence_length: int, forward_only: bool
 ) -> tuple[float, int, list[Tensor]]:
     """Runs the pipeline.
 

@@ -19,11 +19,7 @@ _PACKAGE = "hybridprune_megatron"
 _ROOT = Path(__file__).resolve().parents[1]
 _IMPORT = re.compile(rf"^(\s*)from {_PACKAGE}\.([\w.]+) import ", flags=re.MULTILINE)
 _ANY_IMPORT = re.compile(rf"^\s*(?:import|from)\s+{_PACKAGE}\b", flags=re.MULTILINE)
-_ENTRY_MODULES = (
-    "export.configuration_hybridprune",
-    "export.modeling_hybridprune",
-    "export.processing_hybridprune",
-)
+_ENTRY_MODULES = ("export.configuration_hybridprune", "export.modeling_hybridprune", "export.processing_hybridprune")
 #: The module that an export which brings a score along has another version of.
 _ANNOUNCED = "method.announced"
 

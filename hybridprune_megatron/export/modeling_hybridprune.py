@@ -21,11 +21,7 @@ from transformers import initialization as init
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.export.cache import HybridCache
 from hybridprune_megatron.export.cache_name import cache_argument, given_cache
-from hybridprune_megatron.export.configuration_hybridprune import (
-    HybridPruneConfig,
-    merge_reduction,
-    resolve_reduction,
-)
+from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig, merge_reduction, resolve_reduction
 from hybridprune_megatron.export.generation import HybridGenerationMixin, refuse_other_arguments
 from hybridprune_megatron.export.layers import HybridLayer, MambaMixer, Packing
 from hybridprune_megatron.export.outputs import HybridPruneOutput, ReductionStatistics

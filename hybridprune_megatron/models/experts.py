@@ -32,8 +32,7 @@ def torch_experts_spec(norm: type[nn.Module]) -> ModuleSpec:
     """
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     submodules = MoESubmodules(
-        experts=partial(SequentialMLP, submodules=linears),
-        shared_experts=partial(SharedExpertMLP, submodules=linears),
+        experts=partial(SequentialMLP, submodules=linears), shared_experts=partial(SharedExpertMLP, submodules=linears)
     )
     return _layer(norm, partial(TorchMoELayer, submodules=submodules))
 

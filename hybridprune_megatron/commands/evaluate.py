@@ -77,12 +77,14 @@ def table_rows(found: Mapping[str, Evaluation], chance: float, budget: float) ->
     """
     first, *_ = found.values()
     rows = [("", *found, "")]
-    rows += [("accuracy", *(percent(each.accuracy) for each in found.values()), _remark(first.num_samples, chance))]
+    rows += [
+        (
+            "accuracy",
+            *(percent(each.accuracy) for each in found.values()),
+            f"{first.num_samples} held-out questions, chance {percent(chance)}",
+        )
+    ]
     for kind in first.by_kind:
         rows.append((f"  {kind}", *(percent(each.by_kind[kind]) for each in found.values()), ""))
     kept = (percent(each.retention.mean) for each in found.values())
     return [*rows, ("visual tokens kept", *kept, f"mean over layers; budget {budget:g}")]
-
-
-def _remark(samples: int, chance: float) -> str:
-    return f"{samples} held-out questions, chance {percent(chance)}"

@@ -117,9 +117,7 @@ class HybridPruneModule(LightningModule):
             # Here, where weights have their place and dtype, and before a checkpoint overwrites them.
             assert isinstance(module, DistillingModel), type(module)
             module.keep_initial_weights()
-        self._num_microbatches = micro_batches_per_step(
-            self.cfg.trainer.global_batch_size, self.cfg.trainer.micro_batch_size
-        )
+        self._num_microbatches = micro_batches_per_step(self.cfg.trainer.global_batch_size)
 
     def build_stage(self) -> MegatronModule:
         """This stage of the model, or the chunks that it holds."""

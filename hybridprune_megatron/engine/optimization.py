@@ -291,16 +291,6 @@ def build_train_state(
     return TrainState(module, ddp, optimizer, build_scheduler(optimizer, optim, trainer))
 
 
-def micro_batches_per_step(global_batch_size: int, micro_batch_size: int = 1) -> int:
-    """Packed sequences that one replica computes in a step.
-
-    Raises:
-        ValueError: if the replicas cannot share the global batch evenly.
-    """
-    replicas = parallel_state.get_data_parallel_world_size()
-    if global_batch_size % (replicas * micro_batch_size):
-        raise ValueError(
-            f"trainer.global_batch_size={global_batch_size} must be a multiple of data-parallel replicas x "
-            f"trainer.micro_batch_size = {replicas} x {micro_batch_size}"
-        )
-    return global_batch_size // (replicas * micro_batch_size)
+def micro_batches_per_step(global_batch_size: int) -> int:
+    """Packed sequences that one replica computes in a step; the replicas share the global batch evenly."""
+    return global_batch_size // parallel_state.get_data_parallel_world_size()

@@ -22,10 +22,9 @@ from hybridprune_megatron.config.outputs import whole_file
 from hybridprune_megatron.config.weight_files import holds_tensors
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 from hybridprune_megatron.engine.checkpoint_index import Index, StoredTensor, read_index, unused
-from hybridprune_megatron.huggingface.compare import check_same_model
 from hybridprune_megatron.huggingface.files import save_tensors
 from hybridprune_megatron.huggingface.names import CONSTANTS
-from hybridprune_megatron.huggingface.source import TranslatedWeights, check_finite, open_weights
+from hybridprune_megatron.huggingface.source import TranslatedWeights, check_finite, check_same_model, open_weights
 from hybridprune_megatron.models.lora import is_adapter
 
 #: What a file that ``save_weights`` wrote says of itself.

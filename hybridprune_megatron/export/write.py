@@ -31,9 +31,8 @@ from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export import COMMAND
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig, exported_settings
 from hybridprune_megatron.export.copy_code import copy_code
-from hybridprune_megatron.export.model_card import model_card
+from hybridprune_megatron.export.model_card import RunFacts, model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
-from hybridprune_megatron.export.run_facts import RunFacts
 from hybridprune_megatron.huggingface.files import copy_tokenizer, save_tensors
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 

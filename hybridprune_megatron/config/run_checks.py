@@ -17,7 +17,7 @@ from hybridprune_megatron.method.schedule import Listed, layer_symbols
 
 
 def check_tuning(cfg: RunConfig) -> None:
-    """All checks of this file; raises ``ConfigError`` at the first that fails."""
+    """All checks of the tuning group; raises ``ConfigError`` at the first that fails."""
     check_budgets(cfg)
     check_teacher(cfg)
     check_lr_scale(cfg)

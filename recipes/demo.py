@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from hybridprune_megatron.config import Config, checked_config
 from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.config.outputs import whole_file
 from hybridprune_megatron.engine.preemption import STOPPED
 from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
 from hybridprune_megatron.evaluation.report import text_table
@@ -35,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from studies.demo.report import summary_rows  # noqa: E402
-from studies.demo.stages import Stages, differences  # noqa: E402
+from studies.demo.stages import Stages, differences, write_json  # noqa: E402
 
 if TYPE_CHECKING:
     from hybridprune_megatron.evaluation.held_out import Question
@@ -362,12 +361,6 @@ def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
     if changed:
         shown = ", ".join(dict.fromkeys(changed[:2]))
         raise ValueError(f"{out} holds a run with other settings: {shown}; add --fresh, or output_dir=runs/<name>")
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all."""
-    with whole_file(path) as scratch:
-        scratch.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @one_line_errors("demo")

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.outputs import whole_file
+
 _WIDTH = 64
 
 
@@ -54,10 +56,7 @@ class Stages:
         start = time.perf_counter()
         result = work()
         self.seconds[name] = round(time.perf_counter() - start, 2)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"key": key, "seconds": self.seconds[name], "result": result}, indent=2) + "\n")
-        scratch.replace(path)
+        write_json(path, {"key": key, "seconds": self.seconds[name], "result": result})
         self._report(f"{title:<{_WIDTH}} {self.seconds[name]:7.1f} s")
         # As read back, so that a first run and a resumed one see the same types.
         return json.loads(json.dumps(result))
@@ -77,3 +76,9 @@ def differences(old: Any, new: Any, key: str = "") -> list[str]:
             for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
         ]
     return [] if old == new else [f"{key}={new} (was {old})"]
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Whole or not at all."""
+    with whole_file(path) as scratch:
+        scratch.write_text(json.dumps(values, indent=2) + "\n")

@@ -152,7 +152,6 @@ def read_value(key: str, text: str, owner: type, name: str) -> Any:
         key: what to call the field in an error.
         text: right of the equals sign.
         owner: a dataclass with plain fields.
-        name: of the field.
 
     Raises:
         ConfigError: the text is of another type.
@@ -174,9 +173,6 @@ def check_value(key: str, value: Any, rule: Rule, default: Any = None) -> None:
     """A value is what its rule allows.
 
     Args:
-        key: its dotted name.
-        value: of any type.
-        rule: of the field.
         default: the field's default, to suggest.
 
     Raises:

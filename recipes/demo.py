@@ -25,17 +25,21 @@ from typing import TYPE_CHECKING, Any
 from hybridprune_megatron.config import Config, checked_config
 from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.config.outputs import whole_file
 from hybridprune_megatron.engine.preemption import STOPPED
 from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
-from hybridprune_megatron.evaluation.report import summary_rows, text_table
-from hybridprune_megatron.evaluation.stages import Stages, differences
-
-if TYPE_CHECKING:
-    from hybridprune_megatron.evaluation.questions import Question
-    from hybridprune_megatron.models.video_language_model import VideoLanguageModel
+from hybridprune_megatron.evaluation.report import text_table
 
 ROOT = Path(__file__).resolve().parents[1]
+# The studies are not installed.
+sys.path.insert(0, str(ROOT))
+
+from studies.demo.report import summary_rows  # noqa: E402
+from studies.demo.stages import Stages, differences, write_json  # noqa: E402
+
+if TYPE_CHECKING:
+    from hybridprune_megatron.evaluation.held_out import Question
+    from hybridprune_megatron.models.video_language_model import VideoLanguageModel
+
 # The demo's data: clips of eight seconds. A training clip is asked all five kinds, a held-out one a single question,
 # both balanced over kinds and answers.
 TRAIN_SAMPLES = 1000
@@ -119,14 +123,14 @@ class Demo:
 
     def model(self, weights: Path) -> VideoLanguageModel:
         """The training model with the weights of a file or checkpoint."""
-        from hybridprune_megatron.export.load import load_model
+        from hybridprune_megatron.engine.load import load_model
 
         return load_model(weights, self.cfg)
 
     @cached_property
     def finetuned(self) -> VideoLanguageModel:
         """The model of the last checkpoint."""
-        from hybridprune_megatron.export.load import find_checkpoint
+        from hybridprune_megatron.config.stored_run import find_checkpoint
 
         return self.model(find_checkpoint(self.out))
 
@@ -145,7 +149,7 @@ class Demo:
     def evaluate(self, model: VideoLanguageModel) -> dict[str, Any]:
         """Accuracy and retention, reduced and full."""
         from hybridprune_megatron.evaluation.accuracy import evaluate_each
-        from hybridprune_megatron.evaluation.questions import chance
+        from hybridprune_megatron.evaluation.held_out import chance
 
         questions = self.questions
         result: dict[str, Any] = {"chance": chance(questions)}
@@ -172,7 +176,7 @@ class Demo:
         from transformers import AutoModelForCausalLM
 
         from hybridprune_megatron.evaluation.forward import device_of
-        from hybridprune_megatron.evaluation.parity import max_logit_difference
+        from studies.demo.parity import max_logit_difference
 
         exported = AutoModelForCausalLM.from_pretrained(self.out / "hf", trust_remote_code=True).eval()
         exported.to(device_of(self.finetuned))
@@ -183,7 +187,7 @@ class Demo:
         """Prefill seconds of one packed batch."""
         from hybridprune_megatron.data.batch import pack
         from hybridprune_megatron.evaluation.forward import length_multiple
-        from hybridprune_megatron.evaluation.timing import time_prefill
+        from studies.demo.prefill import time_prefill
 
         model = self.finetuned
         samples = [question.sample for question in self.questions[:TIMING_SAMPLES]]
@@ -203,7 +207,7 @@ class Demo:
         """Writes the plot and returns the figures of the run."""
         from hybridprune_megatron.engine.train_log import read_train_log
         from hybridprune_megatron.evaluation.machine import describe_machine
-        from hybridprune_megatron.evaluation.plots import plot_run, running_mean
+        from studies.demo.plots import plot_run, running_mean
 
         rows = read_train_log(self.out / "train_log.jsonl")
         losses = [row["loss"] for row in rows]
@@ -357,12 +361,6 @@ def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
     if changed:
         shown = ", ".join(dict.fromkeys(changed[:2]))
         raise ValueError(f"{out} holds a run with other settings: {shown}; add --fresh, or output_dir=runs/<name>")
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Whole or not at all."""
-    with whole_file(path) as scratch:
-        scratch.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @one_line_errors("demo")

@@ -1,6 +1,6 @@
 """The study: every method at every budget on the needle benchmark, before and after light finetuning.
 
-    scripts/make_bench_base.sh data
+    studies/base/make_bench_base.sh data
     python recipes/study.py [--workers 2] [--only before] [key=value ...]
 
 Takes the base model of ``experiment=bench``, which is in the repository, and the data that the first command makes.
@@ -110,15 +110,17 @@ def settings_of(cfg: Config, overrides: list[str]) -> dict[str, Any]:
     assert cfg.data.validation is not None, "data.validation"
     weights = Path(cfg.model.init_checkpoint)
     if not weights.is_file():
-        raise ValueError(f"model.init_checkpoint={weights} is not there: scripts/make_bench_base.sh makes it")
+        raise ValueError(f"model.init_checkpoint={weights} is not there: studies/base/make_bench_base.sh makes it")
     needles = Path(cfg.data.validation) / "needles.json"
     if not needles.is_file():
-        raise ValueError(f"data.validation={needles.parent}: no needles.json; scripts/make_bench_base.sh data makes it")
+        raise ValueError(
+            f"data.validation={needles.parent}: no needles.json; studies/base/make_bench_base.sh data makes it"
+        )
     held_out = json.loads(needles.read_text())["samples"]
     if held_out < cfg.trainer.eval_samples:
         raise ValueError(
             f"trainer.eval_samples={cfg.trainer.eval_samples}, but data.validation={needles.parent} holds {held_out} "
-            "samples: make as many (scripts/make_bench_data.py --validation), or ask for fewer"
+            "samples: make as many (studies/base/make_bench_data.py --validation), or ask for fewer"
         )
     return {
         "base": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],

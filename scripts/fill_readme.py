@@ -12,14 +12,14 @@ import json
 import sys
 from pathlib import Path
 
-from hybridprune_megatron.benchmark.report import headline_rows
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.evaluation.report import markdown_table, summary_rows
+from hybridprune_megatron.evaluation.performance_page import headline_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 # The studies are not installed.
 sys.path.insert(0, str(ROOT))
 
+from studies.demo.report import markdown_table, summary_rows  # noqa: E402
 from studies.needles.cells import HEADLINE  # noqa: E402
 from studies.needles.report import summary_table  # noqa: E402
 from studies.needles.rows import Rows  # noqa: E402

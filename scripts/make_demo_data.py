@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,8 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.data.needle_shards import write_split
-from hybridprune_megatron.data.needles import (
+
+# The studies are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from studies.needles.needle_shards import write_split
+from studies.needles.needles import (
     CHOICES,
     KINDS,
     NeedlePlan,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,8 +21,12 @@ from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.outputs import check_output, whole_folder
 from hybridprune_megatron.data.chat_template import CHAT_TEMPLATE
 from hybridprune_megatron.data.conversation import END_TOKEN, RESERVED_TOKENS, VIDEO_TOKEN
-from hybridprune_megatron.data.needles import CHOICES, KINDS, NeedlePlan, NeedleTask, plan_samples
 from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT
+
+# The studies are not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from studies.needles.needles import CHOICES, KINDS, NeedlePlan, NeedleTask, plan_samples
 
 COMMAND = "scripts/make_demo_tokenizer.py"
 PAD_TOKEN, UNK_TOKEN = "<pad>", "<unk>"

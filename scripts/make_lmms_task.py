@@ -6,7 +6,7 @@
 
 Writes ``questions.jsonl``, ``videos/`` and the task's own files (``recipes/lmms_eval``) into one folder, which needs
 nothing of this project. The data are shards with one video, one question and its known answer a sample, as
-``scripts/make_demo_data.py`` and ``scripts/make_bench_data.py`` write them.
+``scripts/make_demo_data.py`` and ``studies/base/make_bench_data.py`` write them.
 """
 
 from __future__ import annotations

@@ -190,9 +190,9 @@ def exported_reduced(cfg: Any, folder: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hybridprune_megatron.evaluation.parity import max_logit_difference
     from hybridprune_megatron.export.write import export_model
     from hybridprune_megatron.method.layout import TokenKind
+    from studies.demo.parity import max_logit_difference
     from tests.models.tiny import tiny_sample
     from tests.parity.ours import model_of
 

@@ -31,8 +31,8 @@ def main(argv: list[str]) -> None:
     # After the arguments are read: these take half a minute to import.
     import torch
 
+    from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.weights import MADE_BY, save_weights
-    from hybridprune_megatron.export.load import load_model
     from hybridprune_megatron.huggingface.files import check_weights_file
 
     check_weights_file(options.out, MADE_BY, [checkpoint])

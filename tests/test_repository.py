@@ -25,19 +25,17 @@ ALLOWED: dict[str, set[str]] = {
     "ops": set(),
     "config": {"method", "layers"},
     "cost": {"method", "layers", "config"},
-    "vision": set(),
     "data": {"method", "config"},
-    "models": {"layers", "method", "ops", "vision", "data", "config"},
-    "evaluation": {"layers", "method", "vision", "data", "config", "models"},
+    "models": {"layers", "method", "ops", "data", "config"},
+    "evaluation": {"layers", "method", "data", "config", "models", "engine", "export"},
     "analysis": {"layers", "method", "ops", "data", "config", "models", "evaluation"},
     "huggingface": {"layers", "method", "config"},
-    "engine": {"layers", "method", "data", "config", "models", "evaluation", "huggingface"},
-    "benchmark": {"method", "config", "models", "evaluation", "engine", "huggingface", "export"},
+    "engine": {"layers", "method", "data", "config", "models", "huggingface"},
     "commands": {
-        *("data", "config", "cost", "vision", "models", "huggingface"),
-        *("evaluation", "analysis", "engine", "export", "benchmark"),
+        *("data", "config", "cost", "models", "huggingface"),
+        *("evaluation", "analysis", "engine", "export"),
     },
-    "export": {"layers", "method", "ops", "vision", "data", "config", "models", "engine", "huggingface"},
+    "export": {"layers", "method", "ops", "data", "config", "models", "engine", "huggingface"},
 }
 #: Packages outside this project that a package must not import, not even inside a function.
 FORBIDDEN: dict[str, set[str]] = {
@@ -46,7 +44,6 @@ FORBIDDEN: dict[str, set[str]] = {
     "layers": {"torch", "megatron", "transformers", "lightning", "nemo"},
     "config": {"torch", "megatron", "transformers", "lightning", "nemo"},
     "cost": {"torch", "megatron", "transformers", "lightning", "nemo"},
-    "vision": {"megatron", "lightning", "nemo"},
     "models": {"lightning", "nemo"},
     "huggingface": {"megatron", "lightning", "nemo", "transformers"},
     "evaluation": {"lightning", "nemo", "transformers"},

@@ -1,7 +1,7 @@
 """What the answers lose to one drop: after which layer, to which share.
 
-The measure is the Kullback-Leibler divergence of the answer tokens' distributions, every token against reduced: it needs
-no labels, and it is much less noisy than accuracy.
+The measure is the Kullback-Leibler divergence of the answer tokens' distributions, every token against reduced: it
+needs no labels, and it is much less noisy than accuracy.
 
 Shape letters: A answer tokens, Q levels.
 """

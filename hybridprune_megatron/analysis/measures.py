@@ -47,7 +47,6 @@ def measure(sample: AnalysisSample, full: Observation, reduced: Observation, top
     """Measures of one sample.
 
     Args:
-        sample: the prompt.
         full: its pass without reduction, with scores.
         reduced: its pass under reduction.
         top: share of tokens that counts as the top.
@@ -86,7 +85,6 @@ def summarize(found: Sequence[SampleMeasures], symbols: str, top: float) -> dict
 
     Args:
         found: at least one.
-        symbols: a letter a layer.
         top: as in ``measure``.
     """
     layers = [layer for layer, symbol in enumerate(symbols) if KINDS[symbol].scores]

@@ -107,7 +107,6 @@ def drop_after(layer: int, dropped: Tensor, layout: TokenLayout, num_layers: int
         layer: 0-based, one that can score, not the last.
         dropped: bool [L]; visual tokens only.
         layout: of the sample, unreduced.
-        num_layers: of the model.
     """
     assert len(layout.visual_counts) == 1, layout.visual_counts
     visual = layout.visual_counts[0]

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -83,8 +84,6 @@ def collect(
     Args:
         model: on one pipeline stage.
         samples: with one needle each, or all without.
-        symbols: a letter a layer.
-        label: attribute of the needle.
         progress: gets 1 after each sample.
     """
     data = ProbeData()
@@ -144,7 +143,6 @@ def evaluate_probes(data: ProbeData, symbols: str) -> dict[str, Any]:
 
     Args:
         data: from ``collect``.
-        symbols: a letter a layer.
     """
     contents: dict[str, tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]] = {
         "feature": (principal_components(torch.stack(data.features), COMPONENTS), explained_variance)
@@ -219,11 +217,7 @@ def by_drop(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]
         for after in drops:
             layers = [row["layer"] for row in rows if row["type"] == kind and row["dropped_after"] == after]
             if layers:
-                means = {name: _mean([known[drop, layer] for layer in layers])
+                means = {name: fmean([known[drop, layer] for layer in layers])
                          for name, drop in (("score", after), ("held", None), ("absent", IN_FRONT))}  # fmt: skip
                 result[kind].append({"dropped_after": after, **means, "layers": len(layers)})
     return result
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

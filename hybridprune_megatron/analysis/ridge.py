@@ -1,10 +1,9 @@
-"""A linear probe: ridge regression in closed form, scored on samples that it has not seen, beside shuffled targets.
+"""A linear probe: scikit-learn's ridge regression, scored on samples that it has not seen, beside shuffled targets.
 
 Shape letters: n samples, D features, K targets, P sets of targets.
 
-There are far more features than samples (a Mamba state has thousands of numbers), so everything is solved over the
-n x n products of samples. The strength of the ridge is chosen inside every training part by its leave-one-out error,
-which ridge regression has in closed form: ``e_i = (y_i - f_i) / (1 - h_ii)`` with ``f = h y`` (Allen's PRESS).
+The strength of the ridge is chosen inside every training part by its leave-one-out error, which ridge regression has in
+closed form.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +48,6 @@ def probe(features: Tensor, targets: Tensor, score: Score, seed: int = 0) -> Pro
         features: [n, D].
         targets: [n, K].
         score: ``explained_variance`` or ``accuracy``.
-        seed: of folds and shuffles.
     """
     generator = torch.Generator().manual_seed(seed)
     count = len(features)
@@ -66,7 +65,6 @@ def held_out_predictions(features: Tensor, targets: Tensor, seed: int = 0) -> Te
     Args:
         features: float64 [n, D].
         targets: float64 [P, n, K].
-        seed: of the folds.
 
     Returns:
         float64 [P, n, K].
@@ -87,28 +85,20 @@ def held_out_predictions(features: Tensor, targets: Tensor, seed: int = 0) -> Te
 
 def _fit_and_predict(features: Tensor, targets: Tensor, unseen: Tensor) -> Tensor:
     """[P, m, K] predictions for unseen features [m, D]; every set of targets has a strength of its own."""
-    centre, mean = features.mean(0), targets.mean(1, keepdim=True)
+    from sklearn.linear_model import Ridge, RidgeCV
+    from sklearn.preprocessing import StandardScaler
+
     # Features by their spread in the training part; one that never changes is left out.
-    spread = features.std(0)
-    weight = torch.where(spread > 0, 1 / spread, 0.0)
-    x, x_unseen = (features - centre) * weight, (unseen - centre) * weight
-    values, vectors = torch.linalg.eigh(x @ x.T)
-    values = values.clamp(min=0)
-    y = vectors.T @ (targets - mean)
-    unit = values.mean().clamp(min=torch.finfo(values.dtype).tiny)
-    best_error = torch.full((len(targets),), float("inf"), dtype=y.dtype)
-    best = torch.zeros_like(y)
-    for strength in _STRENGTHS:
-        ridge = values + strength * unit
-        shrunk = (values / ridge)[:, None]
-        # The mean that was taken off is fitted too: 1 / n more leverage a sample.
-        leverage = (vectors.square() @ shrunk).squeeze(1) + 1 / len(features)
-        left = (targets - mean - vectors @ (shrunk * y)) / (1 - leverage)[:, None]
-        error = left.square().sum((1, 2))
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = torch.where(better[:, None, None], y / ridge[:, None], best)
-    return mean + x_unseen @ (x.T @ (vectors @ best))
+    scaler = StandardScaler().fit(features.numpy())
+    x, (sets, count, width) = scaler.transform(features.numpy()), targets.shape
+    y = targets.transpose(0, 1).flatten(1).numpy()
+    unit = max(np.square(x).sum(1).mean(), np.finfo(x.dtype).tiny)
+    strengths = unit * np.array(_STRENGTHS)
+    left_out = RidgeCV(strengths, store_cv_results=True).fit(x, y).cv_results_
+    errors = left_out.reshape(count, sets, width, -1).sum((0, 2))
+    model = Ridge(strengths[errors.argmin(1)].repeat(width), solver="svd").fit(x, y)
+    predicted = model.predict(scaler.transform(unseen.numpy()))
+    return torch.from_numpy(predicted).unflatten(1, (sets, width)).transpose(0, 1)
 
 
 def explained_variance(predictions: Tensor, targets: Tensor) -> Tensor:

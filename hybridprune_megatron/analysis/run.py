@@ -28,10 +28,6 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
 
     Args:
         model: in one process, with a reduction.
-        cfg: its configuration.
-        settings: what to do.
-        data: folder of the data set.
-        out: folder to write to.
 
     Returns:
         The HTML report.

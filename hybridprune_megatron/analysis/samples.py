@@ -65,7 +65,6 @@ class SampleReader:
 
     Args:
         cfg: uses ``data`` and ``model``.
-        folder: of the data set.
     """
 
     def __init__(self, cfg: Config, folder: Path) -> None:
@@ -89,7 +88,6 @@ class SampleReader:
         without needles gives all its samples.
 
         Args:
-            label: attribute of the needle.
             question: asked instead of the sample's own, attributes of the needle in braces.
 
         Raises:

@@ -54,21 +54,6 @@ def gini(mass: Tensor) -> float:
     return 2 * (index * rising).sum().item() / (count * total) - (count + 1) / count
 
 
-def average_ranks(scores: Tensor) -> Tensor:
-    """Ranks from 1 in rising order, equal scores share the mean of their ranks.
-
-    Args:
-        scores: [R, V].
-
-    Returns:
-        float64 [R, V].
-    """
-    rising = scores.sort(-1).values
-    below = torch.searchsorted(rising, scores.contiguous(), right=False)
-    not_above = torch.searchsorted(rising, scores.contiguous(), right=True)
-    return (below + not_above + 1).double() / 2
-
-
 def spearman(scores: Tensor) -> Tensor:
     """Spearman's rank correlation of every pair of score vectors, ties by average ranks.
 
@@ -78,11 +63,11 @@ def spearman(scores: Tensor) -> Tensor:
     Returns:
         float64 [R, R] in [-1, 1]; ``nan`` in the rows and columns of a vector whose scores are all equal.
     """
-    ranks = average_ranks(scores)
-    centred = ranks - ranks.mean(-1, keepdim=True)
-    # Ranks are multiples of 1/2, so the norm of equal scores is exactly 0, and 0 / 0 is the nan that is promised.
-    unit = centred / centred.norm(dim=-1, keepdim=True)
-    return (unit @ unit.T).clamp(-1, 1)
+    from scipy.stats import rankdata
+
+    ranks = torch.from_numpy(rankdata(scores.double().cpu(), axis=-1))
+    # Ranks are multiples of 1/2, so the spread of equal scores is exactly 0, and 0 / 0 is the nan that is promised.
+    return torch.corrcoef(ranks)
 
 
 def top_overlap(scores: Tensor, count: int) -> Tensor:
@@ -106,8 +91,6 @@ def top_overlap(scores: Tensor, count: int) -> Tensor:
 def auc(scores: Tensor, positive: Tensor) -> Tensor:
     """Probability that a positive token scores above another one (area under the ROC curve), ties count half.
 
-    ``AUC = (mean rank of the positive - (P + 1) / 2) / (V - P)`` for P positive tokens (Mann and Whitney's U).
-
     Args:
         scores: [R, V].
         positive: bool [V], neither all nor none.
@@ -115,10 +98,11 @@ def auc(scores: Tensor, positive: Tensor) -> Tensor:
     Returns:
         float64 [R]; 0.5 for scores that know nothing.
     """
+    from sklearn.metrics import roc_auc_score
+
     count = int(positive.sum())
     assert 0 < count < len(positive), f"{count} of {len(positive)} tokens are positive"
-    mean_rank = average_ranks(scores)[:, positive].mean(1)
-    return (mean_rank - (count + 1) / 2) / (len(positive) - count)
+    return torch.tensor([roc_auc_score(positive.cpu(), row) for row in scores.cpu()], dtype=torch.float64)
 
 
 def evenly_spread(values: Sequence[int], most: int) -> list[int]:

@@ -26,10 +26,8 @@ def plot_strip(path: Path, sample: AnalysisSample, kept: Tensor, symbols: str) -
     """Writes one PNG: rows are depths, columns frames; a patch whose token was dropped is grey.
 
     Args:
-        path: the file.
         sample: with frames; one whose data set stores features has grey squares instead of pictures.
         kept: bool [K, V], see ``measures.kept_tokens``.
-        symbols: a letter a layer.
     """
     frames = chosen_frames(sample)
     layers = chosen_layers(kept)

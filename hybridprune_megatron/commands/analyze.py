@@ -34,8 +34,8 @@ def main(argv: list[str]) -> None:
     out = Path(settings.out) if settings.out is not None else Path(cfg.output_dir) / "analysis"
     warnings.filterwarnings("ignore")
     from hybridprune_megatron.analysis.run import analyze
+    from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.parallel import shut_down
-    from hybridprune_megatron.export.load import load_model
 
     check_output(out, COMMAND, [checkpoint, data])
     model = load_model(checkpoint, cfg)

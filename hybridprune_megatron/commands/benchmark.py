@@ -76,10 +76,11 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
 
     device = init_distributed(Launch(0, 1, 0, 1))
     init_model_parallel(seed=cfg.trainer.seed)
-    from hybridprune_megatron.benchmark.decoding import exported_model, time_decoding
-    from hybridprune_megatron.benchmark.measure import Prompt, time_prefill, time_scoring, time_training
-    from hybridprune_megatron.benchmark.peer import transformers_peer
+    from hybridprune_megatron.evaluation.benchmark import time_scoring, time_training
+    from hybridprune_megatron.evaluation.decoding import exported_model, time_decoding
+    from hybridprune_megatron.evaluation.language_prefill import Prompt, time_prefill
     from hybridprune_megatron.evaluation.machine import describe_machine
+    from hybridprune_megatron.export.transformers_model import transformers_peer
     from hybridprune_megatron.models.build import build_model, build_reduction
 
     reduction = build_reduction(cfg)
@@ -94,7 +95,7 @@ def benchmark(cfg: Config, options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for visual in options.visual_tokens:
         prompt = Prompt.of(model, _sample(cfg, visual))
-        taken = time_prefill(model, peer, prompt, reduction, options.rounds)
+        taken = time_prefill(model, prompt, {"full": None, "reduced": reduction}, options.rounds, peer)
         scoring = median(time_scoring(model, prompt, reduction, options.rounds))
         decoding = time_decoding(exported, peer, prompt, reduction, options.rounds) if exported else {}
         rows.append(_prefill_row(cfg, visual, taken, scoring, decoding))
@@ -120,8 +121,9 @@ def _check(cfg: Config, model: Any, peer: Any, exported: Any, reduction: Any) ->
     Raises:
         ValueError: a model computes something wrong.
     """
-    from hybridprune_megatron.benchmark.decoding import check_decoding
-    from hybridprune_megatron.benchmark.measure import Prompt, check_peer, check_reduction
+    from hybridprune_megatron.evaluation.benchmark import check_peer, check_reduction
+    from hybridprune_megatron.evaluation.decoding import check_decoding
+    from hybridprune_megatron.evaluation.language_prefill import Prompt
 
     sample = _sample(cfg, CHECKED_TOKENS)
     prompt = Prompt.of(model, sample)
@@ -221,7 +223,7 @@ def settings_of(cfg: Config, options: argparse.Namespace, argv: list[str]) -> di
 
 def finish(report: dict[str, Any], options: argparse.Namespace) -> None:
     """Prints the ratios and writes the files."""
-    from hybridprune_megatron.benchmark.report import headline, plot_prefill
+    from hybridprune_megatron.evaluation.performance_page import headline, plot_prefill
 
     text = json.dumps(report, indent=1) + "\n"
     written, drawn = (options.out / name for name in FILES)
@@ -248,6 +250,6 @@ def performance_pages() -> Path:
 
 def renew_page() -> None:
     """Writes docs/performance.md from the kept reports."""
-    from hybridprune_megatron.benchmark.report import write_page
+    from hybridprune_megatron.evaluation.performance_page import write_page
 
     write_page(performance_pages().with_suffix(".md"), performance_pages())

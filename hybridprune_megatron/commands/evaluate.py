@@ -55,11 +55,10 @@ def main(argv: list[str]) -> None:
     settings, checkpoint, cfg, data = read_checkpoint_command("evaluate", __doc__, EvaluationSettings, argv)
     cfg = replace(cfg, data=replace(cfg.data, validation=str(data)))
     warnings.filterwarnings("ignore")
+    from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.parallel import shut_down
     from hybridprune_megatron.evaluation.accuracy import evaluate_each
-    from hybridprune_megatron.evaluation.held_out import load_questions
-    from hybridprune_megatron.evaluation.questions import chance
-    from hybridprune_megatron.export.load import load_model
+    from hybridprune_megatron.evaluation.held_out import chance, load_questions
 
     model = load_model(checkpoint, cfg)
     questions = load_questions(cfg, settings.samples)
@@ -75,16 +74,17 @@ def table_rows(found: Mapping[str, Evaluation], chance: float, budget: float) ->
     Args:
         found: by column, on the same questions; at least one.
         chance: expected accuracy of a guess.
-        budget: of the reduced column.
     """
     first, *_ = found.values()
     rows = [("", *found, "")]
-    rows += [("accuracy", *(percent(each.accuracy) for each in found.values()), _remark(first.num_samples, chance))]
+    rows += [
+        (
+            "accuracy",
+            *(percent(each.accuracy) for each in found.values()),
+            f"{first.num_samples} held-out questions, chance {percent(chance)}",
+        )
+    ]
     for kind in first.by_kind:
         rows.append((f"  {kind}", *(percent(each.by_kind[kind]) for each in found.values()), ""))
     kept = (percent(each.retention.mean) for each in found.values())
     return [*rows, ("visual tokens kept", *kept, f"mean over layers; budget {budget:g}")]
-
-
-def _remark(samples: int, chance: float) -> str:
-    return f"{samples} held-out questions, chance {percent(chance)}"

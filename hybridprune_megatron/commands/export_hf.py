@@ -62,9 +62,10 @@ def main(argv: list[str]) -> None:
     check_output(options.out, COMMAND, inputs)
     quiet_libraries()
     # After the arguments are checked: these take half a minute to import.
-    from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint, load_model
+    from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
+    from hybridprune_megatron.engine.load import load_model
+    from hybridprune_megatron.export.model_card import read_facts
     from hybridprune_megatron.export.plain import export_plain
-    from hybridprune_megatron.export.run_facts import read_facts
     from hybridprune_megatron.export.write import export_model
 
     checkpoint = find_checkpoint(options.checkpoint)

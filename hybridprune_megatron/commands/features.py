@@ -130,7 +130,7 @@ def load(checkpoint: str | None, overrides: list[str]) -> tuple[VideoLanguageMod
 
     quiet_libraries()
     # After all that can be wrong: this takes half a minute to import.
-    from hybridprune_megatron.export.load import load_model
+    from hybridprune_megatron.engine.load import load_model
 
     return load_model(path, cfg), cfg
 
@@ -163,7 +163,7 @@ class FeatureEncoder:
 
         from hybridprune_megatron.config.features import FeaturesInfo
         from hybridprune_megatron.data.video import FrameSampling
-        from hybridprune_megatron.vision.fingerprint import tower_fingerprint
+        from hybridprune_megatron.models.video_language_model import tower_fingerprint
 
         vision, data = cfg.model.vision, cfg.data
         assert vision is not None, "load() refuses a model without vision"
@@ -186,7 +186,6 @@ class FeatureEncoder:
         """Names and contents of the new shard, in the order of the old one.
 
         Args:
-            shard: the old one.
             progress: gets the number of samples that are done.
 
         Raises:
@@ -246,7 +245,7 @@ class FeatureEncoder:
         """[F, M, C] on the CPU, from uint8 [F, 3, S, S]."""
         import torch
 
-        from hybridprune_megatron.vision.encoder import frame_tokens
+        from hybridprune_megatron.models.encoder import frame_tokens
 
         device = next(self.tower.parameters()).device
         passes = [

@@ -23,14 +23,14 @@ from hybridprune_megatron.engine.run_lock import hold_folder
 
 def finetune(cfg: Config, launch: Launch) -> None:
     """Trains as configured, from the start or from the newest checkpoint."""
-    from hybridprune_megatron.data.task_encoder import build_train_loader
+    from hybridprune_megatron.data.task_encoder import TrainLoader
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
     from hybridprune_megatron.models.build import build_model
 
     if launch.rank == 0 and cfg.optim.warmup_steps >= cfg.trainer.max_steps and cfg.optim.decay_steps is None:
         print(f"optim.warmup_steps={cfg.optim.warmup_steps} is cut to end before trainer.max_steps", flush=True)
-    module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(build_train_loader, cfg))
+    module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(TrainLoader, cfg))
     trainer = build_trainer(cfg, launch)
     start_experiment(trainer, cfg)
     trainer.fit(module)

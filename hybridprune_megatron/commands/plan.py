@@ -84,7 +84,7 @@ def measure(cfg: Config, plan: Plan, rounds: int = 7) -> dict[str, Any]:
 
     device = init_distributed(Launch(0, 1, 0, 1))
     init_model_parallel(seed=cfg.trainer.seed)
-    from hybridprune_megatron.evaluation.language_prefill import one_sample, time_language_prefill, time_pieces
+    from hybridprune_megatron.evaluation.language_prefill import Prompt, one_sample, time_pieces, time_prefill
     from hybridprune_megatron.evaluation.machine import describe_machine
     from hybridprune_megatron.models.build import build_model
 
@@ -102,8 +102,8 @@ def measure(cfg: Config, plan: Plan, rounds: int = 7) -> dict[str, Any]:
         for name, taken in time_pieces(model, cfg.model.hybrid_pattern, sample, reduction, often).items():
             pieces.setdefault(name, {})[tokens] = taken
     predicted = predict(plan.prefill, Calibration(pieces))
-    sample = one_sample(prompt.visual, prompt.text, prompt.question)
-    seconds = time_language_prefill(model, sample, {"full": None, "reduced": reduction}, rounds)
+    whole = Prompt.of(model, one_sample(prompt.visual, prompt.text, prompt.question))
+    seconds = time_prefill(model, whole, {"full": None, "reduced": reduction}, rounds)
     shut_down()
     fastest = {name: min(each) for name, each in seconds.items()}
     ratio = fastest["full"] / fastest["reduced"]

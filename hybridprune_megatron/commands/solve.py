@@ -4,10 +4,10 @@
     hybridprune solve checkpoint=assets/demo/base.safetensors experiment=demo out=runs/solved reduction.budget=0.35
     hybridprune solve checkpoint=runs/demo out=runs/demo/solved speedup=4
 
-For every layer that may drop and every level, one drop after that layer is measured alone, as the divergence (KL) of the
-answers from those with every token. A shortest path through these damages gives the list. Stopped and started again, it
-resumes. It prints how far the list depends on the clips, and says to keep the configured schedule where the list does not
-beat it on other clips. Keys of its own:
+For every layer that may drop and every level, one drop after that layer is measured alone, as the divergence (KL) of
+the answers from those with every token. A shortest path through these damages gives the list. Stopped and started
+again, it resumes. It prints how far the list depends on the clips, and says to keep the configured schedule where the
+list does not beat it on other clips. Keys of its own:
 
 {keys}
 
@@ -35,8 +35,8 @@ def main(argv: list[str]) -> None:
     settings, checkpoint, cfg, data = read_checkpoint_command("solve", __doc__, SolveSettings, argv, "train")
     if settings.speedup is None and cfg.reduction.budget < LOWEST_BUDGET:
         print(
-            f"reduction.budget={cfg.reduction.budget}: below {LOWEST_BUDGET} damages no longer add up, and no solved list "
-            "was better where it was tried",
+            f"reduction.budget={cfg.reduction.budget}: below {LOWEST_BUDGET} damages no longer add up, and no solved "
+            "list was better where it was tried",
             file=sys.stderr,
         )
     warnings.filterwarnings("ignore")

@@ -14,11 +14,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.config.json_text import read_json
+from hybridprune_megatron.config.json_text import read_json, texts
 from hybridprune_megatron.config.legacy import is_flat, nested
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.plugins import from_a_file
@@ -73,7 +72,7 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
     found = read_run_file(checkpoint).get("config")
     if not isinstance(found, dict):
         raise ValueError(f"{checkpoint / RUN_FILE} has no configuration: name a checkpoint that a run wrote")
-    asking = next((value for value in _texts(found) if "${" in value), None)
+    asking = next((value for value in texts(found) if "${" in value), None)
     if asking is not None:
         raise ValueError(
             f"{checkpoint / RUN_FILE} has {asking!a:.80} in its configuration, which is not a resolved value"
@@ -84,17 +83,6 @@ def saved_config(checkpoint: Path) -> dict[str, Any]:
             complete = ReductionConfig.of(reduction).plain() if is_flat(reduction) else nested(reduction)
             found["reduction"] = json.loads(json.dumps(complete))
     return found
-
-
-def _texts(values: Any) -> Iterator[str]:
-    """All texts in nested plain values, keys too."""
-    if isinstance(values, str):
-        yield values
-    elif isinstance(values, dict | list):
-        if isinstance(values, dict):
-            yield from values
-        for value in values.values() if isinstance(values, dict) else values:
-            yield from _texts(value)
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -8,31 +8,35 @@ Only Hydra and OmegaConf are imported, so that a recipe reports a wrong value wi
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]  # the package ships no types
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # the package ships no types
 
-from hybridprune_megatron.checks import ConfigError, shown
+from hybridprune_megatron.checks import ConfigError, fail, shown
 from hybridprune_megatron.config.data_sets import check_data_sets
 from hybridprune_megatron.config.explain import GROUPS, as_typed, explain_exception, explain_override
-from hybridprune_megatron.config.fields import is_group, type_of_key
+from hybridprune_megatron.config.fields import is_group, type_of_key, without_none
 from hybridprune_megatron.config.files import check_files
+from hybridprune_megatron.config.flat import leaves
 from hybridprune_megatron.config.help import usage
-from hybridprune_megatron.config.overrides import import_named, part_overrides
+from hybridprune_megatron.config.reduction_schema import PARTS
 from hybridprune_megatron.config.resume import check_resume
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.shipped import CONF_DIR, shipped_path
-from hybridprune_megatron.config.written import check_written
 from hybridprune_megatron.plugins import from_a_file
 
 
@@ -83,7 +87,7 @@ def _explained() -> Iterator[None]:
     """What Hydra, OmegaConf and YAML refuse, as one line."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException, YAMLError, OverflowError, RecursionError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, OverflowError, RecursionError) as error:
         raise ConfigError(explain_exception(error)) from error
     except AttributeError as error:
         # OmegaConf cannot fill a null group from the command line.
@@ -182,7 +186,6 @@ def checked_config(overrides: Sequence[str], config_name: str = "config", need_f
     """``load_config`` for commands: files of ``conf/`` say what is read of them, too.
 
     Args:
-        overrides: Hydra overrides.
         config_name: file of ``conf/`` to start from, without its ending.
         need_files: also check that the run can start: its files are there, and
             its folder holds no other run.
@@ -250,3 +253,102 @@ def _split_options(argv: Sequence[str]) -> tuple[set[str], list[str]]:
             raise ConfigError(f"{argument}: unknown option; allowed are {allowed}")
         options.add(name)
     return options - {"--resolve"}, overrides
+
+
+def part_overrides(overrides: Sequence[str]) -> list[str]:
+    """Overrides that Hydra takes, from those that a user writes.
+
+    ``reduction.score=random`` or ``reduction.score={name: random, seed: 3}`` replaces the part, where Hydra would merge
+    a mapping into what the files say: it becomes a text, which ``Registry.build`` reads. ``reduction.score.seed=3``
+    then sets a key of it; alone, it changes a key of the part that the files chose, which they may not name (``++``).
+    """
+    result = list(overrides)
+    for part in PARTS:
+        key = f"reduction.{part}"
+        own = [each for each in result if each.startswith((f"{key}=", f"{key}.")) and "=" in each]
+        chosen: dict[str, Any] = {}
+        for override in own:
+            name, value = _parsed(override)
+            if name == key:
+                chosen = value if isinstance(value, dict) else {"name": value}
+            elif chosen and name is not None:
+                chosen[name[len(key) + 1 :]] = value
+        if isinstance(chosen.get("name"), str) and set(chosen) != {"name"}:
+            result = [each for each in result if each not in own]
+            result.append(f"{key}='{json.dumps(chosen)}'")
+        else:
+            result = [f"++{each}" if each in own and each.startswith(f"{key}.") else each for each in result]
+    return result
+
+
+def import_named(overrides: Sequence[str]) -> None:
+    """Imports the scores that a command line names by their dotted paths, which a stored file may name after that.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for override in overrides:
+        name, value = _parsed(override)
+        chosen = value.get("name") if isinstance(value, dict) else value
+        for part, registry in PARTS.items():
+            if name == f"reduction.{part}" and isinstance(chosen, str):
+                registry.find(chosen)
+
+
+def _parsed(override: str) -> tuple[str | None, Any]:
+    """Key and value of an override; None where it cannot be read, which is said later."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except (HydraException, ValueError, RecursionError):
+        return None, None
+    return parsed.key_or_group, parsed.value()
+
+
+def check_written(conf_dir: Path, config_name: str, overrides: Sequence[str]) -> None:
+    """What the files of a composition say is what is read of them. Call it while Hydra is initialized.
+
+    Args:
+        config_name: file that the composition starts from, without its ending.
+
+    Raises:
+        ConfigError: naming the first value that is not.
+    """
+    files = GlobalHydra.instance().config_loader().compute_defaults_list(config_name, list(overrides), RunMode.RUN)
+    for entry in files.defaults:
+        file = conf_dir / f"{entry.config_path}.yaml"
+        # Others are Hydra's own, or the schema.
+        if file.is_file():
+            _check_file(file, f"{entry.package}." if entry.package else "", str(file.relative_to(conf_dir.parent)))
+
+
+def _check_file(file: Path, prefix: str, shown: str) -> None:
+    # As it stands: what it refers to may be in another file.
+    content: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    read = dict(leaves(content))
+    for name, text in _plain_scalars(yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader)):
+        kind, value = without_none(type_of_key(prefix + name)), read.get(name)
+        if isinstance(value, int | float) and not _as_written(value, text, kind):
+            fix = {bool: "write true or false", str: f"write {name}: '{text}'"}.get(kind, "use digits")
+            raise fail(prefix + name, text, f"is read as {value} in {shown}", fix)
+
+
+def _plain_scalars(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted name and text of every value in a mapping that is not quoted."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            if isinstance(value, yaml.ScalarNode) and value.style is None:
+                yield f"{prefix}{name.value}", value.value
+            else:
+                yield from _plain_scalars(value, f"{prefix}{name.value}.")
+
+
+def _as_written(value: float, text: str, kind: Any) -> bool:
+    """Whether a number or switch that was read stands there for a reader too."""
+    if kind is bool:
+        return isinstance(value, bool) or value in (0, 1)
+    if kind is str:
+        return str(value) == text
+    if kind is int and isinstance(value, int):
+        # 010 is 8 in YAML, and 1:30 is 90.
+        return text.replace("_", "").lstrip("+") == str(value)
+    return True

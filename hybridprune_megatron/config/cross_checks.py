@@ -31,37 +31,23 @@ def check_vision(cfg: RunConfig) -> None:
     vision, data = cfg.model.vision, cfg.data
     if vision is None:
         if data.sampling != "none":
-            raise fail(
-                "data.sampling",
-                data.sampling,
-                f"model {cfg.model.name} has no vision tower (model.vision=null)",
-                "set data.sampling=none, or take a model with a tower",
-            )
+            reason = f"model {cfg.model.name} has no vision tower (model.vision=null)"
+            raise fail("data.sampling", data.sampling, reason, "set data.sampling=none, or take a model with a tower")
         if cfg.reduction.budget < 1:
-            raise fail(
-                "reduction.budget",
-                cfg.reduction.budget,
-                f"model {cfg.model.name} has no vision tower (model.vision=null), so there is nothing to drop",
-                "set reduction=none",
-            )
+            reason = f"model {cfg.model.name} has no vision tower (model.vision=null), so there is nothing to drop"
+            raise fail("reduction.budget", cfg.reduction.budget, reason, "set reduction=none")
         return
     if data.sampling == "none":
-        raise fail(
-            "data.sampling",
-            data.sampling,
-            f"model {cfg.model.name} has a vision tower and needs frames",
-            "set data.sampling=uniform or fps",
-        )
+        reason = f"model {cfg.model.name} has a vision tower and needs frames"
+        raise fail("data.sampling", data.sampling, reason, "set data.sampling=uniform or fps")
     visual = most_visual_tokens(cfg)
     if visual >= data.sequence_length:
         frames_key = "data.num_frames" if data.sampling == "uniform" else "data.max_frames"
-        raise fail(
-            frames_key,
-            data.most_frames,
+        reason = (
             f"at {vision.tokens_per_frame} tokens a frame one video fills {visual} tokens and "
-            f"data.sequence_length={data.sequence_length} leaves no room for text",
-            f"lower {frames_key} or raise data.sequence_length",
+            f"data.sequence_length={data.sequence_length} leaves no room for text"
         )
+        raise fail(frames_key, data.most_frames, reason, f"lower {frames_key} or raise data.sequence_length")
 
 
 def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -69,22 +55,16 @@ def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
     chunks = parallel.virtual_pipeline
     stages, wanted = len(model.stages), parallel.pipeline * chunks
     if wanted > model.num_layers:
-        raise fail(
-            "parallel.pipeline",
-            parallel.pipeline,
-            f"the model has only {model.num_layers} layers",
-            "lower parallel.pipeline or parallel.virtual_pipeline",
-        )
+        fix = "lower parallel.pipeline or parallel.virtual_pipeline"
+        raise fail("parallel.pipeline", parallel.pipeline, f"the model has only {model.num_layers} layers", fix)
     if stages != wanted:
         layers = "".join(model.stages)
         cut = cut_pattern(layers, even_edges(len(layers), wanted))
-        raise fail(
-            "parallel.pipeline",
-            parallel.pipeline,
-            f"model.hybrid_pattern={model.hybrid_pattern} is cut into {stages} stage(s)"
-            + (f" and parallel.virtual_pipeline={chunks} asks for {wanted}" if chunks > 1 else ""),
-            f"set model.hybrid_pattern='{cut}' or parallel.pipeline={max(stages // chunks, 1)}",
+        reason = f"model.hybrid_pattern={model.hybrid_pattern} is cut into {stages} stage(s)" + (
+            f" and parallel.virtual_pipeline={chunks} asks for {wanted}" if chunks > 1 else ""
         )
+        fix = f"set model.hybrid_pattern='{cut}' or parallel.pipeline={max(stages // chunks, 1)}"
+        raise fail("parallel.pipeline", parallel.pipeline, reason, fix)
 
 
 def check_split(cfg: RunConfig) -> None:
@@ -101,12 +81,8 @@ def check_split(cfg: RunConfig) -> None:
         divides("model.mamba_num_heads", model.mamba_num_heads, "parallel.tensor*parallel.context", tensor * context)
         groups = model.mamba_num_groups // tensor
         if groups % context and context % groups:
-            raise fail(
-                "parallel.context",
-                context,
-                f"must divide or be a multiple of the {groups} Mamba group(s) of a rank",
-                "change parallel.context or parallel.tensor",
-            )
+            reason = f"must divide or be a multiple of the {groups} Mamba group(s) of a rank"
+            raise fail("parallel.context", context, reason, "change parallel.context or parallel.tensor")
         divides("data.sequence_length", cfg.data.sequence_length, "2*parallel.context", 2 * context)
     if parallel.sequence_parallel:
         divides("data.sequence_length", cfg.data.sequence_length, "parallel.tensor", tensor)
@@ -132,12 +108,8 @@ def check_experts(cfg: RunConfig) -> None:
         )
     processes = cfg.trainer.num_nodes * cfg.trainer.devices // parallel.pipeline
     if processes % parallel.expert:
-        raise fail(
-            "parallel.expert",
-            parallel.expert,
-            f"must divide the {processes} processes of a pipeline stage",
-            "lower parallel.expert",
-        )
+        reason = f"must divide the {processes} processes of a pipeline stage"
+        raise fail("parallel.expert", parallel.expert, reason, "lower parallel.expert")
 
 
 def check_combinations(cfg: RunConfig) -> None:
@@ -146,20 +118,15 @@ def check_combinations(cfg: RunConfig) -> None:
     for name in ("pipeline", "context"):
         size = getattr(parallel, name)
         if size > 1 and cfg.tuning.distillation.weight:
-            raise fail(
-                f"parallel.{name}",
-                size,
+            reason = (
                 f"must be 1 with tuning.distillation.weight={cfg.tuning.distillation.weight}: the teacher's pass knows "
-                "neither stages nor shards",
-                f"set parallel.{name}=1 or tuning.distillation.weight=0",
+                "neither stages nor shards"
             )
+            raise fail(f"parallel.{name}", size, reason, f"set parallel.{name}=1 or tuning.distillation.weight=0")
     if parallel.pipeline > 1 and not cfg.model.trainable.language:
-        raise fail(
-            "model.trainable.language",
-            False,
-            f"leaves stages after the first without anything to learn, and parallel.pipeline={parallel.pipeline}",
-            "set model.trainable.language=true, tuning.lora.rank, or parallel.pipeline=1",
-        )
+        reason = f"leaves stages after the first without anything to learn, and parallel.pipeline={parallel.pipeline}"
+        fix = "set model.trainable.language=true, tuning.lora.rank, or parallel.pipeline=1"
+        raise fail("model.trainable.language", False, reason, fix)
     cfg.reduction.score.check_heads("mamba", cfg.model.mamba_num_groups // parallel.tensor, parallel.context)
 
 
@@ -168,12 +135,9 @@ def check_batch(cfg: RunConfig) -> None:
     trainer, size = cfg.trainer, cfg.parallel.model_parallel_size
     world = trainer.num_nodes * trainer.devices
     if world % size:
-        raise fail(
-            "trainer.num_nodes*trainer.devices",
-            world,
-            f"must be a multiple of parallel.tensor*parallel.pipeline*parallel.context={size}",
-            f"set e.g. trainer.num_nodes=1 trainer.devices={size}",
-        )
+        reason = f"must be a multiple of parallel.tensor*parallel.pipeline*parallel.context={size}"
+        fix = f"set e.g. trainer.num_nodes=1 trainer.devices={size}"
+        raise fail("trainer.num_nodes*trainer.devices", world, reason, fix)
     if trainer.global_batch_size % cfg.data_parallel_size:
         nearest = -(-trainer.global_batch_size // cfg.data_parallel_size) * cfg.data_parallel_size
         raise fail(
@@ -183,21 +147,17 @@ def check_batch(cfg: RunConfig) -> None:
             f"set e.g. trainer.global_batch_size={nearest}",
         )
     if cfg.parallel.virtual_pipeline > 1 and cfg.num_micro_batches % cfg.parallel.pipeline:
-        raise fail(
-            "trainer.global_batch_size",
-            trainer.global_batch_size,
+        reason = (
             f"gives a replica {cfg.num_micro_batches} packed sequences, and parallel.virtual_pipeline="
-            f"{cfg.parallel.virtual_pipeline} needs a multiple of parallel.pipeline={cfg.parallel.pipeline}",
-            f"set e.g. trainer.global_batch_size={cfg.data_parallel_size * cfg.parallel.pipeline}",
+            f"{cfg.parallel.virtual_pipeline} needs a multiple of parallel.pipeline={cfg.parallel.pipeline}"
         )
+        fix = f"set e.g. trainer.global_batch_size={cfg.data_parallel_size * cfg.parallel.pipeline}"
+        raise fail("trainer.global_batch_size", trainer.global_batch_size, reason, fix)
     check_loaders(cfg)
     if cfg.data.sequence_length > cfg.model.max_sequence_length:
-        raise fail(
-            "data.sequence_length",
-            cfg.data.sequence_length,
-            f"must not exceed model.max_sequence_length={cfg.model.max_sequence_length}",
-            "lower data.sequence_length or raise model.max_sequence_length",
-        )
+        reason = f"must not exceed model.max_sequence_length={cfg.model.max_sequence_length}"
+        fix = "lower data.sequence_length or raise model.max_sequence_length"
+        raise fail("data.sequence_length", cfg.data.sequence_length, reason, fix)
 
 
 def check_loaders(cfg: RunConfig) -> None:
@@ -205,13 +165,12 @@ def check_loaders(cfg: RunConfig) -> None:
     sequences, workers = cfg.num_micro_batches, cfg.data.num_workers
     if sequences * max(workers, 1) > MOST_LOADERS:
         batch = cfg.trainer.global_batch_size
-        raise fail(
-            "trainer.global_batch_size",
-            batch,
+        reason = (
             f"gives a process {sequences} packed sequences a step, each with a loader of its own and "
-            f"data.num_workers={workers}, and it runs at most {MOST_LOADERS}",
-            "lower it or data.num_workers, or share it among more processes (trainer.devices, trainer.num_nodes)",
+            f"data.num_workers={workers}, and it runs at most {MOST_LOADERS}"
         )
+        fix = "lower it or data.num_workers, or share it among more processes (trainer.devices, trainer.num_nodes)"
+        raise fail("trainer.global_batch_size", batch, reason, fix)
 
 
 def check_length(cfg: RunConfig) -> None:
@@ -239,7 +198,6 @@ def check_kept(cfg: RunConfig, budget: float, retention: tuple[float, ...]) -> N
     """What stays of the longest video whatever the schedule says leaves room for the budget.
 
     Args:
-        cfg: the run.
         budget: mean share of the visual tokens over all layers.
         retention: share that enters every layer, which meets it.
     """
@@ -250,30 +208,19 @@ def check_kept(cfg: RunConfig, budget: float, retention: tuple[float, ...]) -> N
     kept = sum(counts) / (visual * len(counts))
     # One token stays in any case.
     if select.min_tokens > 1 and kept > budget + BUDGET_TOLERANCE:
-        raise fail(
-            "reduction.select.min_tokens",
-            select.min_tokens,
-            f"keeps {kept:.3f} of the {visual} visual tokens of the longest video, and the budget is {budget:g}",
-            "lower it or raise the budget",
-        )
+        reason = f"keeps {kept:.3f} of the {visual} visual tokens of the longest video, and the budget is {budget:g}"
+        raise fail("reduction.select.min_tokens", select.min_tokens, reason, "lower it or raise the budget")
     assert cfg.model.vision is not None, "visual tokens come from a tower"
     share = budget * cfg.model.vision.tokens_per_frame
     if select.min_tokens_per_frame > share:
-        raise fail(
-            "reduction.select.min_tokens_per_frame",
-            select.min_tokens_per_frame,
-            f"must be at most {share:g}, what a budget of {budget:g} leaves of a frame on average",
-            "lower it or raise the budget",
-        )
+        reason = f"must be at most {share:g}, what a budget of {budget:g} leaves of a frame on average"
+        fix = "lower it or raise the budget"
+        raise fail("reduction.select.min_tokens_per_frame", select.min_tokens_per_frame, reason, fix)
 
 
 def check_steps(cfg: RunConfig) -> None:
     """The warmup ends before the decay does, where both are given; the run's own end only cuts it (a short trial)."""
     end = cfg.optim.decay_steps
     if end is not None and cfg.optim.warmup_steps >= end:
-        raise fail(
-            "optim.warmup_steps",
-            cfg.optim.warmup_steps,
-            f"must be below optim.decay_steps={end}",
-            "lower optim.warmup_steps (0 = none) or raise optim.decay_steps",
-        )
+        fix = "lower optim.warmup_steps (0 = none) or raise optim.decay_steps"
+        raise fail("optim.warmup_steps", cfg.optim.warmup_steps, f"must be below optim.decay_steps={end}", fix)

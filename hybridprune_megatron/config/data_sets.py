@@ -80,13 +80,12 @@ def check_data_sets(cfg: Config) -> None:
         samples = sum(count for each in sets for _, count in each.shards)
         readers = cfg.trainer.global_batch_size * max(1, cfg.data.num_workers)
         if key == "train" and samples < readers:
-            raise fail(
-                "trainer.global_batch_size",
-                cfg.trainer.global_batch_size,
+            reason = (
                 f"times data.num_workers={cfg.data.num_workers} are {readers} readers for the {samples} samples of "
-                f"data.train={path}",
-                f"set it so that there are at most {samples}",
+                f"data.train={path}"
             )
+            fix = f"set it so that there are at most {samples}"
+            raise fail("trainer.global_batch_size", cfg.trainer.global_batch_size, reason, fix)
 
 
 def features_of(sets: Sequence[DataSet], where: str) -> FeaturesInfo | None:
@@ -129,7 +128,6 @@ def shard_counts(folder: Path, key: str) -> dict[str, int]:
     """Number of samples by shard of a folder, of all parts of its split.
 
     Args:
-        folder: of the data set.
         key: what sets it, for errors.
 
     Raises:

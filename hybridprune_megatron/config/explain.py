@@ -48,7 +48,6 @@ def explain_override(text: str, conf_dir: Path) -> str | None:
 
     Args:
         text: an override as it stands on the command line.
-        conf_dir: the folder of the configuration groups.
     """
     if "=" not in text and not text.startswith("~"):
         return f"{text}: is not an override; write key=value, e.g. experiment=demo (--help lists the keys)"
@@ -145,7 +144,6 @@ def _unknown_key(key: str, full: str, shown: str | None = None) -> str:
 
     Args:
         key: the part of the dotted name that is unknown.
-        full: the whole dotted name.
         shown: the value that was given, None if it is not at hand.
     """
     keys = list(all_keys())

@@ -24,7 +24,7 @@ class FeaturesInfo:
     """Where features come from.
 
     Attributes:
-        tower: fingerprint of the tower's weights (``vision.fingerprint``).
+        tower: fingerprint of the tower's weights (``tower_fingerprint``).
         frame_size: side of the frames that the tower saw, pixels.
         tokens_per_frame: tokens of a frame after the pixel shuffle.
         channels: width of a token before the projector.
@@ -76,12 +76,8 @@ class FeaturesInfo:
         if vision is None:
             raise ConfigError(f"{where}: features for model.vision=null; choose a model with vision or text-only data")
         if model.trainable.vision:
-            raise fail(
-                "model.trainable.vision",
-                "true",
-                f"{where} holds features of a frozen tower",
-                "set model.trainable.vision=false, or train on videos",
-            )
+            reason = f"{where} holds features of a frozen tower"
+            raise fail("model.trainable.vision", "true", reason, "set model.trainable.vision=false, or train on videos")
         for key, stored, configured in (
             ("model.vision.frame_size", self.frame_size, vision.frame_size),
             ("tokens per frame", self.tokens_per_frame, vision.tokens_per_frame),
@@ -95,9 +91,7 @@ def check_folder(cfg: Config, where: str, folder: Path) -> FeaturesInfo | None:
     """What a data set says about its features, None if it holds none; they are for the configured model.
 
     Args:
-        cfg: the configuration.
         where: what to call the data set in an error.
-        folder: of the data set.
 
     Raises:
         ConfigError: they are not, or cannot be told.
@@ -107,12 +101,8 @@ def check_folder(cfg: Config, where: str, folder: Path) -> FeaturesInfo | None:
         return None
     info.check(cfg.model, where)
     if cfg.reduction.front.needs_pixels:
-        raise fail(
-            "reduction.front",
-            cfg.reduction.front.name,
-            f"compares frames, and {where} holds features of them",
-            "set reduction.front=evs, or read the videos",
-        )
+        reason = f"compares frames, and {where} holds features of them"
+        raise fail("reduction.front", cfg.reduction.front.name, reason, "set reduction.front=evs, or read the videos")
     return info
 
 

@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import fail
-from hybridprune_megatron.config.json_text import read_json
+from hybridprune_megatron.config.json_text import read_json, texts
 from hybridprune_megatron.config.prompt_tokens import RESERVED_TOKENS
 from hybridprune_megatron.config.weight_files import check_weights
 
@@ -34,12 +34,8 @@ def check_files(cfg: Config) -> None:
         ConfigError: the first that is not set, not there, or something else.
     """
     if cfg.data.train is None:
-        raise fail(
-            "data.train",
-            None,
-            "a run needs data",
-            "set data.train to an Energon dataset folder (hybridprune shards writes one) or a metadataset .yaml",
-        )
+        fix = "set data.train to an Energon dataset folder (hybridprune shards writes one) or a metadataset .yaml"
+        raise fail("data.train", None, "a run needs data", fix)
     shards = "hybridprune shards writes a dataset, `make demo` the demo's"
     makers = {
         "data.train": shards,
@@ -104,28 +100,15 @@ def _check_tokenizer(folder: Path) -> None:
         raise fail(key, str(folder), f"holds no tokenizer ({', '.join(_TOKENIZER_FILES)})", fix)
     if not (folder / "tokenizer.json").is_file():
         return
-    texts = [folder / name for name in (*_TOKENIZER_FILES[:2], "added_tokens.json") if (folder / name).is_file()]
+    files = [folder / name for name in (*_TOKENIZER_FILES[:2], "added_tokens.json") if (folder / name).is_file()]
     try:
-        known = set().union(*(_strings(read_json(path)) for path in texts))
+        known = set().union(*(texts(read_json(path)) for path in files))
     except (ValueError, RecursionError) as error:
         raise fail(key, str(folder), f"{error}", fix) from None
     missing = [token for token in RESERVED_TOKENS if token not in known]
     if missing:
         reason = f"the tokenizer has no token {missing[0]}, and prompts are written with {', '.join(RESERVED_TOKENS)}"
         raise fail(key, str(folder), reason, "give the tokenizer that the model was trained with")
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All texts of a JSON value, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from value
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
 
 
 def _check_output(folder: Path) -> None:

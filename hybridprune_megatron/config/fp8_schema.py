@@ -41,13 +41,11 @@ class Fp8Config:
     def __post_init__(self) -> None:
         check_bounds("fp8", self)
         if self.recipe == "delayed" and self.first_last_layers_bf16:
-            raise fail(
-                "fp8.first_last_layers_bf16",
-                True,
-                "fp8.recipe=delayed updates the scales of all layers when the last one is done, so none can be left "
-                "out",
-                "set fp8=delayed (all layers in FP8), or fp8=tensorwise",
+            reason = (
+                "fp8.recipe=delayed updates the scales of all layers when the last one is done, so none can be left out"
             )
+            fix = "set fp8=delayed (all layers in FP8), or fp8=tensorwise"
+            raise fail("fp8.first_last_layers_bf16", True, reason, fix)
 
     @property
     def tile(self) -> int:
@@ -59,7 +57,6 @@ class Fp8Config:
 
         Args:
             layer: 0-based, of the whole model.
-            num_layers: of the whole model.
         """
         if self.recipe is None or not self.first_last_layers_bf16:
             return self.recipe is not None

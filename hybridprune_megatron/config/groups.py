@@ -180,12 +180,9 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         check_bounds("trainer", self)
         if self.micro_batch_size != 1:
-            raise fail(
-                "trainer.micro_batch_size",
-                self.micro_batch_size,
-                "must be 1 (a micro-batch is one packed sequence)",
-                "make data.sequence_length longer to do more at once",
-            )
+            reason = "must be 1 (a micro-batch is one packed sequence)"
+            fix = "make data.sequence_length longer to do more at once"
+            raise fail("trainer.micro_batch_size", self.micro_batch_size, reason, fix)
 
 
 @dataclass
@@ -218,26 +215,14 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         check_bounds("parallel", self)
         if self.virtual_pipeline > 1 and self.pipeline == 1:
-            raise fail(
-                "parallel.virtual_pipeline",
-                self.virtual_pipeline,
-                "one process runs all layers anyway",
-                "set parallel.virtual_pipeline=1 or parallel.pipeline=2",
-            )
+            fix = "set parallel.virtual_pipeline=1 or parallel.pipeline=2"
+            raise fail("parallel.virtual_pipeline", self.virtual_pipeline, "one process runs all layers anyway", fix)
         if self.sequence_parallel and self.tensor == 1:
-            raise fail(
-                "parallel.sequence_parallel",
-                "true",
-                "needs parallel.tensor of 2 or more, and it is 1",
-                "set parallel.sequence_parallel=false",
-            )
+            reason = "needs parallel.tensor of 2 or more, and it is 1"
+            raise fail("parallel.sequence_parallel", "true", reason, "set parallel.sequence_parallel=false")
         if self.overlap_param_gather and not (self.distributed_optimizer and self.overlap_grad_reduce):
-            raise fail(
-                "parallel.overlap_param_gather",
-                "true",
-                "needs parallel.distributed_optimizer=true and parallel.overlap_grad_reduce=true",
-                "set both, or neither",
-            )
+            reason = "needs parallel.distributed_optimizer=true and parallel.overlap_grad_reduce=true"
+            raise fail("parallel.overlap_param_gather", "true", reason, "set both, or neither")
 
     @property
     def model_parallel_size(self) -> int:

@@ -15,31 +15,11 @@ from hybridprune_megatron.config.fields import field_help, key_help, leaf_keys
 from hybridprune_megatron.config.reduction_schema import PARTS
 
 COMMON_KEYS = (
-    "name",
-    "output_dir",
-    "model.init_checkpoint",
-    "data.train",
-    "data.validation",
-    "data.tokenizer",
-    "data.sequence_length",
-    "data.num_frames",
-    "reduction.budget",
-    "reduction.layers",
-    "reduction.score",
-    "tuning.budget.distribution",
-    "tuning.distillation.weight",
-    "tuning.lora.rank",
-    "optim.lr",
-    "trainer.max_steps",
-    "trainer.global_batch_size",
-    "trainer.precision",
-    "fp8.recipe",
-    "trainer.num_nodes",
-    "trainer.devices",
-    "trainer.save_every_n_steps",
-    "trainer.seed",
-    "parallel.tensor",
-    "parallel.pipeline",
+    *("name", "output_dir", "model.init_checkpoint", "data.train", "data.validation", "data.tokenizer"),
+    *("data.sequence_length", "data.num_frames", "reduction.budget", "reduction.layers", "reduction.score"),
+    *("tuning.budget.distribution", "tuning.distillation.weight", "tuning.lora.rank", "optim.lr"),
+    *("trainer.max_steps", "trainer.global_batch_size", "trainer.precision", "fp8.recipe", "trainer.num_nodes"),
+    *("trainer.devices", "trainer.save_every_n_steps", "trainer.seed", "parallel.tensor", "parallel.pipeline"),
     "parallel.context",
 )
 EXAMPLES = (
@@ -60,7 +40,6 @@ def usage(composed: DictConfig, conf_dir: Path, everything: bool = False) -> str
 
     Args:
         composed: configuration whose values are shown as the current ones.
-        conf_dir: folder of the groups.
         everything: show every key instead of the most used.
     """
     lines = ["usage: hybridprune finetune [group=option] [key=value] ... [--help | --help-all | --cfg job]", ""]
@@ -70,7 +49,7 @@ def usage(composed: DictConfig, conf_dir: Path, everything: bool = False) -> str
         lines += textwrap.wrap(f"  {group:<12}{options}", _WIDTH, subsequent_indent=" " * 14)
     keys = leaf_keys() if everything else COMMON_KEYS
     lines += ["", "Every key and its value now:" if everything else "Most used keys and their values now:"]
-    lines += list(_key_lines({key: (_value(composed, key), key_help(key)) for key in keys}))
+    lines += list(_key_lines({key: (_words(OmegaConf.select(composed, key)), key_help(key)) for key in keys}))
     if everything:
         lines += _part_lines(composed)
     else:
@@ -103,11 +82,6 @@ def _key_lines(keys: Mapping[str, tuple[str, str]]) -> Iterator[str]:
             yield f"  {text}"
             start = " " * (_COLUMN + 2)
         yield from textwrap.wrap(start + text_on_it, _WIDTH, subsequent_indent=" " * (_COLUMN + 2))
-
-
-def _value(composed: DictConfig, key: str) -> str:
-    """A key's value as it is written on the command line."""
-    return _words(OmegaConf.select(composed, key))
 
 
 def _words(value: Any) -> str:

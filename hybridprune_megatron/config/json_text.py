@@ -6,6 +6,7 @@ import json
 import math
 import re
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +35,6 @@ def parse_json(text: bytes | str, infinity: bool = False) -> Any:
     """Parses JSON strictly: UTF-8 (a byte order mark is skipped), finite numbers, text that can be encoded again.
 
     Args:
-        text: one value.
         infinity: also take Infinity and -Infinity, which transformers before version 5 writes into config.json.
 
     Raises:
@@ -62,6 +62,17 @@ def parse_json(text: bytes | str, infinity: bool = False) -> Any:
 def short(value: Any) -> str:
     """A value of foreign JSON for a message: one line, cut, whatever its size and depth."""
     return _SHORT.repr(value)
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts in nested plain values, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        if isinstance(value, dict):
+            yield from value
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts(item)
 
 
 def is_plain(text: str) -> bool:

@@ -6,17 +6,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from hybridprune_megatron.bounds import (
-    Count,
-    NotNegative,
-    OneOf,
-    Positive,
-    Range,
-    Size,
-    check_bounds,
-)
+from hybridprune_megatron.bounds import Count, NotNegative, OneOf, Positive, Range, Size, check_bounds
 from hybridprune_megatron.checks import divides, fail
-from hybridprune_megatron.config.pattern import check_pattern
+from hybridprune_megatron.layers.experts import Experts
+from hybridprune_megatron.layers.kinds import KINDS
+
+# Symbols that megatron-core knows and this project does not.
+UNSUPPORTED_SYMBOLS = {
+    "G": "gated delta net",
+    "D": "sparse attention",
+    "+": "latent attention",
+    "/": "multi-token prediction",
+}
+
+
+def check_pattern(pattern: str, has_experts: bool = False) -> None:
+    """Every symbol of the hybrid pattern is known, no pipeline stage is empty, and E layers have sizes.
+
+    Args:
+        pattern: layers with stage cuts.
+        has_experts: whether model.experts is given.
+    """
+    meanings = {symbol: kind.label for symbol, kind in KINDS.items()} | {"|": "pipeline boundary"}
+    known = ", ".join(f"{symbol} ({meaning})" for symbol, meaning in meanings.items())
+    for symbol in pattern:
+        if symbol in UNSUPPORTED_SYMBOLS and symbol not in KINDS:
+            what = f"has {symbol!r} ({UNSUPPORTED_SYMBOLS[symbol]}), which is not supported yet"
+            raise fail("model.hybrid_pattern", pattern, what, f"use only {known}")
+        if symbol not in meanings:
+            raise fail("model.hybrid_pattern", pattern, f"has the unknown symbol {symbol!r}", f"use only {known}")
+    if not all(pattern.split("|")):
+        reason = "every pipeline stage needs a layer"
+        raise fail("model.hybrid_pattern", pattern, reason, "put a | only between two layers, e.g. M-M*|-M-")
+    if (Experts.symbol in pattern) != has_experts:
+        has = f"has {Experts.symbol} layers, and model.experts is null"
+        what = has if not has_experts else f"has no {Experts.symbol} layer, and model.experts is set"
+        raise fail("model.hybrid_pattern", pattern, what, "give both or neither")
+
 
 #: Sides of frames and patches.
 Pixels = Annotated[int, Range(1, 2**16)]
@@ -64,12 +90,8 @@ class VisionConfig:
         divides(f"{prefix}.frame_size", self.frame_size, f"{prefix}.patch_size", self.patch_size)
         divides(f"{prefix}.position_grid_px", self.position_grid_px, f"{prefix}.patch_size", self.patch_size)
         if self.position_grid_px < self.frame_size:
-            raise fail(
-                f"{prefix}.frame_size",
-                self.frame_size,
-                f"must not exceed {prefix}.position_grid_px={self.position_grid_px}",
-                "use smaller frames",
-            )
+            reason = f"must not exceed {prefix}.position_grid_px={self.position_grid_px}"
+            raise fail(f"{prefix}.frame_size", self.frame_size, reason, "use smaller frames")
         if self.pixel_shuffle not in (1.0, 0.5, 0.25):
             raise fail(
                 f"{prefix}.pixel_shuffle", self.pixel_shuffle, "allowed are 1.0, 0.5, 0.25", "use the model's own (0.5)"
@@ -129,20 +151,16 @@ class ExpertsConfig:
         divides(f"{prefix}.num_experts", self.num_experts, f"{prefix}.num_groups", self.num_groups)
         reachable = self.num_experts // self.num_groups * min(self.groups_per_token, self.num_groups)
         if self.experts_per_token > reachable:
-            raise fail(
-                f"{prefix}.experts_per_token",
-                self.experts_per_token,
-                f"must not exceed the {reachable} experts of the groups that a token visits",
-                "lower it or raise groups_per_token",
-            )
+            reason = f"must not exceed the {reachable} experts of the groups that a token visits"
+            fix = "lower it or raise groups_per_token"
+            raise fail(f"{prefix}.experts_per_token", self.experts_per_token, reason, fix)
         if self.num_groups > 1 and self.experts_per_token // self.groups_per_token != 2:
-            raise fail(
-                f"{prefix}.groups_per_token",
-                self.groups_per_token,
+            reason = (
                 f"must be half of experts_per_token={self.experts_per_token}: megatron ranks groups by as many experts "
-                "as a token visits in each, the published models by two",
-                "set num_groups=1, or groups_per_token to that",
+                "as a token visits in each, the published models by two"
             )
+            fix = "set num_groups=1, or groups_per_token to that"
+            raise fail(f"{prefix}.groups_per_token", self.groups_per_token, reason, fix)
 
 
 @dataclass

@@ -108,7 +108,6 @@ def keep_traceback(folder: Path, rank: int) -> None:
 
     Args:
         folder: of the run's logs; nothing is written if it is not there.
-        rank: of this process.
     """
     try:
         if folder.is_dir():

@@ -76,8 +76,6 @@ def check_file(path: Path, made_by: str, option: str) -> None:
     """A command may write a report or a picture: nothing is there, or one of its own, which names it.
 
     Args:
-        path: the file.
-        made_by: the command.
         option: that names the file, for the message.
 
     Raises:
@@ -99,8 +97,6 @@ def whole_folder(out: str | Path, made_by: str, inputs: Iterable[str | Path] = (
 
     Args:
         out: as in ``check_output``, which is called before anything is written and again before anything is replaced.
-        made_by: the same.
-        inputs: the same.
 
     Raises:
         ValueError: as ``check_output``, or the folder cannot be made.

@@ -57,10 +57,8 @@ def read_checkpoint_command[T: CheckpointKeys](
     """The command line of a command that looks at a checkpoint; nothing slow is imported.
 
     Args:
-        command: its name.
         about: text of ``--help``, in which {keys} stands for the own keys.
         kind: dataclass of these.
-        argv: arguments.
         split: of the configuration's data, where the command line names none.
 
     Returns:

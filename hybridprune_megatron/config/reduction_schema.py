@@ -74,38 +74,26 @@ class ReductionConfig:
                 f"set {key}=1" if type(front) is NoFront else f"set e.g. {key}=0.5",
             )
         if self.budget < 1 and front.retention < self.budget:
-            raise fail(
-                key,
-                front.retention,
-                f"must be at least reduction.budget={self.budget}, the mean over all layers",
-                f"raise {key} or lower reduction.budget",
-            )
+            reason = f"must be at least reduction.budget={self.budget}, the mean over all layers"
+            raise fail(key, front.retention, reason, f"raise {key} or lower reduction.budget")
 
     def _check_pairs(self) -> None:
         for name in ("smoothing_frames", "frame_share", "min_tokens_per_frame"):
             if self.score.pairs_tokens and getattr(self.select, name):
-                raise fail(
-                    f"reduction.select.{name}",
-                    getattr(self.select, name),
+                reason = (
                     f"reduction.score={self.score.name} pairs the tokens that go with tokens that stay, which this "
-                    "would undo",
-                    f"set reduction.select.{name}=0",
+                    "would undo"
                 )
+                fix = f"set reduction.select.{name}=0"
+                raise fail(f"reduction.select.{name}", getattr(self.select, name), reason, fix)
         has_front = type(self.front) is not NoFront
         if self.select.local_choice and (not isinstance(self.score, Scorer) or has_front):
             what = f"reduction.front={self.front.name}" if has_front else f"reduction.score={self.score.name}"
-            raise fail(
-                "reduction.select.local_choice",
-                True,
-                f"how many tokens each rank keeps must be known before any score, and {what} moves them",
-                "set reduction.select.local_choice=false",
-            )
+            reason = f"how many tokens each rank keeps must be known before any score, and {what} moves them"
+            raise fail("reduction.select.local_choice", True, reason, "set reduction.select.local_choice=false")
 
     def retention(self, pattern: str) -> tuple[float, ...]:
         """Share of a sample's visual tokens that enters each layer.
-
-        Args:
-            pattern: hybrid layer pattern.
 
         Raises:
             ConfigError: layers that do not exist or cannot drop, or a budget that they cannot reach.
@@ -116,12 +104,9 @@ class ReductionConfig:
         except ValueError as error:
             raise ConfigError(f"{error}; set reduction.layers=all, or a list out of {candidates}") from error
         if self.budget < 1 and not reducing:
-            raise fail(
-                "reduction.layers",
-                self.layers,
-                f"model.hybrid_pattern={pattern} has no such layer, so none can drop",
-                "set reduction.layers=all" if candidates else "set reduction=none",
-            )
+            reason = f"model.hybrid_pattern={pattern} has no such layer, so none can drop"
+            fix = "set reduction.layers=all" if candidates else "set reduction=none"
+            raise fail("reduction.layers", self.layers, reason, fix)
         try:
             retention = retention_by_layer(pattern, self.budget, self.layers, self.schedule, self.front.retention)
         except ValueError as error:
@@ -135,19 +120,17 @@ class ReductionConfig:
             return
         for layer, symbol in enumerate(layer_symbols(pattern)[:-1]):
             if retention[layer + 1] < retention[layer] and not self.score.can_score(KINDS[symbol].name):
-                raise fail(
-                    "reduction.layers",
-                    self.layers,
+                reason = (
                     f"layer {layer} is to drop, and reduction.score={self.score.name} has no formula for "
-                    f"{KINDS[symbol].name} layers",
-                    "name layers of another kind, e.g. reduction.layers=attention",
+                    f"{KINDS[symbol].name} layers"
                 )
+                fix = "name layers of another kind, e.g. reduction.layers=attention"
+                raise fail("reduction.layers", self.layers, reason, fix)
 
     def policy(self, pattern: str, drawn: bool = False, retention: tuple[float, ...] | None = None) -> Reduction | None:
         """What a model drops.
 
         Args:
-            pattern: hybrid layer pattern.
             drawn: samples will come with retentions of their own, so there is a reduction whatever this one says.
             retention: share that enters every layer; None: solved.
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from hybridprune_megatron.bounds import check_bounds
 from hybridprune_megatron.config.cross_checks import check_config
-from hybridprune_megatron.config.exp_manager import check_exp_manager
-from hybridprune_megatron.config.fp8_checks import check_fp8
 from hybridprune_megatron.config.fp8_schema import Fp8Config
 from hybridprune_megatron.config.groups import (
     DataConfig,
@@ -22,8 +20,8 @@ from hybridprune_megatron.config.groups import (
 )
 from hybridprune_megatron.config.model_schema import ExpertsConfig, ModelConfig, TrainableConfig, VisionConfig
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
+from hybridprune_megatron.config.run_checks import check_exp_manager, check_fp8, check_tuning
 from hybridprune_megatron.config.texts import check_run_name
-from hybridprune_megatron.config.tuning_checks import check_tuning
 from hybridprune_megatron.config.tuning_schema import TuningConfig
 
 __all__ = [

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, latest_checkpoint, saved_config
 from hybridprune_megatron.config.compose import change_config, load_config
 from hybridprune_megatron.config.flat import plain_config
-from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.config.schema import Config, ParallelConfig
 from hybridprune_megatron.config.weight_files import holds_tensors
 
 # How a run was spread over machines, and in what its products were rounded, says nothing about its weights; one process
 # on a CPU holds them all.
 _ONE_PROCESS: dict[str, Any] = {
-    "parallel": {
-        "tensor": 1,
-        "pipeline": 1,
-        "virtual_pipeline": 1,
-        "context": 1,
-        "expert": 1,
-        "sequence_parallel": False,
-        "distributed_optimizer": False,
-        "overlap_grad_reduce": False,
-        "overlap_param_gather": False,
-    },
+    "parallel": asdict(ParallelConfig(distributed_optimizer=False)),
     "trainer": {"num_nodes": 1, "devices": 1, "global_batch_size": 1},
     "model": {"spec": "torch"},
     "fp8": {"recipe": None},

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.vision import projector_input
 from hybridprune_megatron.layers.kind import Kept
 from hybridprune_megatron.layers.kinds import KINDS
 
@@ -29,8 +28,6 @@ def layer_activations(model: ModelConfig, symbol: str, width: int, fused: bool) 
     """What one layer keeps, its input first.
 
     Args:
-        model: dimensions.
-        symbol: of the kind of layer.
         width: bytes of an activation.
         fused: kernels of a GPU, else plain torch.
     """
@@ -62,7 +59,7 @@ def head_activations(model: ModelConfig, width: int) -> list[Kept]:
 
 def projector_activations(vision: VisionConfig, width: int) -> list[Kept]:
     """The projector, per visual token; every rank runs it whole."""
-    inputs, hidden = projector_input(vision), vision.projector_hidden_size
+    inputs, hidden = vision.projector_input_size, vision.projector_hidden_size
     return [
         Kept("input", inputs, width),
         Kept("normed", inputs, width),

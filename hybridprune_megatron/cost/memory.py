@@ -135,7 +135,6 @@ def training_memory(cfg: Config, packed: Packed) -> Memory:
 
     Args:
         cfg: model, precision, recomputation and parallel split are read.
-        packed: the packed sequence.
     """
     stages = [Stage(cfg, index) for index in range(len(cfg.model.stages))]
     return max((stage.training(packed) for stage in stages), key=lambda memory: memory.total)
@@ -151,7 +150,6 @@ class Stage:
     """One pipeline stage as one of its ranks holds it.
 
     Args:
-        cfg: the configuration.
         index: 0-based number of the stage.
     """
 

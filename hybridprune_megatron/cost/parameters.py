@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
-from hybridprune_megatron.cost.vision import projector_input
 from hybridprune_megatron.layers.kind import Parameters
 from hybridprune_megatron.layers.kinds import KINDS
 
@@ -56,7 +55,7 @@ def tower_parameters(vision: VisionConfig) -> Parameters:
 
 def projector_parameters(vision: VisionConfig, output_size: int) -> Parameters:
     """The projector, which every tensor-parallel rank holds whole: norm and two linears."""
-    inputs, hidden = projector_input(vision), vision.projector_hidden_size
+    inputs, hidden = vision.projector_input_size, vision.projector_hidden_size
     return Parameters(replicated=inputs + inputs * hidden + hidden * output_size)
 
 
@@ -64,7 +63,7 @@ def projector_adapter_parameters(vision: VisionConfig, output_size: int, lora: L
     """The adapters of the projector's two linears, whole on every rank; none unless it is among the targets."""
     if PROJECTOR_TARGET not in lora.targets:
         return Parameters()
-    widths = projector_input(vision) + 2 * vision.projector_hidden_size + output_size
+    widths = vision.projector_input_size + 2 * vision.projector_hidden_size + output_size
     return Parameters(replicated=lora.rank * widths)
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.cost.memory import GIB, Memory, Packed, prefill_memory, training_memory
-from hybridprune_megatron.cost.planner import largest_budget, smallest_budget
 from hybridprune_megatron.cost.prefill import Prefill, Prompt, prefill_cost
 from hybridprune_megatron.method.schedule import Listed
 
@@ -157,3 +156,51 @@ class _Counter:
             f"({peak.static.total / GIB:.2f} of it weights, gradients and optimizer; worst moment: {peak.moment})",
             f"raise target.memory_gib, shorten data.sequence_length or split more (parallel.*){recompute}",
         )
+
+
+# Budgets are multiples of one over this.
+GRID = 10_000
+Retention = tuple[float, ...]
+
+
+def largest_budget(
+    retention_at: Callable[[float], Retention], reached: Callable[[float], bool], highest: float = 1.0
+) -> float | None:
+    """The largest budget that has a schedule and reaches a target; None if none does.
+
+    Args:
+        retention_at: retention per layer at a budget; raises ``ValueError`` below the smallest that has a schedule.
+        reached: whether a budget reaches the target; true for all budgets below one that does.
+        highest: the largest budget there is (1, or what a reduction before the model passes on).
+    """
+    top = round(highest * GRID)
+
+    def missed(step: int) -> bool:
+        return _exists(retention_at, step) and not reached(step / GRID)
+
+    step = _first_step(missed, 1, top + 1) - 1
+    return step / GRID if step and _exists(retention_at, step) else None
+
+
+def smallest_budget(retention_at: Callable[[float], Retention], highest: float = 1.0) -> float:
+    """The smallest budget that has a schedule: everything is dropped at the first chance; arguments as above."""
+    return _first_step(lambda step: _exists(retention_at, step), 1, round(highest * GRID)) / GRID
+
+
+def _exists(retention_at: Callable[[float], Retention], step: int) -> bool:
+    try:
+        retention_at(step / GRID)
+    except ValueError:
+        return False
+    return True
+
+
+def _first_step(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest from ``low`` to ``high`` where a condition holds that stays true once it is; it does at ``high``."""
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return low

@@ -16,13 +16,7 @@ _FULL = "#dddddd"
 
 
 def plot_plan(path: Path, prefill: Prefill, name: str) -> None:
-    """Writes one PNG.
-
-    Args:
-        path: the file.
-        prefill: what was counted.
-        name: of the model.
-    """
+    """Writes one PNG."""
     # Not pyplot: it keeps figures in a global list and picks a backend for the whole process.
     figure = Figure(figsize=(11, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)

@@ -6,16 +6,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.layers import embedding_cost, head_cost, layer_operations
 from hybridprune_megatron.cost.scoring import drop_operations, front_operations, scoring_operations
 from hybridprune_megatron.cost.vision import projector_cost, tower_cost
-from hybridprune_megatron.layers.operations import WIDTH, Cost, sum_costs
+from hybridprune_megatron.layers.kind import norm_cost
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.layers.operations import WIDTH, Cost, elementwise, linear, sum_costs
 from hybridprune_megatron.method.counts import kept_counts
 from hybridprune_megatron.method.reduction import at_least
 from hybridprune_megatron.method.schedule import layer_symbols
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import ModelConfig, ReductionConfig
+
+
+def layer_operations(model: ModelConfig, symbol: str, lengths: Sequence[int], width: int) -> dict[str, Cost]:
+    """The operations of one layer by name.
+
+    Args:
+        lengths: tokens of every sample of the packed sequence.
+        width: bytes of an activation or weight.
+
+    Raises:
+        ValueError: an unknown symbol.
+    """
+    if symbol not in KINDS:
+        raise ValueError(f"layer symbol {symbol!r}: allowed are {', '.join(KINDS)}")
+    return KINDS[symbol].operations(model, lengths, width)
+
+
+def head_cost(model: ModelConfig, tokens: int, rows: int, width: int) -> Cost:
+    """Final norm over the tokens that are left, output layer over the rows whose logits are wanted."""
+    return norm_cost(tokens, model.hidden_size, width) + linear(rows, model.hidden_size, model.vocab_size, width)
+
+
+def embedding_cost(model: ModelConfig, tokens: int, width: int) -> Cost:
+    """Looking up a row per token: no operation, one read and one write."""
+    return elementwise(2 * tokens * model.hidden_size, width)
+
 
 Operations = Mapping[str, Cost]
 
@@ -116,19 +143,13 @@ class Prefill:
 
 
 def prefill_cost(
-    model: ModelConfig,
-    reduction: ReductionConfig,
-    retention: Sequence[float],
-    prompt: Prompt,
-    precision: str,
+    model: ModelConfig, reduction: ReductionConfig, retention: Sequence[float], prompt: Prompt, precision: str
 ) -> Prefill:
     """Counts one prefill: all tokens in, the logits of the last one out.
 
     Args:
-        model: dimensions.
         reduction: scorer and smallest counts; its budget and schedule are in ``retention`` already.
         retention: share of the visual tokens that enters every layer.
-        prompt: the sample.
         precision: fp32 or bf16.
     """
     width, symbols = WIDTH[precision], layer_symbols(model.hybrid_pattern)

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.cost.device import DEVICES
 from hybridprune_megatron.cost.memory import GIB, Memory
 from hybridprune_megatron.cost.prefill import Operations, Prefill
+from hybridprune_megatron.cost.target import DEVICES
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.layers.operations import Cost, sum_costs
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
-    from hybridprune_megatron.cost.device import Device
     from hybridprune_megatron.cost.plan import Plan
-    from hybridprune_megatron.cost.target import TargetConfig
+    from hybridprune_megatron.cost.target import Device, TargetConfig
 
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 

@@ -25,12 +25,9 @@ def scoring_operations(
     """The score of one layer by what its mixer computes; nothing for scores that rank by its output.
 
     Args:
-        model: dimensions.
         reduction: the score and its keys.
-        symbol: of the kind of layer.
         tokens: all tokens that enter the layer.
         visual: the visual ones of them.
-        question: tokens of the question.
         width: bytes of an activation.
     """
     kind = KINDS[symbol]
@@ -44,11 +41,9 @@ def drop_operations(
     """Ranking, copying the rows that stay and, if asked for, averaging the others into them.
 
     Args:
-        model: dimensions.
         reduction: the score, smoothing, the share of a frame, and what becomes of dropped tokens.
         visual: visual tokens before the drop.
         left: visual tokens after it.
-        text: all other tokens.
         width: bytes of an activation.
     """
     hidden, how = model.hidden_size, reduction.select
@@ -75,8 +70,6 @@ def front_operations(
     """Reduction before the language model; nothing without one.
 
     Args:
-        model: dimensions.
-        reduction: the front.
         visual: visual tokens of the sample.
         left: visual tokens that it passes on.
         width: bytes of an activation.

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated
 
 from hybridprune_megatron.bounds import FLOAT_MAX, Count, OneOf, Range, Whole, check_bounds, read_value
 from hybridprune_megatron.checks import closest, fail
-from hybridprune_megatron.cost.device import DEVICES
+from hybridprune_megatron.layers.operations import Cost
+
+
+@dataclass(frozen=True)
+class Device:
+    """Peaks of one GPU, as its maker publishes them (dense, SXM).
+
+    Attributes:
+        flops: operations a second by precision; fp32 without tensor cores, as torch multiplies it by default.
+        bytes: bytes a second between memory and chip.
+    """
+
+    flops: dict[str, float]
+    bytes: float
+
+    def seconds(self, operations: Iterable[Cost], precision: str) -> float:
+        """A lower bound: each operation takes as long as its products or its bytes, whichever takes longer."""
+        return sum(max(cost.flops / self.flops[precision], cost.bytes / self.bytes) for cost in operations)
+
+
+DEVICES = {
+    "a100": Device({"bf16": 312e12, "fp32": 19.5e12}, 2.039e12),
+    "h100": Device({"bf16": 989e12, "fp32": 67e12}, 3.35e12),
+    "h200": Device({"bf16": 989e12, "fp32": 67e12}, 4.8e12),
+}
+
 
 PREFIX = "target."
 # Text around one frame in the published model's prompt: 2,202 tokens for 8 frames of 256, 26 of them for the rest.

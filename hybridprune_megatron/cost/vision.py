@@ -22,16 +22,10 @@ def tokens_in_tower(vision: VisionConfig) -> int:
     return patches_per_frame(vision) + vision.num_cls_tokens + vision.num_register_tokens
 
 
-def projector_input(vision: VisionConfig) -> int:
-    """Width of a token after the pixel shuffle."""
-    return round(vision.hidden_size / vision.pixel_shuffle**2)
-
-
 def tower_operations(vision: VisionConfig, frames: int, width: int) -> dict[str, Cost]:
     """The tower over some frames, by operation, all blocks together.
 
     Args:
-        vision: dimensions.
         frames: frames; each attends to itself only.
         width: bytes of an activation or weight.
     """
@@ -65,12 +59,10 @@ def projector_cost(vision: VisionConfig, output_size: int, frames: int, width: i
     """Norm, linear, squared ReLU and linear on every visual token of some frames.
 
     Args:
-        vision: dimensions.
         output_size: width of the language model.
-        frames: frames.
         width: bytes of an activation or weight.
     """
-    tokens, inputs, hidden = frames * vision.tokens_per_frame, projector_input(vision), vision.projector_hidden_size
+    tokens, inputs, hidden = frames * vision.tokens_per_frame, vision.projector_input_size, vision.projector_hidden_size
     return (
         elementwise(2 * tokens * inputs + inputs, width)
         + linear(tokens, inputs, hidden, width)

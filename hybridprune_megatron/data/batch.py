@@ -26,7 +26,7 @@ class FrameFeatures:
 
     Attributes:
         values: bf16 or float32 [F, M, C], M tokens a frame of C channels.
-        tower: fingerprint of the tower (``vision.fingerprint``).
+        tower: fingerprint of the tower (``tower_fingerprint``).
     """
 
     values: Tensor
@@ -160,7 +160,6 @@ def _filling(samples: Sequence[EncodedSample], length: int, pad_id: int) -> list
     FP8, which the largest number decides, is the same with and without them; padding tokens would bring their own.
 
     Args:
-        samples: of the sequence.
         length: tokens that are missing.
         pad_id: the token, where every sample begins with a frame.
 

@@ -83,7 +83,6 @@ def read_conversation(messages: Sequence[dict[str, Any]], types: Sequence[str] =
     """Checks a list of ``{"role", "content"}``; content is a string or a list of ``{"type": "video"|"text"}`` parts.
 
     Args:
-        messages: the list.
         types: which of ``MEDIA_TOKENS`` a user's content may hold.
 
     Raises:

@@ -63,8 +63,6 @@ def timed_packets(
     The last packet is empty and flushes the decoder.
 
     Args:
-        container: the file.
-        stream: its video.
         others: whether to give the packets of other streams too.
     """
     packets = container.demux() if others else container.demux(stream)
@@ -126,8 +124,6 @@ def _check_whole(
     """Refuses a file that ends before its index or its header says.
 
     Args:
-        container: the file.
-        stream: its video.
         ticks: times of the frames.
         end: when the last packet of all those read ends, in seconds.
 

@@ -127,13 +127,7 @@ def check_row(row: Row) -> Conversation:
 
 
 def unique_key(row_id: str | int | float | None, number: int, taken: Collection[str]) -> str:
-    """A key for a row's sample: its id as far as keys allow, and its number where that says nothing or is taken.
-
-    Args:
-        row_id: of a row.
-        number: of the row.
-        taken: keys of earlier rows.
-    """
+    """A key for a row's sample: its id as far as keys allow, and its number where that says nothing or is taken."""
     # A key holds no dot and no slash: both mean something in the name of a tar member.
     stem = "" if row_id is None else re.sub(r"[^A-Za-z0-9_-]", "_", str(row_id))[:_MOST_KEY]
     key = stem if re.search(r"[A-Za-z0-9]", stem) else f"row-{number:08d}"

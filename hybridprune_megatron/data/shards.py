@@ -87,7 +87,6 @@ class ShardWriter:
 
         Args:
             key: unique name; letters, digits, dash and underscore.
-            conversation: messages.
             videos: extension and bytes of each video.
             meta: whatever an evaluation needs.
 

@@ -7,7 +7,7 @@ it is by remembering which samples its buffers hold, so every stage depends on n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,11 +36,35 @@ from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
 from hybridprune_megatron.data.energon_sets import blend_mode, energon_sets
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
-from hybridprune_megatron.data.packing import samples_by_pack
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleDraft, SampleEncoder
 from hybridprune_megatron.data.shards import CONVERSATION_PART, stored_videos
 from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.data.worker_signals import obey_parent_only
+
+
+def samples_by_pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """First fit by falling length: full sequences leave less padding, and ranks less to wait for each other.
+
+    Args:
+        lengths: tokens of the samples in order of arrival, none above the capacity.
+        capacity: tokens of a packed sequence.
+
+    Returns:
+        Numbers of the samples of every pack, rising; packs in the order in which their first sample arrived.
+    """
+    packs: list[list[int]] = []
+    room: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[sample]
+        place = next((place for place, left in enumerate(room) if left >= length), None)
+        if place is None:
+            packs.append([sample])
+            room.append(capacity - length)
+        else:
+            packs[place].append(sample)
+            room[place] -= length
+    return sorted(sorted(pack) for pack in packs)
+
 
 #: Samples in a row from one place of a shard before another place is read; the shuffle buffer mixes further.
 _MAX_SAMPLES_PER_SEQUENCE = 100
@@ -302,32 +326,6 @@ class TrainLoader:
         """
         for number, stream in self._streams.items():
             stream.load_state(states[number])
-
-
-def build_train_loader(cfg: Config, rank: int, world_size: int, pad_to_multiple_of: int | None = None) -> TrainLoader:
-    """The training loader of a data-parallel rank; see ``TrainLoader``."""
-    return TrainLoader(cfg, rank, world_size, pad_to_multiple_of)
-
-
-def build_eval_loader(cfg: Config, rank: int = 0, world_size: int = 1) -> Iterator[EncodedSample]:
-    """The samples of ``data.validation``, once, in the order of their shards; ranks share them.
-
-    Raises:
-        ValueError: as iterating a ``TrainLoader`` does.
-    """
-    sets = _data_sets(cfg.data.validation, "data.validation", "val")
-    features = features_of(sets, f"data.validation={cfg.data.validation}")
-    task_encoder = VideoTaskEncoder(SampleEncoder(cfg), cfg.data.max_bad_share, features=features)
-    worker_config = _worker_config(rank, world_size, 0, cfg.trainer.seed)
-    dataset = task_encoder.build_val_datasets(
-        datasets=energon_sets(sets, False, worker_config), worker_config=worker_config, batch_size=None
-    )
-    count_broken_shards(dataset, task_encoder.tally)
-    try:
-        for finished in _savable_loader(dataset):
-            yield finished.sample
-    except FatalSampleError as error:
-        raise ConfigError(fatal_line(error)) from None
 
 
 def _data_sets(path: str | None, key: str, part: str) -> list[DataSet]:

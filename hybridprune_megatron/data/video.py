@@ -100,7 +100,6 @@ def decode_video(
 
     Args:
         source: the bytes of a video file, or its path.
-        sampling: which frames.
         frame_size: side of the output frames, in pixels.
         name: what to call the video in an error.
 
@@ -126,7 +125,6 @@ def sample_frames(
     Args:
         frames: F pictures, at least one, each uint8 [H, W, 3], RGB, upright.
         seconds: F times, rising.
-        sampling: which frames.
         frame_size: side of the output frames, in pixels.
 
     Raises:

@@ -17,7 +17,6 @@ def obey_parent_only(init: Callable[[int], None] | None, worker_id: int) -> None
 
     Args:
         init: what the loader would call otherwise.
-        worker_id: from the loader.
     """
     if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         threading.Thread(target=_wait_for_parent, daemon=True).start()

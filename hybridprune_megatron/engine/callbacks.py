@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint
-from lightning.pytorch.callbacks.progress.progress_bar import ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
 from tqdm import tqdm
 
 from hybridprune_megatron.config.checkpoint_folder import checkpoint_name
@@ -101,52 +100,36 @@ class StopOnSignal(Callback):
         raise SystemExit(STOPPED)
 
 
-class StepProgressBar(ProgressBar):
-    """One bar over the steps of the run, with loss, learning rate and tokens per second; rank 0 only."""
+class StepProgressBar(TQDMProgressBar):
+    """Lightning's bar, over the steps of the run instead of an epoch's batches; loss, learning rate, tokens/s."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._bar: tqdm | None = None
-        self._enabled = True
+        # Until training starts, so that an earlier exception finds one to close.
+        self.train_progress_bar = tqdm(disable=True)
 
-    def disable(self) -> None:
-        """Lightning calls it on all ranks but 0."""
-        self._enabled = False
+    def init_train_tqdm(self) -> tqdm:
+        """Starts at the step the run stands at."""
+        total, done = self.trainer.max_steps, self.trainer.global_step
+        return tqdm(total=total, initial=done, desc="train", unit="step", disable=self.is_disabled, dynamic_ncols=True)
 
-    def enable(self) -> None:
-        """Shows the bar again."""
-        self._enabled = True
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the bar from the step the run stands at."""
-        self._bar = tqdm(
-            total=trainer.max_steps,
-            initial=trainer.global_step,
-            desc="train",
-            unit="step",
-            disable=not self._enabled,
-            dynamic_ncols=True,
-        )
+    def on_train_epoch_start(self, trainer: Trainer, *args: Any) -> None:
+        """The bar does not begin anew."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar one step."""
-        if self._bar is None:
-            return
-        # Not trainer.progress_bar_metrics: those are of the step before, Lightning updates them behind this
-        # hook.
+        # Not get_metrics: those are of the step before, Lightning updates them after this hook.
         assert isinstance(pl_module, HybridPruneModule), type(pl_module)
         forms = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f"}
         shown = {name: format(value, forms[name]) for name, value in pl_module.shown.items()}
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(1)
+        self.train_progress_bar.set_postfix(shown, refresh=False)
+        self.train_progress_bar.update(1)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the finished bar standing."""
-        if self._bar is not None:
-            self._bar.close()
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the bar shows stays."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Ends the bar's line, so that the error starts on its own."""
-        self.on_train_end(trainer, pl_module)
+        self.train_progress_bar.close()

@@ -161,17 +161,11 @@ class CheckpointSaver:
         self._scratch = directory
 
     def save(
-        self,
-        step: int,
-        state: TrainState,
-        loader: Mapping[int, Any],
-        common: Mapping[str, Any],
-        run: Mapping[str, Any],
+        self, step: int, state: TrainState, loader: Mapping[int, Any], common: Mapping[str, Any], run: Mapping[str, Any]
     ) -> Path:
         """Writes ``directory/step_<step>``, then deletes older checkpoints; waits for the save before it.
 
         Args:
-            step: optimizer steps done.
             state: model, optimizer and schedule.
             loader: state of each stream that this rank reads; plain values (str, numbers, lists, dicts, tensors).
             common: plain values, equal on all ranks, that :func:`load_checkpoint` gives back.
@@ -220,8 +214,7 @@ class CheckpointSaver:
             str(self._scratch),
             # Replicas hold the same values: each writes a share.
             FullyParallelSaveStrategyWrapper(
-                TorchDistSaveShardedStrategy(),
-                parallel_state.get_data_parallel_group(with_context_parallel=True),
+                TorchDistSaveShardedStrategy(), parallel_state.get_data_parallel_group(with_context_parallel=True)
             ),
             async_sharded_save=True,
             content_metadata=dict(SHARDED_FORMAT),

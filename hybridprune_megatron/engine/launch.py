@@ -8,13 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from hybridprune_megatron.engine.slurm import (
-    env_int,
-    first_host,
-    slurm_first_host,
-    slurm_port,
-    slurm_task,
-)
+from hybridprune_megatron.engine.slurm import env_int, first_host, slurm_first_host, slurm_port, slurm_task
 
 __all__ = ["Launch", "check_launch", "first_host", "launch_overrides", "read_launch"]
 

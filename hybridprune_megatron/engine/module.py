@@ -4,47 +4,54 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 
-from hybridprune_megatron.engine.budgets import BudgetSampler
 from hybridprune_megatron.engine.optimization import ModelChunks, TrainState, build_train_state, micro_batches_per_step
 from hybridprune_megatron.engine.parallel import data_rank, seed_generators
 from hybridprune_megatron.engine.rng_state import restore_rng_state
 from hybridprune_megatron.engine.train_log import TrainLog
 from hybridprune_megatron.engine.train_step import StepResult, train_step
 from hybridprune_megatron.engine.weights import load_initial_weights
+from hybridprune_megatron.method.budgets import budget_levels, draw_budget
 from hybridprune_megatron.models.distillation import DistillingModel
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
     from hybridprune_megatron.data.batch import PackedBatch
+    from hybridprune_megatron.data.task_encoder import TrainLoader
 
 
-class TrainLoader(Protocol):
-    """Endless packed batches of one data-parallel rank, in an order that can be saved.
+class BudgetSampler:
+    """Draws a budget for every sample and looks its schedule up; holds no state but solved schedules.
 
-    They come from the rank's streams (:func:`~hybridprune_megatron.data.streams.streams_of`) in turn. A stream's state
-    is plain values (str, numbers, lists, dicts, tensors) and describes what comes after its last batch handed out.
-    States are asked for between two steps.
+    Args:
+        cfg: uses ``tuning.budget``, ``trainer.seed``, and what the schedules are solved from.
     """
 
-    def __iter__(self) -> Iterator[PackedBatch]:
-        """Batches from the state on; called once a run."""
-        ...
+    def __init__(self, cfg: Config) -> None:
+        budget = cfg.tuning.budget
+        self._levels = budget_levels(budget.distribution, budget.low, budget.high, budget.choices)
+        self._retention = {level: cfg.retention_at(level) for level in self._levels}
+        self._per_sample = budget.per == "sample"
+        self._seed = cfg.trainer.seed
 
-    def save_state(self) -> dict[int, Any]:
-        """The states as of now, by stream."""
-        ...
+    def assign(self, batch: PackedBatch, step: int) -> PackedBatch:
+        """The batch with a retention for every sample.
 
-    def load_state(self, states: dict[int, Any]) -> None:
-        """Continues from saved states, one for each of the rank's streams; called before ``iter``."""
-        ...
+        Args:
+            batch: samples with the same key in the same step get the same budget.
+            step: of the optimizer, from 1.
+        """
+        keys = batch.keys if self._per_sample else [""] * len(batch.keys)
+        budgets = [draw_budget(self._levels, self._seed, step, key) for key in keys]
+        return replace(batch, retention=tuple(self._retention[budget] for budget in budgets))
 
 
 #: A single bad batch is skipped; a model that has diverged must not run on until the job's time is up.
@@ -54,7 +61,7 @@ _MAX_SKIPPED_IN_A_ROW = 10
 #: marked.
 ModelFactory = Callable[..., MegatronModule]
 #: (data-parallel rank, number of data-parallel ranks) -> this rank's loader.
-LoaderFactory = Callable[[int, int], TrainLoader]
+LoaderFactory = Callable[[int, int], "TrainLoader"]
 
 
 class HybridPruneModule(LightningModule):
@@ -76,16 +83,11 @@ class HybridPruneModule(LightningModule):
     state: TrainState
 
     def __init__(
-        self,
-        cfg: Config,
-        model_factory: ModelFactory,
-        loader_factory: LoaderFactory,
-        log_path: Path | None = None,
+        self, cfg: Config, model_factory: ModelFactory, loader_factory: LoaderFactory, log_path: Path | None = None
     ) -> None:
         """Nothing is built yet.
 
         Args:
-            cfg: the run's configuration.
             model_factory: called once (in an interleaved pipeline once a chunk), after megatron's groups exist.
             loader_factory: called once, after that.
             log_path: where the step log goes; default ``<output_dir>/train_log.jsonl``.
@@ -115,9 +117,7 @@ class HybridPruneModule(LightningModule):
             # Here, where weights have their place and dtype, and before a checkpoint overwrites them.
             assert isinstance(module, DistillingModel), type(module)
             module.keep_initial_weights()
-        self._num_microbatches = micro_batches_per_step(
-            self.cfg.trainer.global_batch_size, self.cfg.trainer.micro_batch_size
-        )
+        self._num_microbatches = micro_batches_per_step(self.cfg.trainer.global_batch_size)
 
     def build_stage(self) -> MegatronModule:
         """This stage of the model, or the chunks that it holds."""
@@ -177,12 +177,7 @@ class HybridPruneModule(LightningModule):
         # Lightning yields (batch, index, loader index).
         batches = (self._with_budgets(item[0], step) for item in dataloader_iter)
         result = train_step(
-            self.state,
-            batches,
-            self._num_microbatches,
-            self.cfg.data.sequence_length,
-            step,
-            self.cfg.trainer.nonfinite,
+            self.state, batches, self._num_microbatches, self.cfg.data.sequence_length, step, self.cfg.trainer.nonfinite
         )
         self._count_skipped(result)
         # Lightning counts steps by its own optimizers, of which there are none; the count ends the run and

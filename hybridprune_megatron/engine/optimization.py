@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -100,7 +96,6 @@ def wrap_model(
             already.
         trainer: ``precision`` is read.
         parallel: ``distributed_optimizer`` and the overlap switches are read.
-        device: this process's device.
         first_chunk: whether it is the first chunk of layers on this stage; the gradients of the others are reduced
             in one bucket, as megatron does it.
 
@@ -285,11 +280,7 @@ def connect_schedule(
 
 
 def build_train_state(
-    module: MegatronModule,
-    optim: OptimConfig,
-    trainer: TrainerConfig,
-    parallel: ParallelConfig,
-    device: torch.device,
+    module: MegatronModule, optim: OptimConfig, trainer: TrainerConfig, parallel: ParallelConfig, device: torch.device
 ) -> TrainState:
     """Everything that trains ``module``; see :class:`TrainState`."""
     ddp = [
@@ -300,16 +291,6 @@ def build_train_state(
     return TrainState(module, ddp, optimizer, build_scheduler(optimizer, optim, trainer))
 
 
-def micro_batches_per_step(global_batch_size: int, micro_batch_size: int = 1) -> int:
-    """Packed sequences that one replica computes in a step.
-
-    Raises:
-        ValueError: if the replicas cannot share the global batch evenly.
-    """
-    replicas = parallel_state.get_data_parallel_world_size()
-    if global_batch_size % (replicas * micro_batch_size):
-        raise ValueError(
-            f"trainer.global_batch_size={global_batch_size} must be a multiple of data-parallel replicas x "
-            f"trainer.micro_batch_size = {replicas} x {micro_batch_size}"
-        )
-    return global_batch_size // (replicas * micro_batch_size)
+def micro_batches_per_step(global_batch_size: int) -> int:
+    """Packed sequences that one replica computes in a step; the replicas share the global batch evenly."""
+    return global_batch_size // parallel_state.get_data_parallel_world_size()

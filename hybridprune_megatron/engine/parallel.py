@@ -16,9 +16,6 @@ from hybridprune_megatron.engine import ensure_device_backend
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.watch import end_watch
 
-# torch's manual_seed and numpy's take at most 32 bits; megatron adds small offsets to the seed.
-_MAX_SEED = 2**31
-
 
 class LaunchedEnvironment(ClusterEnvironment):
     """Tells Lightning that the processes exist already, so that it never starts any."""
@@ -74,7 +71,6 @@ def init_distributed(launch: Launch, timeout_minutes: float = 30.0, init_method:
     """Starts torch.distributed (nccl on GPUs, gloo elsewhere) and returns this process's device. Idempotent.
 
     Args:
-        launch: this process's place in the job.
         timeout_minutes: how long a collective waits for the others before the job fails.
         init_method: where the ranks meet; default: the launcher's address and port.
     """
@@ -121,7 +117,7 @@ def init_model_parallel(
         expert: processes of a stage that share the routed experts.
 
     Raises:
-        ValueError: if the sizes do not divide the number of processes, or the seed is out of range.
+        ValueError: if the sizes do not divide the number of processes.
     """
     world_size = dist.get_world_size()
     if world_size % (tensor * pipeline * context):
@@ -130,8 +126,6 @@ def init_model_parallel(
             f"divide the {world_size} processes of this job; change parallel.* or start a multiple of "
             f"{tensor * pipeline * context}"
         )
-    if not 0 <= seed < _MAX_SEED:
-        raise ValueError(f"trainer.seed={seed} must be from 0 to {_MAX_SEED - 1}")
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,

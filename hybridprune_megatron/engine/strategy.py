@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,19 +19,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from hybridprune_megatron.config.checkpoint_folder import remove_incomplete
-from hybridprune_megatron.config.flat import plain_config
+from hybridprune_megatron.config.flat import config_values, plain_config
 from hybridprune_megatron.data.streams import streams_of
-from hybridprune_megatron.engine.agreement import check_agreement
 from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint, start_save_helper
 from hybridprune_megatron.engine.launch import Launch, check_launch
 from hybridprune_megatron.engine.module import HybridPruneModule
-from hybridprune_megatron.engine.parallel import (
-    LaunchedEnvironment,
-    data_rank,
-    init_distributed,
-    init_model_parallel,
-)
-from hybridprune_megatron.engine.source_commit import source_commit
+from hybridprune_megatron.engine.parallel import LaunchedEnvironment, data_rank, init_distributed, init_model_parallel
 from hybridprune_megatron.engine.watch import report_failure, start_watch
 
 
@@ -193,3 +188,56 @@ def versions() -> dict[str, str]:
         "megatron-core": megatron.core.__version__,
         "lightning": lightning.__version__,
     }
+
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def source_commit() -> str | None:
+    """The commit of this checkout, with a "+" if files differ from it; None where there is no checkout or no git."""
+    if not (_ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+#: Nothing is computed from the clock; logs and files of machines that differ by more are hard to read together.
+_MAX_CLOCK_SECONDS = 60.0
+
+
+def check_agreement(cfg: Any, versions: dict[str, str]) -> None:
+    """Refuses a job whose processes were started with different settings. Every rank calls it.
+
+    Args:
+        cfg: this rank's configuration, a dataclass.
+        versions: this rank's library versions.
+
+    Raises:
+        ValueError: on every rank, naming the first rank, key and value that differ from rank 0.
+    """
+    own = config_values(cfg)
+    own |= {f"version of {name}": version for name, version in versions.items()}
+    common: list[Any] = [own]
+    dist.broadcast_object_list(common, src=0)
+    keys = sorted(key for key in own.keys() | common[0].keys() if own.get(key) != common[0].get(key))
+    line = None
+    if keys:
+        key, rank = keys[0], dist.get_rank()
+        line = (
+            f"{key}={own.get(key)} on rank {rank}, {common[0].get(key)} on rank 0: start every process with the same "
+            "command and environment"
+        )
+    said: list[tuple[str | None, float]] = [(None, 0.0)] * dist.get_world_size()
+    dist.all_gather_object(said, (line, time.time()))
+    for each, _ in said:
+        if each is not None:
+            raise ValueError(each)
+    times = [now for _, now in said]
+    if max(times) - min(times) > _MAX_CLOCK_SECONDS and dist.get_rank() == 0:
+        latest, earliest = times.index(max(times)), times.index(min(times))
+        ahead = f"rank {latest} is {max(times) - min(times):.0f} s ahead of rank {earliest}"
+        print(f"clocks differ: {ahead}; the run does not depend on it, its logs do", flush=True)

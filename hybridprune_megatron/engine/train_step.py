@@ -1,4 +1,4 @@
-"""One optimizer step, and one evaluation pass, through megatron's pipeline schedules.
+"""One optimizer step through megatron's pipeline schedules.
 
 The loss is the mean over every loss token of the job: micro batches, replicas and samples of any length weigh
 by their tokens.
@@ -111,19 +111,13 @@ def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tup
 
 
 def _run_schedule(
-    chunks: list[torch.nn.Module],
-    batches: _Recorder,
-    num_microbatches: int,
-    sequence_length: int,
-    forward_only: bool,
+    chunks: list[torch.nn.Module], batches: _Recorder, num_microbatches: int, sequence_length: int, forward_only: bool
 ) -> tuple[float, int, list[Tensor]]:
     """Runs the pipeline.
 
     Args:
         chunks: the model, or what this stage of an interleaved pipeline holds of it.
         batches: as many micro batches at least.
-        num_microbatches: to run.
-        sequence_length: see ``train_step``.
         forward_only: without gradients.
 
     Returns:
@@ -257,18 +251,3 @@ def train_step(
     tokens, samples = _gather_counts(recorder, device)
     spread = max(tokens) * len(tokens) / max(sum(tokens), 1)
     return StepResult(loss, loss_tokens, sum(tokens), grad_norm, lr, samples, spread, problem)
-
-
-@torch.no_grad()
-def evaluation_loss(
-    chunks: list[torch.nn.Module], batches: Iterator[PackedBatch], num_microbatches: int, sequence_length: int
-) -> tuple[float, int]:
-    """Mean loss per loss token over ``num_microbatches`` of every replica, and that number of tokens."""
-    was_training = chunks[0].training
-    for chunk in chunks:
-        chunk.eval()
-    recorder = _Recorder(batches, next(chunks[0].parameters()).device)
-    loss_sum, loss_tokens, _ = _run_schedule(chunks, recorder, num_microbatches, sequence_length, forward_only=True)
-    for chunk in chunks:
-        chunk.train(was_training)
-    return loss_sum / max(loss_tokens, 1), loss_tokens

@@ -22,10 +22,9 @@ from hybridprune_megatron.config.outputs import whole_file
 from hybridprune_megatron.config.weight_files import holds_tensors
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
 from hybridprune_megatron.engine.checkpoint_index import Index, StoredTensor, read_index, unused
-from hybridprune_megatron.huggingface.compare import check_same_model
 from hybridprune_megatron.huggingface.files import save_tensors
 from hybridprune_megatron.huggingface.names import CONSTANTS
-from hybridprune_megatron.huggingface.source import TranslatedWeights, check_finite, open_weights
+from hybridprune_megatron.huggingface.source import TranslatedWeights, check_finite, check_same_model, open_weights
 from hybridprune_megatron.models.lora import is_adapter
 
 #: What a file that ``save_weights`` wrote says of itself.
@@ -100,9 +99,7 @@ def _tensors_to_load(module: MegatronModule, names: Iterable[str], path: Path) -
     """``_sharded_tensors``, without the adapters if the file has none: new ones change nothing as they are built.
 
     Args:
-        module: the model.
         names: all keys of the file.
-        path: for the message.
 
     Raises:
         ValueError: the file has adapters and the model has not.
@@ -172,22 +169,19 @@ def _local_part(entry: ShardedTensor | ShardedTensorFactory, full: torch.Tensor,
         return _slice(entry, full, path)
     # A factory (Mamba's in_proj and conv, gated MLPs) holds several weights in one, side by side on dim 0,
     # each split by itself.
-    parts, offset = [], 0
-    for part in _leaves(entry.build()):
-        rows = part.global_shape[0]
-        parts.append(_slice(part, full[offset : offset + rows], path))
-        offset += rows
+    offset = 0
+
+    def read(part: ShardedTensor) -> torch.Tensor:
+        nonlocal offset
+        offset += part.global_shape[0]
+        return _slice(part, full[offset - part.global_shape[0] : offset], path)
+
+    own = _read_entry(entry, read)
     if offset != full.shape[0]:
         raise ValueError(
             f"model.init_checkpoint={path}: {entry.key}: {full.shape[0]} rows, in the model {offset}; check model=..."
         )
-    return entry.merge_fn(parts) if not isinstance(entry.build(), dict) else torch.cat(parts)
-
-
-def _leaves(tree: Any) -> list[ShardedTensor]:
-    if isinstance(tree, ShardedTensor):
-        return [tree]
-    return [leaf for branch in (tree.values() if isinstance(tree, dict) else tree) for leaf in _leaves(branch)]
+    return own
 
 
 def _slice(entry: ShardedTensor, full: torch.Tensor, path: Path) -> torch.Tensor:

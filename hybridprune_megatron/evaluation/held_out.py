@@ -7,18 +7,46 @@ and none of a training loader's shuffling, packing and state.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from hybridprune_megatron.config.json_text import parse_json, short
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import VIDEO_TOKEN, read_conversation
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
 from hybridprune_megatron.data.shards import CONVERSATION_PART, read_shard, stored_videos
-from hybridprune_megatron.evaluation.questions import Question
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out sample and what is known about its answer.
+
+    Attributes:
+        sample: encoded, with labels on the answer.
+        kind: groups questions in reports.
+        answer: the right answer.
+        choices: all answers that questions of this kind have, equally often.
+    """
+
+    sample: EncodedSample
+    kind: str
+    answer: str
+    choices: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.answer not in self.choices:
+            raise ValueError(f"sample {self.sample.key}: answer {self.answer!r} is none of {', '.join(self.choices)}")
+
+
+def chance(questions: Sequence[Question]) -> float:
+    """Expected accuracy of a guess among the choices of each question."""
+    return fmean([1 / len(question.choices) for question in questions])
+
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +148,6 @@ def load_questions(cfg: Config, count: int) -> list[Question]:
 
     Args:
         cfg: uses ``data`` and ``model.vision``.
-        count: how many at most.
 
     Raises:
         ValueError: none can be used.

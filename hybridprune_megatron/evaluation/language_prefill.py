@@ -6,7 +6,9 @@ The pieces, timed at other lengths, are what ``cost.calibration`` predicts a who
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +34,6 @@ def one_sample(visual: int, text: int, question: int, tokens_per_frame: int = 25
 
     Args:
         visual: visual tokens, in frames of ``tokens_per_frame`` and what is left over.
-        text: all other tokens.
         question: those of them that ask.
         tokens_per_frame: visual tokens of a frame.
     """
@@ -45,29 +46,56 @@ def one_sample(visual: int, text: int, question: int, tokens_per_frame: int = 25
     return SampleLayout((*before, *frames, Span(TokenKind.QUESTION, question), *after))
 
 
-def time_language_prefill(
-    model: VideoLanguageModel, sample: SampleLayout, reductions: Mapping[str, Reduction | None], rounds: int = 5
+@dataclass(frozen=True)
+class Prompt:
+    """One sample as embeddings.
+
+    Attributes:
+        layout: what every token is.
+        hidden: [L, 1, D].
+    """
+
+    layout: TokenLayout
+    hidden: Tensor
+
+    @staticmethod
+    def of(model: VideoLanguageModel, sample: SampleLayout) -> Prompt:
+        """Random embeddings, the same for every model of a width."""
+        layout = TokenLayout.from_samples([sample], device_of(model))
+        weight = next(model.language_model.parameters())
+        values = torch.randn(layout.num_tokens, 1, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        return Prompt(layout, values.to(weight.device, weight.dtype))
+
+    def dropping(self, model: VideoLanguageModel, reduction: Reduction | None) -> ReductionPass:
+        """What is dropped in a pass over it."""
+        return model.language_model.decoder.pass_of(reduction, self.layout)
+
+
+def time_prefill(
+    model: VideoLanguageModel, prompt: Prompt, reductions: Mapping[str, Reduction | None], rounds: int, peer: Any = None
 ) -> dict[str, list[float]]:
-    """Seconds of whole prefills, for several reductions in turn.
+    """Seconds of prefills from embeddings to the last token's logits, for several reductions in turn.
 
     Args:
         model: on one process.
-        sample: what every token is; embeddings are random.
+        prompt: what is prefilled.
         reductions: what to drop, by name; None: nothing.
-        rounds: how often each is timed.
+        peer: timed as "transformers" too, if given.
 
     Returns:
         ``rounds`` times by name.
     """
-    layout = TokenLayout.from_samples([sample], device_of(model))
-    hidden = _random_hidden(model, layout)
-    last = layout.origin[-1:]
+    last = prompt.layout.origin[-1:]
 
     def prefill(reduction: Reduction | None) -> object:
-        dropping = model.language_model.decoder.pass_of(reduction, layout)
-        return model.language_model(hidden, layout, dropping, last)
+        return model.language_model(prompt.hidden, prompt.layout, prompt.dropping(model, reduction), last)
 
-    candidates = {name: partial(prefill, reduction) for name, reduction in reductions.items()}
+    candidates: dict[str, Callable[[], object]] = {
+        name: partial(prefill, reduction) for name, reduction in reductions.items()
+    }
+    if peer is not None:
+        embeds = prompt.hidden.transpose(0, 1)
+        candidates["transformers"] = partial(peer, inputs_embeds=embeds, use_cache=False, logits_to_keep=1)
     with measuring(model, None):
         return in_turn(candidates, rounds)
 
@@ -82,7 +110,6 @@ def time_pieces(
 
     Args:
         model: on one process.
-        pattern: its hybrid layer pattern.
         sample: what every token is; hidden states are random.
         reduction: its scorer scores and its drop drops.
         rounds: how often each is timed; the fastest counts, for other work on the machine only adds.
@@ -90,8 +117,8 @@ def time_pieces(
     Returns:
         Seconds by name: the layer symbols, "score M" and "score *" (if the scorer asks mixers), "drop", "ends".
     """
-    layout = TokenLayout.from_samples([sample], device_of(model))
-    hidden, symbols = _random_hidden(model, layout), layer_symbols(pattern)
+    prompt, symbols = Prompt.of(model, sample), layer_symbols(pattern)
+    hidden, layout = prompt.hidden, prompt.layout
     decoder, packing = model.language_model.decoder, pack_for_layer(layout, None, reduction.dt_filter, None)
     candidates: dict[str, Callable[[], object]] = {}
     shares: dict[str, int] = {}
@@ -106,13 +133,6 @@ def time_pieces(
         candidates["ends"] = lambda: model.language_model.output_layer(decoder.final_norm(hidden)[-1:])
         taken = in_turn(candidates, rounds)
     return {name: min(seconds) / shares.get(name, 1) for name, seconds in taken.items()}
-
-
-def _random_hidden(model: VideoLanguageModel, layout: TokenLayout) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    weight = next(model.language_model.parameters())
-    values = torch.randn(layout.num_tokens, 1, model.config.hidden_size, generator=generator)
-    return values.to(weight.device, weight.dtype)
 
 
 def _run_layers(layers: list, hidden: Tensor, packing: LayerPacking) -> None:

@@ -26,7 +26,6 @@ def resolve_reduction(pattern: str, reduction: Mapping[str, Any] | None) -> dict
     """A complete reduction, its retention per layer solved from the budget if it is not given.
 
     Args:
-        pattern: hybrid layer pattern.
         reduction: any keys of the training configuration's reduction group but ``TRAINING_ONLY``, and the shares of
             the layers under "retention"; None: no reduction.
 

@@ -19,11 +19,7 @@ _PACKAGE = "hybridprune_megatron"
 _ROOT = Path(__file__).resolve().parents[1]
 _IMPORT = re.compile(rf"^(\s*)from {_PACKAGE}\.([\w.]+) import ", flags=re.MULTILINE)
 _ANY_IMPORT = re.compile(rf"^\s*(?:import|from)\s+{_PACKAGE}\b", flags=re.MULTILINE)
-_ENTRY_MODULES = (
-    "export.configuration_hybridprune",
-    "export.modeling_hybridprune",
-    "export.processing_hybridprune",
-)
+_ENTRY_MODULES = ("export.configuration_hybridprune", "export.modeling_hybridprune", "export.processing_hybridprune")
 #: The module that an export which brings a score along has another version of.
 _ANNOUNCED = "method.announced"
 
@@ -48,7 +44,6 @@ def relative_source(module: str, text: str | None = None) -> str:
     """A module's source with the package's imports made relative and flat.
 
     Args:
-        module: for the error.
         text: its source; None: of a module of this package.
 
     Raises:
@@ -68,7 +63,6 @@ def copy_code(folder: Path, score: Score | None = None) -> list[str]:
     """Writes the code into a folder.
 
     Args:
-        folder: the export.
         score: what it ranks by; the file of one that is not ours goes along.
 
     Returns:

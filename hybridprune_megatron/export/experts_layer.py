@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig
-from hybridprune_megatron.vision.encoder import SquaredReLU
+from hybridprune_megatron.models.encoder import SquaredReLU
 
 
 class Router(nn.Module):

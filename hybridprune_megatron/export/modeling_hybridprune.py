@@ -21,11 +21,7 @@ from transformers import initialization as init
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.export.cache import HybridCache
 from hybridprune_megatron.export.cache_name import cache_argument, given_cache
-from hybridprune_megatron.export.configuration_hybridprune import (
-    HybridPruneConfig,
-    merge_reduction,
-    resolve_reduction,
-)
+from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig, merge_reduction, resolve_reduction
 from hybridprune_megatron.export.generation import HybridGenerationMixin, refuse_other_arguments
 from hybridprune_megatron.export.layers import HybridLayer, MambaMixer, Packing
 from hybridprune_megatron.export.outputs import HybridPruneOutput, ReductionStatistics
@@ -35,7 +31,7 @@ from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.method.scorer import Scorer
-from hybridprune_megatron.vision.encoder import build_projector, encode_frames, radio_config
+from hybridprune_megatron.models.encoder import build_projector, encode_frames, radio_config
 
 
 class HybridBackbone(nn.Module):
@@ -112,9 +108,7 @@ class HybridPruneForCausalLM(PreTrainedModel, HybridGenerationMixin):
         self.language_model = HybridLanguageModel(config)
         if config.vision is not None:
             vision = config.vision
-            names = ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "patch_size")
-            more = ("position_grid_px", "num_cls_tokens", "num_register_tokens", "image_mean", "image_std")
-            self.vision_model = RadioModel(radio_config(**{name: vision[name] for name in (*names, *more)}))
+            self.vision_model = RadioModel(radio_config(vision))
             self.mlp1 = build_projector(
                 vision["hidden_size"], vision["pixel_shuffle"], vision["projector_hidden_size"], config.hidden_size
             )

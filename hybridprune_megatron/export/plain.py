@@ -13,8 +13,7 @@ from hybridprune_megatron.config.outputs import MARKER, check_output, whole_fold
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export import COMMAND
-from hybridprune_megatron.export.model_card import model_card
-from hybridprune_megatron.export.run_facts import RunFacts
+from hybridprune_megatron.export.model_card import RunFacts, model_card
 from hybridprune_megatron.huggingface.files import save_tensors
 from hybridprune_megatron.huggingface.source import TranslatedWeights, open_weights
 

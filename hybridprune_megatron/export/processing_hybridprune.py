@@ -37,7 +37,6 @@ class HybridPruneProcessor(ProcessorMixin):
     """Renders conversations, samples videos and tokenizes both as in training.
 
     Args:
-        tokenizer: knows the special tokens of the prompt format.
         tokens_per_frame: visual tokens of a frame.
         frame_size: side of a frame in pixels.
         sampling: "uniform" or "fps"; "none" for a text-only model.

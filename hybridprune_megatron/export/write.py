@@ -31,9 +31,8 @@ from hybridprune_megatron.engine.weights import whole_weights
 from hybridprune_megatron.export import COMMAND
 from hybridprune_megatron.export.configuration_hybridprune import HybridPruneConfig, exported_settings
 from hybridprune_megatron.export.copy_code import copy_code
-from hybridprune_megatron.export.model_card import model_card
+from hybridprune_megatron.export.model_card import RunFacts, model_card
 from hybridprune_megatron.export.modeling_hybridprune import HybridPruneForCausalLM
-from hybridprune_megatron.export.run_facts import RunFacts
 from hybridprune_megatron.huggingface.files import copy_tokenizer, save_tensors
 from hybridprune_megatron.huggingface.names import ExpertParts, Heads, WeightNames
 
@@ -64,7 +63,6 @@ def export_model(
     Args:
         model: the unsplit training model (tensor and pipeline parallel 1).
         cfg: its configuration; uses model, reduction and data (tokenizer, sampling, frame_text, conversation).
-        out_dir: where to write.
         max_shard_size: largest weights file, e.g. "5GB".
         facts: of the run, for the card (``run_facts.read_facts``).
         inputs: files and folders that the model came from.

@@ -84,9 +84,7 @@ def vision_values(tower: TranslatedWeights, frame_size: int, hidden_size: int) -
     """The ``model.vision`` group of a video model with this tower.
 
     Args:
-        tower: of a RADIO folder.
         frame_size: side of a frame, pixels.
-        hidden_size: of the language model.
 
     Raises:
         ValueError: a tower with other blocks than ours.

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybridprune_megatron.bounds import LARGEST
+
 Shape = Callable[[str], tuple[int, ...]]
 
 _UNKNOWN = "not a field that is known here, so it may change what the model computes; remove it if it does not"
-#: No size of a model is larger; what is beyond it is a mistake or an attack.
-LARGEST = 2**31 - 1
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,6 @@ def check_weights_file(out: Path, made_by: str, inputs: Iterable[str | Path]) ->
     """A command may write a .safetensors file: nothing is there, or what the same command wrote.
 
     Args:
-        out: the file.
         made_by: the command; the file's metadata name it as ``made_by``.
         inputs: files and folders that it reads.
 
@@ -83,8 +82,6 @@ def copy_weights(
     """Writes all weights as .safetensors files with an index, one tensor after the other.
 
     Args:
-        weights: to read.
-        folder: to write to.
         max_bytes: of a file; as much is held in memory, beside one tensor and what is mapped of one file that is read.
         progress: wraps the names, e.g. tqdm.
     """
@@ -98,7 +95,6 @@ class ShardWriter:
     """Writes tensors as they come into numbered files and an index; no more than one file is held in memory.
 
     Args:
-        folder: to write to; files that are there are not touched.
         max_bytes: of a file; a larger tensor has one of its own.
     """
 

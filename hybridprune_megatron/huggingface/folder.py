@@ -90,10 +90,6 @@ def language_fields(config: Values) -> Fields:
 def weight_names(config: Values, names: Collection[str]) -> WeightNames:
     """The table for a folder.
 
-    Args:
-        config: its config.json.
-        names: of its tensors.
-
     Raises:
         ValueError: the model is of another family, has layers or fields that are not supported, or lacks its output
             layer.
@@ -165,8 +161,6 @@ def model_values(name: str, config: Values, shape: Shape, table: WeightNames) ->
     """The ``model`` group of a folder's model, for ``conf/model/<name>.yaml``.
 
     Args:
-        name: of the model.
-        config: config.json.
         shape: of a tensor of theirs by name.
         table: from ``weight_names``.
 

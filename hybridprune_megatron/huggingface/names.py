@@ -138,10 +138,7 @@ _LANGUAGE = [
         theirs="backbone.layers.{}.",
     ),
     *_renamed(
-        {
-            "linear_qkv.layer_norm_weight": "norm.weight",
-            "linear_proj.weight": "mixer.o_proj.weight",
-        },
+        {"linear_qkv.layer_norm_weight": "norm.weight", "linear_proj.weight": "mixer.o_proj.weight"},
         over="*",
         ours="decoder.layers.{}.self_attention.",
         theirs="backbone.layers.{}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hybridprune_megatron.config.flat import leaves
 from hybridprune_megatron.config.inside import file_inside
 from hybridprune_megatron.config.json_text import read_json
-from hybridprune_megatron.huggingface.folder import read_config, weight_names
+from hybridprune_megatron.config.model_schema import ModelConfig
+from hybridprune_megatron.huggingface.folder import model_values, read_config, weight_names
 from hybridprune_megatron.huggingface.names import CONSTANTS, Rule, WeightNames
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -226,3 +229,30 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return bool(torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)))
+
+
+# Speed, the longest context, how a router learns, the size that frames are shown at, and how the tower's prefix tokens
+# divide.
+_FREE = {
+    "name",
+    "mamba_chunk_size",
+    "experts.bias_update_rate",
+    "max_sequence_length",
+    "vision.frame_size",
+    "vision.num_cls_tokens",
+    "vision.num_register_tokens",
+}
+
+
+def check_same_model(weights: TranslatedWeights, model: ModelConfig) -> None:
+    """Compares what the folder's config.json says with the configuration.
+
+    Raises:
+        ValueError: naming the first setting that differs.
+    """
+    theirs = model_values(model.name, read_config(weights.path), weights.files.shape, weights.table)
+    ours = dict(leaves(asdict(model)))
+    ours["hybrid_pattern"] = model.hybrid_pattern.replace("|", "")
+    for key, value in leaves(theirs):
+        if key not in _FREE and ours.get(key) != value:
+            raise ValueError(f"its config.json says {key}={value}, and model.{key}={ours.get(key)}; set the same")

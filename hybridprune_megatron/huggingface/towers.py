@@ -20,7 +20,6 @@ def video_model_vision(config: Mapping[str, Any], shape: Shape, blocks: int) -> 
     """The group of a ``NemotronH_Nano_VL_V2`` folder.
 
     Args:
-        config: its config.json.
         shape: of a tensor of theirs by name.
         blocks: of the tower.
 
@@ -58,11 +57,9 @@ def tower_vision(
     """The group of a new video model with the tower of a ``radio`` folder.
 
     Args:
-        config: its config.json.
         shape: of a tensor of theirs by name.
         blocks: of the tower.
         frame_size: side of a frame, pixels.
-        hidden_size: of the language model.
 
     Raises:
         ValueError: as ``video_model_vision``.

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hybridprune_megatron.layers.kind import (
-    Kept,
-    LayerKind,
-    Linear,
-    ModelSizes,
-    Parameters,
-    norm_cost,
-    residual_cost,
-)
+from hybridprune_megatron.layers.kind import Kept, LayerKind, Linear, ModelSizes, Parameters, norm_cost, residual_cost
 from hybridprune_megatron.layers.operations import Cost, causal_pairs, linear
 
 _FP32 = 4

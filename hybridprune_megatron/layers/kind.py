@@ -150,7 +150,6 @@ class LayerKind:
         """Operations and bytes by name.
 
         Args:
-            model: dimensions.
             lengths: tokens of every sample of the packed sequence.
             width: bytes of an activation or weight.
         """
@@ -164,7 +163,6 @@ class LayerKind:
         """What it keeps for its backward pass besides its normed input.
 
         Args:
-            model: dimensions.
             width: bytes of an activation.
             fused: kernels of a GPU, else plain torch.
         """
@@ -174,7 +172,6 @@ class LayerKind:
         """What it keeps as well under context parallelism, per token of a rank's shard.
 
         Args:
-            model: dimensions.
             width: bytes of an activation.
             tensor: ranks that share the heads.
             context: ranks that share the sequence, at least 2.
@@ -189,7 +186,6 @@ class LayerKind:
         """Bytes that decoding needs of it.
 
         Args:
-            model: dimensions.
             tokens: that entered it.
             samples: of them.
             width: bytes of an activation.

@@ -1,7 +1,8 @@
 """Which retention damages the answers least under a budget: a shortest path through measured damages.
 
 The damage of a schedule is taken to be the sum over its drops of ``s(l, q') - s(l, q)``, where ``s(l, q)`` is what the
-answers lose if one drop to the share q after layer l is the only one, and q is the share before the drop (docs/method.md).
+answers lose if one drop to the share q after layer l is the only one, and q is the share before the drop
+(docs/method.md).
 
 Shape letters: N layers, Q levels, R steps of the resource.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import RadioModel
 
-from hybridprune_megatron.config.schema import Config, VisionConfig
+from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.schedule import layer_symbols
 from hybridprune_megatron.models.distillation import DistillingModel
+from hybridprune_megatron.models.encoder import build_projector, radio_config
 from hybridprune_megatron.models.experts import expert_settings, prepare_experts
 from hybridprune_megatron.models.fp8 import fp8_settings
 from hybridprune_megatron.models.language_model import ReductionHybridModel
@@ -26,7 +28,6 @@ from hybridprune_megatron.models.lora import adapt_projector, is_adapter, train_
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
 from hybridprune_megatron.models.torch_layers import relu_squared
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
-from hybridprune_megatron.vision.encoder import build_projector, radio_config
 
 
 def build_model(
@@ -82,7 +83,7 @@ def _build(
     if model.vision is not None and pre_process:
         vision = model.vision
         with torch.device("meta" if meta else _device(config)):
-            tower = RadioModel(tower_config(vision))
+            tower = RadioModel(radio_config(asdict(vision)))
             projector = build_projector(
                 vision.hidden_size, vision.pixel_shuffle, vision.projector_hidden_size, model.hidden_size
             )
@@ -128,28 +129,10 @@ def build_reduction(cfg: Config) -> Reduction | None:
     return cfg.reduction.policy(cfg.model.hybrid_pattern, drawn=cfg.tuning.budget.distribution != "fixed")
 
 
-def tower_config(vision: VisionConfig):
-    """The vision tower's configuration."""
-    return radio_config(
-        vision.hidden_size,
-        vision.num_layers,
-        vision.num_attention_heads,
-        vision.intermediate_size,
-        vision.patch_size,
-        vision.position_grid_px,
-        vision.num_cls_tokens,
-        vision.num_register_tokens,
-        list(vision.image_mean),
-        list(vision.image_std),
-    )
-
-
 def transformer_config(cfg: Config, *, meta: bool = False, fused_gradients: bool = False) -> TransformerConfig:
     """Megatron's configuration of the language model.
 
     Args:
-        cfg: as for ``build_model``.
-        meta: as for ``build_model``.
         fused_gradients: as for ``build_model``. Megatron's own linears (the output layer) take the kernel from apex,
             and one switch holds for all, so without apex nothing is fused.
 

@@ -32,8 +32,7 @@ def torch_experts_spec(norm: type[nn.Module]) -> ModuleSpec:
     """
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     submodules = MoESubmodules(
-        experts=partial(SequentialMLP, submodules=linears),
-        shared_experts=partial(SharedExpertMLP, submodules=linears),
+        experts=partial(SequentialMLP, submodules=linears), shared_experts=partial(SharedExpertMLP, submodules=linears)
     )
     return _layer(norm, partial(TorchMoELayer, submodules=submodules))
 
@@ -43,7 +42,6 @@ def backend_experts_spec(norm: type[nn.Module], backend: BackendSpecProvider) ->
 
     Args:
         norm: before the router.
-        backend: of the linears.
     """
     return _layer(norm, get_moe_module_spec_for_backend(backend, num_experts=1, moe_grouped_gemm=True))
 
@@ -106,7 +104,6 @@ class TorchMoELayer(MoELayer):
     """Megatron's layer, which builds its latent projections of Transformer Engine only.
 
     Args:
-        config: model configuration.
         submodules: router and experts.
         kwargs: as for ``MoELayer``.
     """

@@ -29,8 +29,6 @@ def fp8_settings(fp8: Fp8Config, spec: str, has_experts: bool) -> dict[str, Any]
     """The fields of megatron's configuration for FP8.
 
     Args:
-        fp8: the settings.
-        spec: layer set, from ``resolve_spec``.
         has_experts: whether the model has E layers.
 
     Raises:
@@ -82,7 +80,6 @@ def layer_context(config: TransformerConfig, layer_number: int) -> AbstractConte
     """What one layer runs in: its own context, or none where it stays in bf16 or ``pass_context`` is there.
 
     Args:
-        config: model configuration.
         layer_number: 1-based, of the whole model.
     """
     if not config.fp8 or _delayed(config):
@@ -93,14 +90,7 @@ def layer_context(config: TransformerConfig, layer_number: int) -> AbstractConte
 def recomputed(
     config: TransformerConfig, tp_group: ProcessGroup, run: Callable[[Tensor], Tensor], hidden_states: Tensor
 ) -> Tensor:
-    """``run(hidden_states)``, computed again in backward; with FP8, the second time by the scales of the first.
-
-    Args:
-        config: model configuration.
-        tp_group: tensor-parallel group.
-        run: one layer.
-        hidden_states: its input.
-    """
+    """``run(hidden_states)``, computed again in backward; with FP8, the second time by the scales of the first."""
     if config.fp8:
         return te_checkpoint(run, False, tensor_parallel.random.get_cuda_rng_tracker, tp_group, hidden_states)
     return tensor_parallel.checkpoint(run, False, hidden_states)

@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -71,7 +72,7 @@ class GatedRMSNorm(nn.Module):
         self.group_width = group_width
         self.tp_group = tp_group
         self.weight = nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=parameter_device(config)))
-        _mark_sharded(self.weight)
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         return self.ops.gated_norm(y, z, self.weight, self.group_width)
@@ -194,7 +195,7 @@ class ReductionMambaMixer(MambaMixer):
             # Read where a model is cast to bf16.
             parameter.keep_fp32 = True  # type: ignore[attr-defined]
         for parameter in (self.conv1d_weight, self.conv1d_bias, self.dt_bias, self.A_log, self.D):
-            _mark_sharded(parameter)
+            set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         self.conv1d_weight.partition_sizes = self.conv1d_bias.partition_sizes = sizes[1:4]  # type: ignore[attr-defined]
 
     def _share_heads(self, rank: int) -> None:
@@ -293,10 +294,3 @@ class ReductionMambaMixer(MambaMixer):
                 signals = MambaSignals(B.detach(), C.detach(), dt.detach(), A.detach())
                 packing.keep(scorer, signals, self.layer_number - 1)
         return self.ops.scan(x, dt, A, B, C, self.D[heads], packing, self.chunk_size).flatten(1)
-
-
-def _mark_sharded(parameter: nn.Parameter) -> None:
-    """Tells megatron that a parameter is split over tensor-parallel ranks along its first dimension."""
-    parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
-    parameter.partition_dim = 0  # type: ignore[attr-defined]
-    parameter.partition_stride = 1  # type: ignore[attr-defined]

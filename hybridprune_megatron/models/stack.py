@@ -31,7 +31,6 @@ class ReductionStack(HybridStack):
     It is also where rows lie (``method.reduction_pass.Rows``): in parts on tensor- and context-parallel ranks.
 
     Args:
-        config: model configuration.
         submodules: layer specs.
         final_norm: norm before the output layer (the stock stack can only build Transformer Engine's).
         kwargs: as for ``HybridStack``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from hybridprune_megatron.data.batch import PackedBatch
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.reduction_pass import ReductionPass
+from hybridprune_megatron.models.encoder import encode_frames
 from hybridprune_megatron.models.language_model import ReductionHybridModel
-from hybridprune_megatron.vision.encoder import encode_frames
-from hybridprune_megatron.vision.fingerprint import tower_fingerprint
+
+#: Settings that change what a tower computes and show in no weight.
+_SETTINGS = ("num_attention_heads", "patch_size", "layer_norm_eps", "norm_mean", "norm_std")
 
 
 def loss_rows(batch: PackedBatch) -> Tensor:
@@ -174,3 +177,16 @@ class VideoLanguageModel(MegatronModule):
         if self._fingerprint is None or self._fingerprint[0] != versions:
             self._fingerprint = (versions, tower_fingerprint(tower))
         return self._fingerprint[1]
+
+
+def tower_fingerprint(tower: RadioModel) -> str:
+    """16 hexadecimal digits of a SHA-256 over the tower's weights and settings.
+
+    Weights count as rounded to bf16, so that a tower has one name whether it is loaded in fp32 or bf16.
+    """
+    digest = hashlib.sha256(repr([getattr(tower.config, name) for name in _SETTINGS]).encode())
+    for name, value in sorted(tower.state_dict().items()):
+        rounded = value.to(torch.bfloat16) if value.is_floating_point() else value
+        digest.update(f"{name} {tuple(value.shape)} ".encode())
+        digest.update(rounded.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

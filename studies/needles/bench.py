@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridprune_megatron.data.needles import (
+from studies.needles.needles import (
     COLOURS,
     DIGITS,
     MOMENTS,

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.evaluation.report import markdown_table, percent
+from hybridprune_megatron.evaluation.report import percent
+from studies.demo.report import markdown_table
 from studies.needles.cells import (
     BUDGETS,
     HEADLINE,

@@ -20,7 +20,7 @@ from hybridprune_megatron.engine.quiet import quiet_libraries
 from studies.needles.cells import HEADLINE, METHOD_BY_NAME, Unit
 
 if TYPE_CHECKING:
-    from hybridprune_megatron.evaluation.questions import Question
+    from hybridprune_megatron.evaluation.held_out import Question
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERIMENT = "experiment=bench"
@@ -73,8 +73,8 @@ class Runner:
     def time(self, unit: Unit, budget: float, clips: int, rounds: int) -> tuple[float, float]:
         """Median seconds of a prefill with every token and of one under a unit's method, in turn on the same clips."""
         from hybridprune_megatron.data.batch import pack
-        from hybridprune_megatron.evaluation.timing import time_prefill
         from hybridprune_megatron.models.build import build_reduction
+        from studies.demo.prefill import time_prefill
 
         batch = pack([question.sample for question in self._questions[:clips]])
         candidates = {"full": None, "reduced": build_reduction(self.config(unit, budget))}
@@ -90,7 +90,7 @@ class Runner:
 
     def _weights(self, unit: Unit) -> Path:
         """The weights of a unit, finetuned first if they are not there."""
-        from hybridprune_megatron.export.load import find_checkpoint
+        from hybridprune_megatron.config.stored_run import find_checkpoint
 
         base = self.config(unit, 1.0)
         if not unit.weights:

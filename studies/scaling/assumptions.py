@@ -8,7 +8,7 @@ from typing import Any
 
 from hybridprune_megatron.bounds import FLOAT_MAX, Range, Rule, check_value
 from hybridprune_megatron.config.fields import field_help
-from hybridprune_megatron.cost.device import DEVICES, Device
+from hybridprune_megatron.cost.target import DEVICES, Device
 
 GIGA = 1e9
 # Where a value comes from, or why it was chosen; "chosen" has no better source than judgement.

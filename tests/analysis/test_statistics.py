@@ -9,7 +9,6 @@ import torch
 
 from hybridprune_megatron.analysis.statistics import (
     auc,
-    average_ranks,
     evenly_spread,
     gini,
     spearman,
@@ -61,12 +60,6 @@ def test_gini_of_the_extremes():
     assert math.isnan(gini(torch.zeros(4)))
     with pytest.raises(AssertionError, match="negative mass"):
         gini(torch.tensor([1.0, -1.0]))
-
-
-@pytest.mark.parametrize("tokens", [2, 5, 33])
-def test_ranks_of_ties_are_averaged(tokens):
-    scores = _with_ties(3, tokens)
-    assert average_ranks(scores).tolist() == [_ranks(row) for row in scores.tolist()]
 
 
 @pytest.mark.parametrize("tokens", [9, 64])

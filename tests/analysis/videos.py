@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.data.needles import encode_clip
 from hybridprune_megatron.data.shards import ShardWriter
+from studies.needles.needles import encode_clip
 from tests.models.tiny import tiny_config
 
 FRAMES = 8

@@ -24,11 +24,10 @@ def _printed(*arguments: str) -> list[str]:
 
 
 def _table(data: Path) -> None:
+    from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.evaluation.accuracy import evaluate
-    from hybridprune_megatron.evaluation.held_out import load_questions
-    from hybridprune_megatron.evaluation.questions import chance
+    from hybridprune_megatron.evaluation.held_out import chance, load_questions
     from hybridprune_megatron.evaluation.report import percent
-    from hybridprune_megatron.export.load import load_model
 
     lines = _printed(f"data={data}", "reduction.budget=0.5")
     full_only = _printed(f"data.validation={data}", "reduction=none")

@@ -57,7 +57,7 @@ def test_no_piece_is_measured_at_the_length_that_is_predicted():
 
 def _pieces(scorer: str) -> tuple[set[str], list[str]]:
     from hybridprune_megatron.engine.parallel import init_model_parallel
-    from hybridprune_megatron.evaluation.language_prefill import one_sample, time_language_prefill, time_pieces
+    from hybridprune_megatron.evaluation.language_prefill import Prompt, one_sample, time_pieces, time_prefill
     from hybridprune_megatron.models.build import build_model
 
     init_model_parallel(seed=1)
@@ -67,7 +67,7 @@ def _pieces(scorer: str) -> tuple[set[str], list[str]]:
     assert (sample.num_visual, sample.num_tokens) == (40, 49)
     reduction = cfg.reduction.policy(cfg.model.hybrid_pattern)
     seconds = time_pieces(model, PATTERN, sample, reduction, rounds=2)
-    whole = time_language_prefill(model, sample, {"full": None, "reduced": reduction}, rounds=2)
+    whole = time_prefill(model, Prompt.of(model, sample), {"full": None, "reduced": reduction}, rounds=2)
     assert all(len(each) == 2 and min(each) > 0 for each in whole.values())
     assert model.reduction is not None
     assert min(seconds.values()) > 0

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from hybridprune_megatron.config.schema import ExpertsConfig
-from hybridprune_megatron.cost.layers import head_cost, layer_cost, layer_operations
+from hybridprune_megatron.cost.prefill import head_cost, layer_operations
 from hybridprune_megatron.cost.vision import projector_cost, tower_operations
 from hybridprune_megatron.layers.operations import Cost, linear, sum_costs
 
@@ -27,6 +27,10 @@ MODEL = SimpleNamespace(
 )
 LENGTHS = [6, 9]
 TOKENS = 15
+
+
+def layer_cost(model, symbol, lengths, width):
+    return sum_costs(layer_operations(model, symbol, lengths, width).values())
 
 
 def test_linear():

@@ -223,7 +223,7 @@ def test_the_scan_works_in_blocks_of_the_size_that_is_counted():
 
 
 def _encoding_peak() -> None:
-    from hybridprune_megatron.vision.encoder import encode_frames
+    from hybridprune_megatron.models.encoder import encode_frames
 
     # Wide enough for the tower to need more than the pixels.
     wide = ["hidden_size=64", "intermediate_size=256", "projector_hidden_size=96"]

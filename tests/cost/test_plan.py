@@ -14,8 +14,7 @@ import pytest
 from hybridprune_megatron.config import ConfigError, load_config
 from hybridprune_megatron.config.compose import CONF_DIR
 from hybridprune_megatron.cost.memory import GIB
-from hybridprune_megatron.cost.plan import make_plan
-from hybridprune_megatron.cost.planner import GRID, largest_budget, smallest_budget
+from hybridprune_megatron.cost.plan import GRID, largest_budget, make_plan, smallest_budget
 from hybridprune_megatron.cost.prefill import Prompt, prefill_cost
 from hybridprune_megatron.cost.target import read_target
 from recipes.plan import main

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hybridprune_megatron.cost.layers import head_cost, layer_operations
+from hybridprune_megatron.cost.prefill import head_cost, layer_operations
 from hybridprune_megatron.cost.vision import projector_cost, tower_cost
 from hybridprune_megatron.layers.operations import sum_costs
 from tests.models.tiny import tiny_batch, tiny_config

@@ -8,7 +8,7 @@ import pytest
 
 from hybridprune_megatron.config import Config
 from hybridprune_megatron.data.shards import ShardWriter
-from hybridprune_megatron.data.task_encoder import build_train_loader
+from hybridprune_megatron.data.task_encoder import TrainLoader
 
 MakeConfig = Callable[..., Config]
 
@@ -40,7 +40,7 @@ def test_a_corrupt_shard_is_skipped_and_counted(
     _, second = _write(tmp_path / "set")
     harm(second)
     cfg = demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=0.9", f"data.num_workers={workers}")
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     batches = iter(loader)
     keys = {key for batch in islice(batches, 12) for key in batch.keys}
     # All of the whole shard, and of the other at most what the harm left.
@@ -48,7 +48,7 @@ def test_a_corrupt_shard_is_skipped_and_counted(
     assert len(keys) < 12
     assert loader.counts["shard"] > 0
     assert loader.counts["seen"] > loader.counts["shard"]
-    restored = build_train_loader(cfg, 0, 1)
+    restored = TrainLoader(cfg, 0, 1)
     restored.load_state(loader.save_state())
     assert [batch.keys for batch in islice(restored, 3)] == [batch.keys for batch in islice(batches, 3)]
 
@@ -59,5 +59,5 @@ def test_a_corrupt_shard_ends_the_job_past_the_share(demo_config: MakeConfig, tm
     cfg = demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=0.003")
     message = r"4 of \d+ samples are bad \(4 shard\), above data.max_bad_share=0.003; the last one: sample number"
     with pytest.raises(ValueError, match=message) as caught:
-        list(islice(build_train_loader(cfg, 0, 1), 100))
+        list(islice(TrainLoader(cfg, 0, 1), 100))
     assert "\n" not in str(caught.value)

@@ -22,10 +22,11 @@ from hybridprune_megatron.config.features import FEATURES_FILE, FeaturesInfo
 from hybridprune_megatron.data.batch import FrameFeatures, no_pixels, pack
 from hybridprune_megatron.data.features import StoredFeatures, features_part
 from hybridprune_megatron.data.shards import ShardWriter, read_shard
-from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader
+from hybridprune_megatron.data.task_encoder import TrainLoader
 from hybridprune_megatron.data.video import FrameSampling, decode_video
 from hybridprune_megatron.evaluation.held_out import load_questions
 from hybridprune_megatron.method.front import FRONTS
+from tests.data.eval_loader import build_eval_loader
 
 from .conftest import encode_clip, grey_frames
 
@@ -270,15 +271,15 @@ def test_a_restored_loader_over_features_goes_on_where_it_was(
     demo_config: MakeConfig, features_config: MakeConfig, workers: int
 ) -> None:
     cfg = features_config(f"data.num_workers={workers}")
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     iterator = iter(loader)
     first = list(islice(iterator, 5))
     state = loader.save_state()
     expected = list(islice(iterator, 6))
-    restored = build_train_loader(cfg, 0, 1)
+    restored = TrainLoader(cfg, 0, 1)
     restored.load_state(state)
     found = list(islice(restored, 6))
-    videos = islice(build_train_loader(demo_config(f"data.num_workers={workers}"), 0, 1), 11)
+    videos = islice(TrainLoader(demo_config(f"data.num_workers={workers}"), 0, 1), 11)
     for batch, again, video in zip([*first, *expected], [*first, *found], videos, strict=True):
         assert batch.keys == again.keys == video.keys
         assert torch.equal(batch.input_ids, video.input_ids)
@@ -297,7 +298,7 @@ def test_a_sampling_that_features_lack_ends_the_job_in_one_line(
         _keep_rows(shard, [0, 4, 7])
     cfg = features_config(f"data.train={few}", "data.num_frames=4", f"data.num_workers={workers}")
     with pytest.raises(ValueError, match=r"^sample train-\d+: 2 of the 4 frames that .* with this sampling$"):
-        next(iter(build_train_loader(cfg, 0, 1)))
+        next(iter(TrainLoader(cfg, 0, 1)))
 
 
 def _keep_rows(shard: Path, rows: list[int]) -> None:
@@ -330,7 +331,7 @@ def test_features_of_another_model_are_refused(features_config: MakeConfig, tmp_
     with pytest.raises(ConfigError, match=r"model\.trainable\.vision=true: data\.train=.* features of a frozen tower"):
         check_data_sets(cfg)
     with pytest.raises(ValueError, match=r"^sample train-\d+: model\.trainable\.vision=true: .* train on videos$"):
-        next(iter(build_train_loader(cfg, 0, 1)))
+        next(iter(TrainLoader(cfg, 0, 1)))
     cfg.model.trainable.vision = False
     cfg.model.vision.frame_size = 64
     with pytest.raises(ConfigError, match=r"features with model\.vision\.frame_size=128, configured is 64; precompute"):

@@ -7,7 +7,7 @@ from statistics import fmean
 
 import pytest
 
-from hybridprune_megatron.data.packing import samples_by_pack
+from hybridprune_megatron.data.task_encoder import samples_by_pack
 
 CAPACITY = 8192
 

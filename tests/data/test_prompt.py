@@ -183,7 +183,7 @@ def test_frame_text_template_is_checked(tokenizer: Any) -> None:
 def test_frame_texts_are_short_and_answers_one_token(tokenizer: Any) -> None:
     assert len(tokenizer) <= 1024
     assert len(tokenizer.encode("Frame 12 sampled at 5.50 seconds: ", add_special_tokens=False)) <= 6
-    from hybridprune_megatron.data.needles import CHOICES
+    from studies.needles.needles import CHOICES
 
     for choices in CHOICES.values():
         ids = [tokenizer.encode(choice, add_special_tokens=False) for choice in choices]

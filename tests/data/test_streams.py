@@ -10,7 +10,7 @@ import pytest
 from hybridprune_megatron.config import Config
 from hybridprune_megatron.data.shards import ShardWriter
 from hybridprune_megatron.data.streams import streams_of
-from hybridprune_megatron.data.task_encoder import TrainLoader, build_train_loader
+from hybridprune_megatron.data.task_encoder import TrainLoader
 
 MakeConfig = Callable[..., Config]
 _STREAMS, _SAMPLES = 4, 16
@@ -41,7 +41,7 @@ def _steps(loaders: list[TrainLoader], count: int) -> list[list[tuple[str, ...]]
 
 
 def _open(cfg: Config, ranks: int) -> list[TrainLoader]:
-    return [build_train_loader(cfg, rank, ranks) for rank in range(ranks)]
+    return [TrainLoader(cfg, rank, ranks) for rank in range(ranks)]
 
 
 def test_streams_are_shared_evenly_and_in_order() -> None:

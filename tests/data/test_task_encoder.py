@@ -21,8 +21,9 @@ from hybridprune_megatron.data.batch import PADDING_KEY, PackedBatch
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
 from hybridprune_megatron.data.shards import ShardWriter
-from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader, cook_sample
+from hybridprune_megatron.data.task_encoder import TrainLoader, cook_sample
 from hybridprune_megatron.method.layout import TokenKind
+from tests.data.eval_loader import build_eval_loader
 
 from .conftest import encode_clip, grey_frames
 
@@ -44,7 +45,7 @@ def assert_equal_batches(ours: list[PackedBatch], theirs: list[PackedBatch]) -> 
 
 def test_batches_are_packed_to_the_sequence_length(demo_config: MakeConfig) -> None:
     cfg = demo_config()
-    for batch in take(build_train_loader(cfg, 0, 1), 12):
+    for batch in take(TrainLoader(cfg, 0, 1), 12):
         lengths = [layout.num_tokens for layout in batch.layouts]
         assert sum(lengths) == len(batch.input_ids) <= 320
         frames = sum(span.kind == TokenKind.FRAME for layout in batch.layouts for span in layout.spans)
@@ -55,12 +56,12 @@ def test_batches_are_packed_to_the_sequence_length(demo_config: MakeConfig) -> N
 
 def test_first_fit_packs_well_and_keeps_every_sample(demo_config: MakeConfig) -> None:
     # 13 samples of about 95 tokens, three to a sequence.
-    batches = take(build_train_loader(demo_config("data.packing_buffer=12"), 0, 1), 4)
+    batches = take(TrainLoader(demo_config("data.packing_buffer=12"), 0, 1), 4)
     assert [len(batch.keys) for batch in batches] == [3, 3, 3, 3]
 
 
 def test_an_epoch_shows_every_sample(demo_config: MakeConfig) -> None:
-    keys = [key for batch in take(build_train_loader(demo_config(), 0, 1), 60) for key in batch.keys]
+    keys = [key for batch in take(TrainLoader(demo_config(), 0, 1), 60) for key in batch.keys]
     counts = Counter(keys)
     assert len(counts) == 13
     # The shuffle buffer may hold a sample back for a while, never lose it.
@@ -68,14 +69,14 @@ def test_an_epoch_shows_every_sample(demo_config: MakeConfig) -> None:
 
 
 def test_order_depends_on_the_seed(demo_config: MakeConfig) -> None:
-    same = [take(build_train_loader(demo_config(), 0, 1), 6) for _ in range(2)]
+    same = [take(TrainLoader(demo_config(), 0, 1), 6) for _ in range(2)]
     assert_equal_batches(*same)
-    other = take(build_train_loader(demo_config("trainer.seed=77"), 0, 1), 6)
+    other = take(TrainLoader(demo_config("trainer.seed=77"), 0, 1), 6)
     assert [batch.keys for batch in other] != [batch.keys for batch in same[0]]
 
 
 def test_padding_keeps_within_the_sequence_length(demo_config: MakeConfig) -> None:
-    for batch in take(build_train_loader(demo_config("data.sequence_length=300"), 0, 1, pad_to_multiple_of=64), 8):
+    for batch in take(TrainLoader(demo_config("data.sequence_length=300"), 0, 1, pad_to_multiple_of=64), 8):
         assert len(batch.input_ids) % 64 == 0
         assert len(batch.input_ids) <= 256
         filling = batch.keys.count(PADDING_KEY)
@@ -85,7 +86,7 @@ def test_padding_keeps_within_the_sequence_length(demo_config: MakeConfig) -> No
 def continue_elsewhere(cfg: Config, state_path: str, count: int, results: Any) -> None:
     """In a fresh process: batches behind a saved state, as bytes."""
     torch.set_num_threads(1)
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     loader.load_state(torch.load(state_path, weights_only=True))
     buffer = io.BytesIO()
     batches = take(loader, count)
@@ -96,21 +97,21 @@ def continue_elsewhere(cfg: Config, state_path: str, count: int, results: Any) -
 @pytest.mark.parametrize("steps", [0, 1, 7])
 def test_a_restored_loader_goes_on_where_it_was(demo_config: MakeConfig, steps: int) -> None:
     cfg = demo_config()
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     iterator = iter(loader)
     for _ in range(steps):
         next(iterator)
     buffer = io.BytesIO()
     torch.save(loader.save_state(), buffer)
     expected = take(iterator, 8)
-    restored = build_train_loader(cfg, 0, 1)
+    restored = TrainLoader(cfg, 0, 1)
     restored.load_state(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
     assert_equal_batches(take(restored, 8), expected)
 
 
 def test_a_new_process_goes_on_where_the_old_one_was(demo_config: MakeConfig, tmp_path: Path) -> None:
     cfg = demo_config()
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     iterator = iter(loader)
     take(iterator, 5)
     torch.save(loader.save_state(), tmp_path / "state.pt")
@@ -129,12 +130,12 @@ def test_a_new_process_goes_on_where_the_old_one_was(demo_config: MakeConfig, tm
 
 def test_loader_processes_go_on_too(demo_config: MakeConfig) -> None:
     cfg = demo_config("data.num_workers=2")
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     iterator = iter(loader)
     take(iterator, 3)
     state = loader.save_state()
     expected = take(iterator, 5)
-    restored = build_train_loader(cfg, 0, 1)
+    restored = TrainLoader(cfg, 0, 1)
     restored.load_state(state)
     assert_equal_batches(take(restored, 5), expected)
 
@@ -150,7 +151,7 @@ def test_plain_state_refuses_foreign_classes() -> None:
 
 def test_ranks_share_the_samples(demo_config: MakeConfig) -> None:
     cfg = demo_config("trainer.global_batch_size=2")
-    keys = [{key for batch in take(build_train_loader(cfg, rank, 2), 20) for key in batch.keys} for rank in (0, 1)]
+    keys = [{key for batch in take(TrainLoader(cfg, rank, 2), 20) for key in batch.keys} for rank in (0, 1)]
     assert not keys[0] & keys[1]
     assert len(keys[0] | keys[1]) == 13
 
@@ -180,14 +181,14 @@ def test_split_turns_and_text_only_samples_pack_together(demo_config: MakeConfig
         writer.add("text", turns("Where?", "start"), [])
         writer.add("both", turns("<video> or <video>?", "early"), [("mp4", clip), ("mp4", clip)])
     cfg = demo_config(f"data.train={tmp_path / 'set'}", "data.conversation=split_turns", "data.num_frames=2")
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     batches = take(loader, 8)
     counts = Counter(key for batch in batches for key in batch.keys)
     assert set(counts) == {"two.0", "two.1", "text", "both"}
     for batch in batches:
         expected = sum({"text": 0, "both": 4}.get(key, 2) for key in batch.keys)
         assert len(batch.pixel_values) == expected
-    restored = build_train_loader(cfg, 0, 1)
+    restored = TrainLoader(cfg, 0, 1)
     restored.load_state(loader.save_state())
 
 
@@ -214,14 +215,14 @@ def write_mixed(folder: Path, clip: bytes) -> None:
 
 def test_bad_samples_are_skipped_and_counted(demo_config: MakeConfig, clip: bytes, tmp_path: Path) -> None:
     write_mixed(tmp_path / "set", clip)
-    loader = build_train_loader(demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=0.5"), 0, 1)
+    loader = TrainLoader(demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=0.5"), 0, 1)
     keys = {key for batch in take(loader, 12) for key in batch.keys}
     assert keys == {f"good-{index}" for index in range(6)}
     counts = loader.counts
     assert set(counts) == {"seen", "video", "malformed", "too_long"}
     assert counts["malformed"] >= 2 * counts["video"] - 2
     assert counts["seen"] > sum(count for name, count in counts.items() if name != "seen")
-    restored = build_train_loader(demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=0.5"), 0, 1)
+    restored = TrainLoader(demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=0.5"), 0, 1)
     restored.load_state(loader.save_state())
     assert restored.counts == counts
 
@@ -235,7 +236,7 @@ def test_a_video_that_breaks_only_while_decoding_is_skipped(
     with ShardWriter(tmp_path / "set", "train") as writer:
         writer.add("good", turns("<video>\nWhere?", "end"), [("mp4", clip)])
         writer.add("damaged", turns("<video>\nWhere?", "end"), [("mp4", bytes(damaged))])
-    loader = build_train_loader(demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=1.0"), 0, 1)
+    loader = TrainLoader(demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=1.0"), 0, 1)
     assert {key for batch in take(loader, 6) for key in batch.keys} == {"good"}
     assert loader.counts["video"] > 0
 
@@ -247,7 +248,7 @@ def test_too_many_bad_samples_end_the_job_in_one_line(
     write_mixed(tmp_path / "set", clip)
     cfg = demo_config(f"data.train={tmp_path / 'set'}", "data.max_bad_share=0.0", f"data.num_workers={workers}")
     with pytest.raises(ValueError, match=r"1 of \d+ samples are bad .*data\.max_bad_share=0\.0") as caught:
-        take(build_train_loader(cfg, 0, 1), 30)
+        take(TrainLoader(cfg, 0, 1), 30)
     assert "\n" not in str(caught.value)
 
 
@@ -267,7 +268,7 @@ def test_a_bug_is_not_taken_for_a_bad_sample(demo_config: MakeConfig, monkeypatc
 
     monkeypatch.setattr(SampleEncoder, "draft", fail)
     with pytest.raises(KeyError, match="bug"):
-        take(build_train_loader(demo_config("data.max_bad_share=1.0"), 0, 1), 1)
+        take(TrainLoader(demo_config("data.max_bad_share=1.0"), 0, 1), 1)
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
@@ -277,10 +278,10 @@ def test_missing_data_is_one_line(demo_config: MakeConfig, tmp_path: Path) -> No
     cfg = demo_config()
     cfg.data.train = None
     with pytest.raises(ValueError, match=r"data\.train=null"):
-        build_train_loader(cfg, 0, 1)
+        TrainLoader(cfg, 0, 1)
     cfg.data.train = str(tmp_path)
     with pytest.raises(ValueError, match=r"not an Energon data set"):
-        build_train_loader(cfg, 0, 1)
+        TrainLoader(cfg, 0, 1)
     cfg.data.tokenizer = str(tmp_path)
     with pytest.raises(ValueError, match=r"data\.tokenizer="):
         SampleEncoder(cfg)
@@ -293,7 +294,7 @@ def test_a_metadataset_blends(demo_config: MakeConfig, demo_data: Path, tmp_path
         "__module__: megatron.energon\n__class__: MetadatasetV2\nsplits:\n  train:\n    blend:\n"
         "      - weight: 1\n        path: one\n      - weight: 1\n        path: two\n"
     )
-    loader = build_train_loader(demo_config(f"data.train={tmp_path / 'blend.yaml'}"), 0, 1)
+    loader = TrainLoader(demo_config(f"data.train={tmp_path / 'blend.yaml'}"), 0, 1)
     assert len(take(loader, 4)) == 4
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from hybridprune_megatron.data.needles import clip_paths
 from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
+from studies.needles.needles import clip_paths
 
 from .conftest import encode_clip, frame_indices, grey_frames
 

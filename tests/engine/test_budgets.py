@@ -11,7 +11,7 @@ import pytest
 
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import PackedBatch, pack
-from hybridprune_megatron.engine.budgets import BudgetSampler
+from hybridprune_megatron.engine.module import BudgetSampler
 from tests.engine.job import run_job
 from tests.models.tiny import tiny_config, tiny_sample
 from tests.worlds import run_world

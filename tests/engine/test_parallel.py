@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def _train(
     from hybridprune_megatron.engine.checkpoint import CheckpointSaver
     from hybridprune_megatron.engine.optimization import allocate_state, build_train_state, micro_batches_per_step
     from hybridprune_megatron.engine.parallel import data_rank, init_model_parallel
-    from hybridprune_megatron.engine.train_step import evaluation_loss, train_step
+    from hybridprune_megatron.engine.train_step import train_step
     from hybridprune_megatron.engine.weights import load_initial_weights, save_weights
     from tests.engine.tiny import CountingLoader, tiny_model
 
@@ -50,9 +51,25 @@ def _train(
     # As dicts: unpickling a StepResult would import megatron into pytest's own process.
     results: list[Any] = [asdict(train_step(state, batches, count, 32, step + 1)) for step in range(steps)]
     before = [p.detach().clone() for p in module.parameters()]
-    results.append(evaluation_loss(state.ddp, itertools.islice(batches, 2), 2, 32))
+    results.append(_evaluation_loss(state.ddp, itertools.islice(batches, 2), 2, 32))
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters()))
     return results
+
+
+def _evaluation_loss(chunks: list[Any], batches: Iterator[Any], count: int, length: int) -> tuple[float, int]:
+    """Mean loss per loss token over ``count`` micro batches of every replica, and that number of tokens."""
+    import torch
+
+    from hybridprune_megatron.engine.train_step import _Recorder, _run_schedule
+
+    for chunk in chunks:
+        chunk.eval()
+    recorder = _Recorder(batches, torch.device("cpu"))
+    with torch.no_grad():
+        total, tokens, _ = _run_schedule(chunks, recorder, count, length, forward_only=True)
+    for chunk in chunks:
+        chunk.train()
+    return total / max(tokens, 1), tokens
 
 
 @pytest.fixture(scope="module")

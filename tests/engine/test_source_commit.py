@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import subprocess
 
-from hybridprune_megatron.engine import source_commit as module
-from hybridprune_megatron.engine.source_commit import source_commit
+from hybridprune_megatron.engine import strategy as module
+from hybridprune_megatron.engine.strategy import source_commit
 
 
 def test_the_commit_of_a_checkout_and_whether_files_differ(tmp_path, monkeypatch) -> None:

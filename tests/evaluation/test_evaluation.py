@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hybridprune_megatron.data.batch import EncodedSample, pack
-from hybridprune_megatron.evaluation.questions import Question, chance
-from hybridprune_megatron.evaluation.retention import Retention, sample_retention
+from hybridprune_megatron.evaluation.accuracy import Retention, sample_retention
+from hybridprune_megatron.evaluation.held_out import Question, chance
 from hybridprune_megatron.method.counts import kept_counts
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
 from tests.models.tiny import tiny_batch, tiny_config, tiny_sample
@@ -117,7 +117,7 @@ def test_accuracy_looks_at_the_whole_vocabulary_of_two_tensor_parallel_ranks():
 
 
 def _timing() -> None:
-    from hybridprune_megatron.evaluation.timing import time_prefill
+    from studies.demo.prefill import time_prefill
 
     model = _model()
     batch = tiny_batch(3, 5, 2)

@@ -49,9 +49,9 @@ def demo_config(data: Path, budget: float) -> Config:
 
 def our_scores(data: Path, budget: float, export: Path) -> list[bool]:
     """Our evaluation of the demo's base model, sample by sample; the model is exported on the way."""
+    from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.evaluation.accuracy import evaluate
     from hybridprune_megatron.evaluation.held_out import load_questions
-    from hybridprune_megatron.export.load import load_model
     from hybridprune_megatron.export.write import export_model
 
     cfg = demo_config(data, budget)

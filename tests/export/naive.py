@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.vision.encoder import encode_frames
+from hybridprune_megatron.models.encoder import encode_frames
 
 
 @torch.no_grad()

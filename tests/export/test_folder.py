@@ -165,7 +165,7 @@ def test_weights_on_disk_are_the_training_models(world) -> None:
 
 
 def test_the_card_says_what_is_known_of_the_run(world, tmp_path) -> None:
-    from hybridprune_megatron.export.run_facts import read_facts
+    from hybridprune_megatron.export.model_card import read_facts
 
     folder = tmp_path / "mine" / "checkpoints" / "step_00000012"
     folder.mkdir(parents=True)

@@ -8,14 +8,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET, LoraConfig, language_targets
-from hybridprune_megatron.evaluation.parity import max_logit_difference
+from studies.demo.parity import max_logit_difference
 from tests.export.conftest import make_config, make_model
 from tests.export.test_measured_parity import samples_of
 
 
 def test_an_export_is_the_adapted_model(world, inputs, tokenizer_dir: Path, tmp_path: Path) -> None:
+    from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.weights import save_weights
-    from hybridprune_megatron.export.load import load_model
     from hybridprune_megatron.export.write import export_model
 
     cfg = make_config(tokenizer_dir)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample
-from hybridprune_megatron.evaluation.parity import max_logit_difference
 from hybridprune_megatron.method.layout import SampleLayout
+from studies.demo.parity import max_logit_difference
 from tests.export.conftest import row
 
 

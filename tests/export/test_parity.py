@@ -205,7 +205,7 @@ def test_logits_of_chosen_columns(world, inputs) -> None:
 
 
 def test_kinds_derived_from_ids_are_the_processors_but_for_newlines(world, inputs) -> None:
-    from hybridprune_megatron.export.token_kinds import derive_token_kinds
+    from hybridprune_megatron.export.padded_batch import derive_token_kinds
 
     mask = inputs["attention_mask"].bool()
     derived = derive_token_kinds(inputs["input_ids"], mask, world.hf.config).long()

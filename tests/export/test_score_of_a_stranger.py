@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from hybridprune_megatron.config import compose, load_config
 from hybridprune_megatron.cost.plan import make_plan
 from hybridprune_megatron.cost.target import TargetConfig
-from hybridprune_megatron.evaluation.parity import max_logit_difference
 from hybridprune_megatron.export.write import export_model
+from studies.demo.parity import max_logit_difference
 from tests import stranger
 from tests.export.conftest import make_config, make_model
 from tests.export.test_measured_parity import samples_of

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.flat import plain_config
+from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
-from hybridprune_megatron.export.load import checkpoint_config, find_checkpoint
 from tests.own_time import HANG_SECONDS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export_hf.py"

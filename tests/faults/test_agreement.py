@@ -19,7 +19,7 @@ def _agree(folder: Path, seeds: tuple[int, ...], clock_s: float, torch_versions:
     """What the check raises and prints on this rank."""
     import torch.distributed as dist
 
-    from hybridprune_megatron.engine import agreement
+    from hybridprune_megatron.engine import strategy as agreement
 
     rank = dist.get_rank()
     job = tiny_job(folder, seed=seeds[rank])

@@ -312,7 +312,7 @@ def test_a_run_file_that_is_wrong_ends_an_export_in_one_line(
 
 
 def test_what_a_run_says_of_itself_may_be_anything(folder: Path, run_dir: Path) -> None:
-    from hybridprune_megatron.export.run_facts import read_facts
+    from hybridprune_megatron.export.model_card import read_facts
 
     header = json.loads((folder / "run.json").read_text())
     for wrong in ([1], "x", {"a": [1]}, 2**70, None):

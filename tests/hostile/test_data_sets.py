@@ -14,7 +14,7 @@ import yaml
 
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.data_sets import check_data_sets, read_data_sets, shard_counts
-from hybridprune_megatron.data.task_encoder import build_train_loader
+from hybridprune_megatron.data.task_encoder import TrainLoader
 from tests.hostile.folders import config, write_set
 
 RUNS = "import pathlib\npathlib.Path('{ran}').touch()\ndef load(raw): return raw\n"
@@ -57,7 +57,7 @@ def test_what_make_shards_and_energon_write_is_read(folder: Path, braces: bool) 
         (folder / ".nv-meta" / "split.yaml").write_text(yaml.safe_dump(split))
     (found,) = read_data_sets(folder, "train", "data.train")
     assert found.shards == tuple((f"shard-{number:05d}.tar", 1) for number in range(12))
-    loader = build_train_loader(config(folder), 0, 1)
+    loader = TrainLoader(config(folder), 0, 1)
     keys = {key for batch in itertools.islice(loader, 6) for key in batch.keys}
     assert keys <= {f"text-{number}" for number in range(12)}
     assert len(keys) > 3
@@ -77,9 +77,7 @@ def test_blends_in_blends_are_read_with_their_weights(good: Path, tmp_path: Path
         (good.resolve(), "train", 0.75),
     ]
     keys = {
-        key
-        for batch in itertools.islice(build_train_loader(config(tmp_path / "blend.yaml"), 0, 1), 12)
-        for key in batch.keys
+        key for batch in itertools.islice(TrainLoader(config(tmp_path / "blend.yaml"), 0, 1), 12) for key in batch.keys
     }
     assert any(key.startswith("text") for key in keys)
 
@@ -90,7 +88,7 @@ def test_excluded_shards_and_samples_are_left_out(folder: Path) -> None:
         "exclude": ["shard-00000.tar", "shard-00001.tar/text-1"],
     }
     (folder / ".nv-meta" / "split.yaml").write_text(yaml.safe_dump(split))
-    loader = build_train_loader(config(folder), 0, 1)
+    loader = TrainLoader(config(folder), 0, 1)
     assert {key for batch in itertools.islice(loader, 6) for key in batch.keys} == {"text-2"}
 
 
@@ -128,7 +126,7 @@ def test_what_a_description_names_is_not_called(folder: Path, tmp_path: Path, na
     (meta / "dataset.yaml").write_text(text, encoding="latin-1")
     refused(folder, "dataset.yaml")
     with pytest.raises(ConfigError, match=r"dataset\.yaml"):
-        build_train_loader(config(folder), 0, 1)
+        TrainLoader(config(folder), 0, 1)
     assert not (tmp_path / "ran").exists()
 
 
@@ -205,7 +203,7 @@ def test_shards_outside_of_the_folder_are_not_opened(folder: Path, tmp_path: Pat
     os.mkfifo(folder / "pipe.tar")
     rename(folder, "shard-00000.tar", name.replace("{outside}", str(outside)))
     refused(folder)
-    for read in (lambda: shard_counts(folder, "--data"), lambda: build_train_loader(config(folder), 0, 1)):
+    for read in (lambda: shard_counts(folder, "--data"), lambda: TrainLoader(config(folder), 0, 1)):
         with pytest.raises(ConfigError):
             read()
 

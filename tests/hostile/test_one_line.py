@@ -117,7 +117,7 @@ def test_an_assumption_is_a_finite_number(text: str) -> None:
         changed(Assumptions(), [f"linear={text}"])
 
 
-@pytest.mark.parametrize("folder", ["recipes", "scripts", "hybridprune_megatron/commands"])
+@pytest.mark.parametrize("folder", ["recipes", "scripts", "studies/base", "hybridprune_megatron/commands"])
 def test_every_program_ends_in_one_line(folder: str) -> None:
     for path in sorted((ROOT / folder).glob("*.py")):
         source = path.read_text()

@@ -237,12 +237,13 @@ def test_the_other_programs_eat_nothing(
         ("save_weights", ["--checkpoint", step, "--out", str(mine)], "was not written by"),
         ("save_weights", ["--checkpoint", step, "--out", f"{step}/w.safetensors"], "lies in"),
         ("grow_depth", [*grow, str(weights)], "which is read"),
-        ("grow_depth", [*grow, str(mine / "inputs")], "was not written by scripts/grow_depth.py"),
+        ("grow_depth", [*grow, str(mine / "inputs")], "was not written by studies/base/grow_depth.py"),
     ):
         if name == "make_demo_data":
             (tmp_path / "validation").mkdir()
             (tmp_path / "validation" / "needles.json").write_text("{}")
-        assert words in refused(lambda name=name, arguments=arguments: script(name).main(arguments)), (name, words)
+        program = script(name, "studies/base" if name == "grow_depth" else "scripts")
+        assert words in refused(lambda program=program, arguments=arguments: program.main(arguments)), (name, words)
         if name == "make_demo_data":
             assert contents(tmp_path / "validation") == {"needles.json": contents(mine)["needles.json"]}
             shutil.rmtree(tmp_path / "validation")

@@ -15,7 +15,7 @@ import pytest
 
 from hybridprune_megatron.data.rows import raw_rows, read_row, unique_key
 from hybridprune_megatron.data.shards import read_shard
-from hybridprune_megatron.data.task_encoder import build_train_loader
+from hybridprune_megatron.data.task_encoder import TrainLoader
 from scripts.make_shards import main as make_shards
 from tests.hostile.folders import config, tar_names
 
@@ -117,7 +117,7 @@ def test_keys_say_the_id_where_they_can() -> None:
 def test_training_reads_every_row(tmp_path: Path) -> None:
     rows = [{"id": each, "conversations": HELLO} for each in ("\u732b", "\u72ac", None, "v", "v")]
     out = run(write(tmp_path / "rows.jsonl", rows), tmp_path)
-    loader, keys = build_train_loader(config(out), 0, 1), set()
+    loader, keys = TrainLoader(config(out), 0, 1), set()
     for batch in loader:
         keys.update(key for key in batch.keys if key)
         if len(keys) == 5:

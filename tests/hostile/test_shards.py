@@ -15,8 +15,9 @@ import pytest
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config import Config
 from hybridprune_megatron.data.shards import read_shard
-from hybridprune_megatron.data.task_encoder import build_eval_loader, build_train_loader
+from hybridprune_megatron.data.task_encoder import TrainLoader
 from hybridprune_megatron.evaluation.held_out import read_samples
+from tests.data.eval_loader import build_eval_loader
 from tests.hostile.folders import config, json_member, member, turns, write_set, write_shard
 
 GOOD = json.dumps({"conversation": turns()})
@@ -67,7 +68,7 @@ INDICES: dict[str, Callable[[list[int]], list[int]]] = {
 
 
 def loaded(cfg: Config, batches: int) -> tuple[set[str], dict[str, int]]:
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     keys = {key for batch in itertools.islice(loader, batches) for key in batch.keys if key}
     return keys, loader.counts
 
@@ -158,12 +159,12 @@ def test_too_many_end_the_job_in_one_line_and_nothing_else(tmp_path: Path, capfd
 def test_a_resumed_run_says_that_its_data_have_changed(tmp_path: Path) -> None:
     folder = write_set(tmp_path / "set", [f"text-{number}" for number in range(12)])
     cfg = config(folder, "data.max_bad_share=0.9")
-    loader = build_train_loader(cfg, 0, 1)
+    loader = TrainLoader(cfg, 0, 1)
     list(itertools.islice(loader, 2))
     state = loader.save_state()
     for content in (b"", (folder / "shard-00000.tar").read_bytes().replace(b'"content"', b'"CONTENT"')):
         (folder / "shard-00000.tar").write_bytes(content or bytes(100_000))
-        restored = build_train_loader(cfg, 0, 1)
+        restored = TrainLoader(cfg, 0, 1)
         restored.load_state(state)
         with pytest.raises(
             ConfigError, match=r"a sample that the checkpoint names cannot be read again .* have changed;"

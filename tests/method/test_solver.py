@@ -33,7 +33,7 @@ def damage_of(shares: tuple[float, ...], damages: dict[int, list[float]]) -> flo
 
 @pytest.mark.parametrize("seed", range(30))
 def test_the_path_is_the_best_of_all_schedules(seed: int) -> None:
-    """Four layers that may drop by four levels, among five; damages with noise, so that some increments are negative."""
+    """Four layers that may drop by four levels, among six; damages are noisy, so some increments are negative."""
     numbers = random.Random(seed)
     dropping = {0, 1, 2, 3} if seed % 2 else {0, 2, 3, 4}
     damages = {layer: [numbers.uniform(-0.1, 1) * (1 - level) for level in LEVELS] for layer in dropping}

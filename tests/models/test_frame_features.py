@@ -22,8 +22,8 @@ def _model(*overrides: str):
 
 def _with_features(model, sample, dtype=torch.float32):
     """The same sample with what the tower makes of its frames."""
-    from hybridprune_megatron.vision.encoder import frame_tokens
-    from hybridprune_megatron.vision.fingerprint import tower_fingerprint
+    from hybridprune_megatron.models.encoder import frame_tokens
+    from hybridprune_megatron.models.video_language_model import tower_fingerprint
 
     values = frame_tokens(model.vision_model, sample.pixel_values, model.pixel_shuffle, False).to(dtype)
     features = FrameFeatures(values, tower_fingerprint(model.vision_model))
@@ -81,7 +81,7 @@ def test_loss_and_gradients_from_features_are_those_from_pixels():
 
 
 def _fingerprint() -> None:
-    from hybridprune_megatron.vision.fingerprint import tower_fingerprint
+    from hybridprune_megatron.models.video_language_model import tower_fingerprint
 
     model = _model()
     name = tower_fingerprint(model.vision_model)
@@ -104,8 +104,8 @@ def test_a_tower_has_one_name_in_every_precision():
 
 def _evaluation() -> None:
     from hybridprune_megatron.evaluation.accuracy import evaluate
-    from hybridprune_megatron.evaluation.questions import Question
-    from hybridprune_megatron.evaluation.timing import time_prefill
+    from hybridprune_megatron.evaluation.held_out import Question
+    from studies.demo.prefill import time_prefill
 
     model = _model()
     samples = [tiny_sample(index, frames) for index, frames in enumerate((3, 5, 2, 4))]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import NemotronHForCausalLM
 
-from hybridprune_megatron.benchmark.peer import transformers_config
 from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.schema import ModelConfig
 from hybridprune_megatron.cost.parameters import language_parameters
+from hybridprune_megatron.export.transformers_model import transformers_config
 from tests.parity.ours import config_with
 from tests.worlds import run_world
 

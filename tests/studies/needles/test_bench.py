@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from scripts.make_bench_data import main as make_bench_data
+from studies.base.make_bench_data import main as make_bench_data
 from studies.needles.bench import (
     CHOICES,
     EASY_KINDS,

@@ -29,7 +29,7 @@ def test_held_out_samples_that_are_missing_are_refused(tmp_path: Path, samples: 
     assert run.stderr.count("\n") == 1, run.stderr
     if samples is None:
         assert f"data.validation={tmp_path}" in run.stderr
-        assert "scripts/make_bench_base.sh data" in run.stderr
+        assert "studies/base/make_bench_base.sh data" in run.stderr
     else:
         assert "trainer.eval_samples=4" in run.stderr
         assert "holds 3 samples" in run.stderr

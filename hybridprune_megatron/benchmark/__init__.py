@@ -1,1 +1,0 @@
-"""Measured speed: the language model with and without reduction, and transformers on the same weights."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.memory import GIB, Memory
 from hybridprune_megatron.cost.prefill import Operations, Prefill
+from hybridprune_megatron.cost.reach import reach_lines
 from hybridprune_megatron.cost.target import DEVICES
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.layers.operations import Cost, sum_costs
@@ -90,6 +91,8 @@ def plan_lines(cfg: Config, target: TargetConfig, plan: Plan) -> Iterator[str]:
     yield ""
     for kind, (full, reduced) in plan.memory.items():
         yield from memory_lines(kind, full, reduced)
+    yield ""
+    yield from reach_lines(cfg.reduction, cfg.model.hybrid_pattern, plan.budget)
     yield ""
     yield from _reached(target, plan)
     if cfg.model.vision is None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "finetune": ("finetune", "finetunes a model under token reduction"),
     "evaluate": ("evaluate", "accuracy of a checkpoint on held-out questions, full and reduced"),
     "analyze": ("analyze", "looks into a checkpoint: its scores, what it keeps, and what a drop loses"),
+    "solve": ("solve", "finds the share of visual tokens per layer that costs the answers least"),
     "export": ("export_hf", "writes a checkpoint as a Hugging Face folder that runs without this project"),
     "ask": ("ask", "asks an exported model a question about a video"),
     "benchmark": ("benchmark", "times the language model with and without reduction"),

@@ -25,8 +25,8 @@ QUICK := not gpu and not slow
 # Sets $$skipped to what leaves the tests on a Slurm cluster out, where there is none and none can be installed: it says why.
 WITH_SLURM := skipped=""; scripts/dev_cluster.sh install || { \
   skipped="and not slurm"; echo "Without Slurm, the tests marked slurm do not run."; }
-# Two tests at a time, a core each, in the order and the groups that tests/conftest.py gives them.
-PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two tests at a time, a core each, as tests/scheduler.py deals them out.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 # Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
 ARGS ?=
 

@@ -8,28 +8,30 @@ after another in one worker, and what runs beside them yields.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 
-#: Folders whose tests start worlds of several processes.
-_WORLDS = ("engine", "faults", "models", "parallel")
-
-
-def _group(item: pytest.Item) -> str:
-    """Tests of a group run in one worker: all worlds, and of the others those of a file."""
-    folder = item.path.parent.name
-    return "worlds" if folder in _WORLDS else f"{folder}/{item.path.name}"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests on a cluster wait for minutes: they start first; the worlds, the longest group, start beside them."""
-    items.sort(key=lambda item: (item.get_closest_marker("slurm") is None, _group(item) != "worlds"))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
+    """The tests on a cluster wait for minutes: they start first."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.scheduler import Scheduler
+
+    # Files stay in the order in which they were collected.
+    config.option.loadscopereorder = False
+    return Scheduler(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A worker that has no world to run, or no more, yields to the one that has."""
-    beside_others = "PYTEST_XDIST_WORKER" in os.environ
-    if beside_others and _group(item) != "worlds" and os.getpriority(os.PRIO_PROCESS, 0) == 0:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    from tests.scheduler import starts_worlds
+
+    if not starts_worlds(item.nodeid.partition("::")[0]) and os.getpriority(os.PRIO_PROCESS, 0) == 0:
         os.nice(10)

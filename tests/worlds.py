@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.models.composed import FOLDER
 from tests.own_time import HANG_SECONDS
 
 _PRELOAD = [
@@ -27,6 +29,7 @@ _PRELOAD = [
     "hybridprune_megatron.engine.module",
     "hybridprune_megatron.models.build",
     "hybridprune_kernels",
+    "tests.preload",
 ]
 
 
@@ -37,13 +40,22 @@ def _start_context() -> Any:
     return context
 
 
-def _worker(rank: int, size: int, store: str, fn: Callable[..., Any], args: tuple, answers: Connection) -> None:
+@functools.cache
+def _composed() -> tempfile.TemporaryDirectory[str]:
+    """Where the ranks of all worlds of this process leave each other their configurations."""
+    return tempfile.TemporaryDirectory(prefix="composed-")
+
+
+def _worker(
+    rank: int, size: int, store: str, composed: str, fn: Callable[..., Any], args: tuple, answers: Connection
+) -> None:
     # A group of its own, so that helpers of this process (checkpoint writers) can be ended with it.
     os.setpgid(0, 0)
     # Nor is such a helper to hold the pipe by whose end the test knows that this process is gone.
     os.register_at_fork(after_in_child=answers.close)
     # As every launcher says it: NeMo takes a process without it for rank 0, and two of those tidy up one folder.
     os.environ["RANK"] = str(rank)
+    os.environ[FOLDER] = composed
     # Megatron collects garbage at every save and load: not among all that the forkserver has imported.
     gc.freeze()
     try:
@@ -87,7 +99,8 @@ def run_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = HA
         ends, workers = [], []
         for rank in range(size):
             here, there = context.Pipe(duplex=False)
-            worker = context.Process(target=_worker, args=(rank, size, str(Path(folder) / "store"), fn, args, there))
+            about = (rank, size, str(Path(folder) / "store"), _composed().name)
+            worker = context.Process(target=_worker, args=(*about, fn, args, there))
             worker.start()
             there.close()
             ends.append(here)

@@ -153,10 +153,15 @@ def _run_split(weights: str, tensor: int, sequence_parallel: bool, multiple_of: 
     return results
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    path = str(tmp_path_factory.mktemp("weights") / "model.safetensors")
+    run_world(1, _write_weights, path)
+    return path
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_tensor_parallel_equals_one_process(tmp_path, sequence_parallel):
-    weights = str(tmp_path / "model.safetensors")
-    run_world(1, _write_weights, weights)
+def test_tensor_parallel_equals_one_process(weights, sequence_parallel):
     (expected,) = run_world(1, _run_split, weights, 1, False, 2 if sequence_parallel else 1, timeout=600)
     for results in run_world(2, _run_split, weights, 2, sequence_parallel, 1, timeout=600):
         for name, (loss, kept, gradient) in results.items():

@@ -163,9 +163,13 @@ def weights(tmp_path_factory) -> str:
     return path
 
 
+@pytest.fixture(scope="module")
+def alone(weights) -> list[float]:
+    return run_world(1, _train, weights, 1, False, "none")[0]
+
+
 @pytest.mark.parametrize(("sequence_parallel", "recompute"), [(False, "none"), (True, "full")])
-def test_two_ranks_distill_as_one_process(weights, sequence_parallel, recompute):
-    alone = run_world(1, _train, weights, 1, False, "none")[0]
+def test_two_ranks_distill_as_one_process(weights, alone, sequence_parallel, recompute):
     assert alone[-1] < alone[0]
     for losses in run_world(2, _train, weights, 2, sequence_parallel, recompute):
         assert losses == pytest.approx(alone, rel=2e-5)

@@ -167,13 +167,20 @@ def _compare(one: str, other: str) -> None:
         torch.testing.assert_close(others[name], parameter, rtol=1e-3, atol=2e-5, msg=partial("{}: {}".format, name))
 
 
+@pytest.fixture(scope="module")
+def alone(weights, tmp_path_factory) -> tuple[list[float], str]:
+    """Losses of one process, and where its checkpoint lies."""
+    folder = str(tmp_path_factory.mktemp("alone"))
+    return run_world(1, _train, weights, 1, False, 0.0, folder)[0][0], folder
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_two_ranks_train_and_store_adapters_as_one_process(weights, sequence_parallel, tmp_path):
-    alone, _ = run_world(1, _train, weights, 1, False, 0.0, str(tmp_path / "one"))[0]
-    assert alone[-1] < alone[0]
-    for losses, _ in run_world(2, _train, weights, 2, sequence_parallel, 0.0, str(tmp_path / "two")):
-        assert losses == pytest.approx(alone, rel=2e-5)
-    run_world(1, _compare, str(tmp_path / "one"), str(tmp_path / "two"))
+def test_two_ranks_train_and_store_adapters_as_one_process(weights, alone, sequence_parallel, tmp_path):
+    expected, folder = alone
+    assert expected[-1] < expected[0]
+    for losses, _ in run_world(2, _train, weights, 2, sequence_parallel, 0.0, str(tmp_path)):
+        assert losses == pytest.approx(expected, rel=2e-5)
+    run_world(1, _compare, folder, str(tmp_path))
 
 
 def test_replicated_adapters_stay_equal_under_dropout(weights, tmp_path):

@@ -7,10 +7,10 @@ from itertools import product
 
 import torch
 
-from hybridprune_megatron.config import load_config
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample, PackedBatch, pack
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind, TokenLayout
+from tests.models.composed import composed
 
 PATTERN = "M-M*M-"
 
@@ -27,7 +27,7 @@ def tiny_config(*overrides: str, pattern: str = PATTERN, budget: float = 0.5) ->
         model.vision.position_grid_px=32 model.vision.projector_hidden_size=24 trainer.precision=fp32
     """
     fixed = [f"model.hybrid_pattern='{pattern}'", f"reduction.budget={budget}"]
-    return load_config(["experiment=demo", *fixed, *small.split(), *overrides])
+    return composed(["experiment=demo", *small.split()], [*fixed, *overrides])
 
 
 def tiny_sample(index: int, frames: int = 3, tokens_per_frame: int = 4, videos: int = 1) -> EncodedSample:

@@ -87,27 +87,41 @@ def test_the_reference_drops_in_every_kind_of_layer(alone: Any):
     assert sum(np.abs(gradient).sum() > 0 for gradient in gradients.values()) > 20
 
 
+LOCAL = ["reduction.select.local_choice=true"]
+
+
+@pytest.fixture(scope="module")
+def alone_with_chunks(tmp_path_factory: pytest.TempPathFactory, weights: str) -> Any:
+    """One process that chooses in each of four chunks, as ranks of two chunks do."""
+    return run(tmp_path_factory.mktemp("chunks"), weights, {}, LOCAL, local_chunks=4)
+
+
 @pytest.mark.parametrize("layout", ["CP2", "TP2 CP2", "PP2 CP2"])
 def test_a_local_choice_moves_no_row_and_equals_one_process_with_its_chunks(
-    tmp_path: Path, weights: str, alone: Any, layout: str
+    tmp_path: Path, weights: str, alone: Any, alone_with_chunks: Any, layout: str
 ):
-    local = ["reduction.select.local_choice=true"]
-    folders = [tmp_path / name for name in ("one", "shared")]
-    for folder in folders:
-        folder.mkdir()
-    expected = run(folders[0], weights, {}, local, local_chunks=4)
-    assert expected[1] != alone[1]
-    assert_same(run(folders[1], weights, LAYOUTS[layout], local), expected)
+    assert alone_with_chunks[1] != alone[1]
+    assert_same(run(tmp_path, weights, LAYOUTS[layout], LOCAL), alone_with_chunks)
+
+
+TIED = ["model.tie_embeddings=true"]
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """Weights whose embedding is the head too, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("tied")
+    path = str(folder / "tied.safetensors")
+    run_world(1, write_weights, path, TIED)
+    return path, run(folder, path, {}, TIED)
 
 
 @pytest.mark.parametrize("layout", ["PP2", "PP2 VP2"])
-def test_an_embedding_that_is_the_head_too_gets_the_gradients_of_both_ends(tmp_path: Path, layout: str):
-    tied, path = ["model.tie_embeddings=true"], str(tmp_path / "tied.safetensors")
-    run_world(1, write_weights, path, tied)
-    folders = [tmp_path / name for name in ("one", "staged")]
-    for folder in folders:
-        folder.mkdir()
-    assert_same(run(folders[1], path, LAYOUTS[layout], tied), run(folders[0], path, {}, tied))
+def test_an_embedding_that_is_the_head_too_gets_the_gradients_of_both_ends(
+    tmp_path: Path, tied: tuple[str, Any], layout: str
+):
+    path, expected = tied
+    assert_same(run(tmp_path, path, LAYOUTS[layout], TIED), expected)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

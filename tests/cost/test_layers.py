@@ -125,7 +125,7 @@ def test_vision_by_hand():
         num_cls_tokens=1,
         num_register_tokens=2,
         projector_hidden_size=5,
-        pixel_shuffle=0.5,
+        projector_input_size=24,
         tokens_per_frame=4,
     )
     operations = tower_operations(vision, frames=3, width=4)

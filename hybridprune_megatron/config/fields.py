@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hybridprune_megatron.config.schema import Config
@@ -30,9 +31,10 @@ def is_passed_on(hint: Any) -> bool:
     return get_origin(without_none(hint)) is dict
 
 
-def field_types(owner: type) -> dict[str, Any]:
+@cache
+def field_types(owner: type) -> Mapping[str, Any]:
     """Type of every field of a dataclass."""
-    return get_type_hints(owner)
+    return types.MappingProxyType(get_type_hints(owner))
 
 
 def all_keys(owner: type = Config, prefix: str = "") -> Iterator[str]:

@@ -33,7 +33,7 @@ def divergence(full: Tensor, reduced: Tensor) -> float:
 
 
 def answer_logits(model: VideoLanguageModel, batch: PackedBatch) -> Tensor:
-    """[A, vocabulary] of the tokens with a label, under the model's reduction.
+    """[A, vocabulary] of the tokens with a label (without labels, of the last one), under the model's reduction.
 
     Args:
         model: in one process and in eval mode, see ``measuring``.
@@ -56,7 +56,7 @@ def drop_damages(
 
     Args:
         model: in one process.
-        sample: with labels on the answer.
+        sample: with labels on the answer, or cut off before it.
         reduction: ranks and selects; what it drops where is not read.
         layers: 0-based, rising, that can score; not the last one.
         levels: Q shares below 1; 0 leaves as few tokens as the reduction allows.
@@ -71,7 +71,7 @@ def drop_damages(
     if reduction.front is not None or scorer is None:
         raise ValueError("damages are those of drops by a layer's own scores: set reduction.front=none, score=query")
     with measuring(model, None):
-        batch = pack([sample], length_multiple(model, reduction)).to(device_of(model))
+        batch = pack([sample], length_multiple(model)).to(device_of(model))
         embeddings, layout, full = _embedded(model, batch)
         decoder, last = model.language_model.decoder, model.config.num_layers - 1
         run, hidden = decoder.layer_runner(), embeddings
@@ -88,6 +88,16 @@ def drop_damages(
                 left, rest = dropping.walk(range(layer + 1, last + 1), left, rest, run, decoder)
                 found[layer].append(divergence(full, _logits(model, left, rest, _answer_rows(batch))))
     return found
+
+
+def exposures(
+    model: VideoLanguageModel, sample: EncodedSample, reduction: Reduction, layers: Sequence[int]
+) -> dict[int, float]:
+    """What the answer loses if as few visual tokens as the reduction allows (one) get past a layer, by that layer.
+
+    Where it is nearly 0, nothing after the layer reads visual tokens any more: there a schedule may end.
+    """
+    return {layer: values[0] for layer, values in drop_damages(model, sample, reduction, layers, (0.0,)).items()}
 
 
 def _embedded(model: VideoLanguageModel, batch: PackedBatch) -> tuple[Tensor, TokenLayout, Tensor]:
@@ -108,4 +118,5 @@ def _logits(model: VideoLanguageModel, hidden: Tensor, layout: TokenLayout, rows
 
 
 def _answer_rows(batch: PackedBatch) -> Tensor:
-    return torch.nonzero(batch.labels != IGNORE_LABEL).flatten()
+    rows = torch.nonzero(batch.labels != IGNORE_LABEL).flatten()
+    return rows if len(rows) else rows.new_tensor([len(batch.labels) - 1])

@@ -112,6 +112,23 @@ def plot_stability(path: Path, stability: dict[str, Any], symbols: str) -> None:
     _save(figure, path)
 
 
+def plot_exposure(path: Path, rows: Sequence[dict[str, Any]], symbols: str) -> None:
+    """What the answer loses if no more than one visual token gets past a layer; a bar a layer."""
+    figure = new_figure(9, 4)
+    axes = figure.subplots()
+    layers = range(len(rows))
+    for kind, colour in TYPE_COLOURS.items():
+        mine = [x for x in layers if rows[x]["type"] == kind]
+        axes.bar(mine, _floats([rows[x]["kl"] for x in mine]), color=colour, label=f"mean, {kind}")
+    axes.plot(layers, _floats([row["median"] for row in rows]), "D", color="black", markersize=5, label="median")
+    axes.set(
+        title="One visual token gets past the layer", xlabel="layer", ylabel="KL of the answer's first token (nats)"
+    )
+    _layer_ticks(axes, [row["layer"] for row in rows], symbols)
+    _legend_below(axes)
+    _save(figure, path)
+
+
 def plot_kept(path: Path, kept: dict[str, Any], symbols: str, retention: Sequence[float]) -> None:
     """Share of each frame's tokens that enter each layer; frames that the answer needs against all others."""
     needed = kept["needed_frames"]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.analysis.figures import plot_kept, plot_probe, plot_sparsity, plot_stability
+from hybridprune_megatron.analysis.figures import plot_exposure, plot_kept, plot_probe, plot_sparsity, plot_stability
 from hybridprune_megatron.analysis.probe import READOUTS
 
 JSON_FILE = "analysis.json"
@@ -40,6 +40,12 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Under the model's own reduction: which share of each frame's tokens enters each layer, mean over clips. "
         "Right: the same over the frames that the answer needs, and over all others, where the data set says which "
         "these are. A score that looks at nothing keeps equal shares of both.",
+    ),
+    "exposure": (
+        "Which layers still read visual tokens",
+        "One visual token gets past a layer, and nothing else is dropped: what the first token of the answer loses, as "
+        "the divergence (KL, nats) from its distribution with every token. Mean and median over clips. Where both are "
+        "nearly 0, nothing after the layer reads visual tokens any more, and a schedule may end.",
     ),
     "probe": (
         "What a dropped token leaves behind",
@@ -87,6 +93,8 @@ def write_figures(out: Path, result: dict[str, Any]) -> None:
     plot_sparsity(out / "sparsity.png", result["sparsity"], symbols)
     plot_stability(out / "stability.png", result["stability"], symbols)
     plot_kept(out / "kept.png", result["kept"], symbols, result["run"]["retention_by_layer"])
+    if result["exposure"] is not None:
+        plot_exposure(out / "exposure.png", result["exposure"], symbols)
     if result["probe"] is not None:
         plot_probe(out / "probe.png", result["probe"], symbols)
 
@@ -98,7 +106,7 @@ def write_html(out: Path, result: dict[str, Any]) -> Path:
         f"<h1>Analysis of {html.escape(str(run['checkpoint']))}</h1>",
         _table([("", ""), *((name.replace("_", " "), _text(value)) for name, value in run.items())]),
     ]
-    figures = {name: [f"{name}.png"] for name in ("sparsity", "stability", "kept", "probe")}
+    figures = {name: [f"{name}.png"] for name in ("sparsity", "stability", "kept", "exposure", "probe")}
     figures["strips"] = result["strips"]
     tables: dict[str, Callable[[Any], str]] = {
         "sparsity": _sparsity_table,

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from tqdm import tqdm
 
+from hybridprune_megatron.analysis.damage import exposures
 from hybridprune_megatron.analysis.measures import kept_tokens, measure, summarize
 from hybridprune_megatron.analysis.observe import observe, observe_full
 from hybridprune_megatron.analysis.probe import collect, evaluate_probes
@@ -19,7 +21,8 @@ from hybridprune_megatron.analysis.settings import FEWEST_PROBED, AnalysisSettin
 from hybridprune_megatron.analysis.strip import plot_strip
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.evaluation.machine import describe_machine
-from hybridprune_megatron.method.schedule import layer_symbols
+from hybridprune_megatron.layers.kinds import KINDS
+from hybridprune_megatron.method.schedule import layer_symbols, reducing_layers
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 
@@ -44,14 +47,18 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
         )
     start = time.perf_counter()
     symbols = layer_symbols(cfg.model.hybrid_pattern)
+    scoring = [layer for layer in reducing_layers(symbols, "all") if layer + 1 < len(symbols)]
     reader = SampleReader(cfg, data)
     out.mkdir(parents=True, exist_ok=True)
     found, strips, visual = [], [], []
+    exposed: list[dict[int, float]] = []
     for number, sample in enumerate(_progress(reader.samples(), settings.samples, "scores and kept tokens")):
         full = observe_full(model, sample.prompt, model.reduction.scorer)
         reduced = observe(model, sample.prompt, model.reduction)
         found.append(measure(sample, full, reduced, settings.top))
         visual.append(sample.prompt.layout.num_visual)
+        if number < settings.exposure_samples and model.reduction.front is None:
+            exposed.append(exposures(model, sample.prompt, model.reduction, scoring))
         if number < settings.strips:
             strips.append(f"strip_{number}.png")
             plot_strip(out / strips[-1], sample, kept_tokens(sample, reduced.entered), symbols)
@@ -69,6 +76,7 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
             "retention_by_layer": list(cfg.retention_by_layer),
         },
         **summarize(found, symbols, settings.top),
+        "exposure": _exposure(exposed, symbols),
         "probe": _probe(model, reader, settings, symbols) if settings.probe_samples else None,
         "strips": strips,
     }
@@ -78,6 +86,21 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
     write_json(out / JSON_FILE, result)
     write_figures(out, result)
     return write_html(out, result)
+
+
+def _exposure(found: list[dict[int, float]], symbols: str) -> list[dict[str, Any]] | None:
+    """A row a layer, means over clips; None without clips."""
+    if not found:
+        return None
+    return [
+        {
+            "layer": layer,
+            "type": KINDS[symbols[layer]].name,
+            "kl": fmean(clip[layer] for clip in found),
+            "median": median(clip[layer] for clip in found),
+        }
+        for layer in found[0]
+    ]
 
 
 def _probe(model: VideoLanguageModel, reader: SampleReader, settings: AnalysisSettings, symbols: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class AnalysisSettings:
         samples: videos that scores and kept tokens are averaged over.
         top: share of the visual tokens that counts as the top when two layers are compared, above 0 and below 1.
         strips: videos that are shown patch by patch.
+        exposure_samples: videos over which each layer is closed to visual tokens in turn; 0 = not.
         probe_samples: videos that the probe is fitted and tested on; 0 = no probe.
         label: attribute of the needle that the probe looks for in data with needles: colour, shape, place, ...
         question: asked about every probed needle, its attributes in braces; null = the sample's own question.
@@ -35,6 +36,7 @@ class AnalysisSettings:
     samples: Count = 64
     top: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
     strips: Whole = 3
+    exposure_samples: Whole = 32
     probe_samples: Whole = 64
     label: str = "colour"
     question: str | None = None

@@ -23,7 +23,7 @@ def _analyze(folder: Path, needles: bool, *overrides: str) -> dict[str, Any]:
     init_model_parallel(seed=1)
     cfg = clip_config(*overrides)
     data = write_clips(folder / "clips", CLIPS if needles else 20, needles)
-    settings = AnalysisSettings(str(folder), samples=6, strips=2, probe_samples=CLIPS)
+    settings = AnalysisSettings(str(folder), samples=6, strips=2, exposure_samples=3, probe_samples=CLIPS)
     analyze(build_model(cfg).eval(), cfg, settings, data, folder / "out")
     return json.loads((folder / "out" / "analysis.json").read_text())
 
@@ -70,6 +70,7 @@ SCHEMA = {
         "by_layer_and_frame": [["float"]],
         "needed_frames": {"samples": "int", "inside": ["float"], "outside": ["float"]},
     },
+    "exposure": [{"layer": "int", "type": "str", "kl": "float", "median": "float"}],
     "probe": {
         "label": "str", "question": "NoneType", "samples": "int", "classes": ["str"],
         "time_bins": [{"frames": ["int"], "samples": "int"}],
@@ -88,12 +89,12 @@ def _with_needles(folder: Path) -> None:
     assert result["run"]["visual_tokens_per_sample"] == 32
     files = {path.name for path in (folder / "out").iterdir()}
     assert files == {
-        "analysis.json", "report.html", "sparsity.png", "stability.png", "kept.png", "probe.png",
+        "analysis.json", "report.html", "sparsity.png", "stability.png", "kept.png", "exposure.png", "probe.png",
         "strip_0.png", "strip_1.png",
     }  # fmt: skip
     page = (folder / "out" / "report.html").read_text()
     assert [name for name in SECTIONS if f'<h2 id="{name}">' in page] == list(SECTIONS)
-    assert page.count('src="data:image/png;base64,') == page.count("<img") == 6
+    assert page.count('src="data:image/png;base64,') == page.count("<img") == 7
     assert "href=" not in page
 
     # Two of eight frames show the needle: shares inside and outside add up to what the schedule keeps.

@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"method", "config"},
     "models": {"layers", "method", "ops", "data", "config"},
     "evaluation": {"layers", "method", "data", "config", "models", "engine", "export"},
-    "analysis": {"layers", "method", "ops", "data", "config", "models", "evaluation"},
+    "analysis": {"layers", "method", "ops", "data", "config", "cost", "models", "evaluation"},
     "huggingface": {"layers", "method", "config"},
     "engine": {"layers", "method", "data", "config", "models", "huggingface"},
     "commands": {

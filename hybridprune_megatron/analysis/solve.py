@@ -104,6 +104,7 @@ def solve(
     check = _checked(model, reduction, found.retention, samples[half:])
     result = {
         **facts,
+        "pattern": symbols,
         "budget": cfg.reduction.budget,
         "speedup": settings.speedup,
         "damage": settings.damage,
@@ -117,13 +118,14 @@ def solve(
         "check": asdict(check) | {"sure": check.sure},
         "machine": describe_machine(),
     }
-    _replace(out / RESULT, json.dumps(result, indent=1) + "\n")
-    return result
+    text = json.dumps(result, indent=1) + "\n"
+    _replace(out / RESULT, text)
+    return json.loads(text)
 
 
-def report(result: dict[str, Any], symbols: str) -> str:
+def report(result: dict[str, Any]) -> str:
     """What a person reads: the list beside the configured one, its spread, and whether to take it."""
-    low, _, high = result["spread"]
+    (low, _, high), symbols = result["spread"], result["pattern"]
     lines = ["layer    solved   5 to 95 % of resampled clips   configured"]
     for layer, share in enumerate(result["retention"]):
         lines.append(

@@ -43,11 +43,10 @@ def main(argv: list[str]) -> None:
     from hybridprune_megatron.analysis.solve import report, solve
     from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.parallel import shut_down
-    from hybridprune_megatron.method.schedule import layer_symbols
 
     model = load_model(checkpoint, cfg)
     facts = {"checkpoint": settings.checkpoint, "data": str(data)}
     result = solve(model, cfg, settings, data, facts)
     shut_down()
-    print(report(result, layer_symbols(cfg.model.hybrid_pattern)))
+    print(report(result))
     print(f"{settings.out}: solved.json, damages.jsonl")

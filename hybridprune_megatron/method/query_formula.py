@@ -141,14 +141,15 @@ def contrasted(blocks: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
     """
     # Moments are those of differences from the first token: it lies within sqrt(V) standard deviations of the mean, so
     # that an offset of all tokens costs no digits, and equal tokens differ by exactly 0.
-    head = next(blocks(), None)
-    if head is None:
-        return
-    first = head[:1].double()
-    count, total, squares = 0, torch.zeros_like(first[0]), torch.zeros_like(first[0])
+    count, first, total, squares = 0, torch.zeros(0), torch.zeros(0), torch.zeros(0)
     for block in blocks():
-        gaps = block.double() - first
+        scores = block.double()
+        if not count:
+            first, total, squares = scores[:1], torch.zeros_like(scores[0]), torch.zeros_like(scores[0])
+        gaps = scores - first
         count, total, squares = count + len(block), total + summed(gaps, 0), squares + summed(gaps * gaps, 0)
+    if not count:
+        return
     mean = total / count
     variance = squares / count - mean * mean
     scale = torch.where(variance > 0, variance.rsqrt(), 0.0)

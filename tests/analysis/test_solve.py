@@ -62,7 +62,7 @@ def _solve(folder: Path) -> None:
     assert first["mean_retention"] <= cfg.reduction.budget
     assert first["retention"][0] == 1.0
     assert first["clips"] == {"solved_from": 6, "checked_on": 6}
-    text = module.report(first, cfg.model.hybrid_pattern)
+    text = module.report(first)
     assert ("keep the configured schedule" in text) != ("Take it with: reduction.budget=" in text)
     # Killed after two clips: the rows that are there are not measured again, and the result is the same.
     rows = folder / "out" / "damages.jsonl"

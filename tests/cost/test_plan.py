@@ -76,7 +76,7 @@ def test_memory_is_met():
 def test_what_arithmetic_allows(experiment: str, visual: int, low: float, high: float, curve: tuple[float, float]):
     cfg = load_config([f"experiment={experiment}"])
     reduction = replace(
-        cfg.reduction, budget=0.25, schedule={"name": "sigmoid", "midpoint": curve[0], "slope": curve[1]}
+        cfg.reduction, budget=0.25, schedule={"name": "sigmoid", "midpoint": curve[0], "slope": curve[1], "floor": None}
     )
     cfg.reduction = reduction
     prefill = prefill_cost(cfg.model, reduction, cfg.retention_by_layer, Prompt(visual, 200, 30), "bf16")

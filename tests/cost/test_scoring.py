@@ -41,7 +41,7 @@ SETTINGS: list[dict[str, Any]] = [
 DROPS: list[dict[str, Any]] = [
     {"select": Select(dropped="merge")},
     {"score": "utrc", "select": Select(dropped="merge")},
-    {"score": "utrc"},
+    {"score": "utrc", "select": Select()},
     {"select": Select(smoothing_frames=1)},
     {"select": Select(frame_share=0.1)},
 ]
@@ -88,9 +88,12 @@ def test_scores_by_hand():
     # 2 key heads read, 4 heads of logits written and read.
     assert attention["columns"].bytes == 4 * 45 * 2 * 32 + 2 * 4 * 7 * 45 * 4
     mamba = scoring_operations(MODEL, reduction, "M", TOKENS, VISUAL, QUESTION, 2)
-    # 2 groups of 32 states, 8 heads of dt, one score.
-    assert mamba["score"].flops == 45 * 2 * 32 * 2
-    assert mamba["score"].bytes == 2 * (45 + 7) * 64 + 4 * 45 * 8 + 4 * 45
+    # 2 groups of 32 states, 8 heads of dt, one score; contrast reads all of it twice.
+    assert mamba["score"].flops == 2 * 45 * 2 * 32 * 2
+    assert mamba["score"].bytes == 2 * (2 * (45 + 7) * 64 + 4 * 45 * 8 + 4 * 45)
+    signed = replace(reduction, score={"name": "query", "mamba_contrast": False})
+    once = scoring_operations(MODEL, signed, "M", TOKENS, VISUAL, QUESTION, 2)["score"]
+    assert (2 * once.flops, 2 * once.bytes) == (mamba["score"].flops, mamba["score"].bytes)
 
 
 @pytest.mark.parametrize("settings", DROPS)

@@ -139,7 +139,7 @@ def _refusals(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"reduction.budget=1: nothing is dropped"):
         _analyze(folder / "full", True, "reduction.budget=1.0")
     with pytest.raises(ValueError, match=r"reduction.score=utrc: .*; set e.g. reduction.score=query"):
-        _analyze(folder / "output", True, "reduction.score=utrc")
+        _analyze(folder / "output", True, "reduction.score=utrc", "reduction.select.frame_share=0")
 
 
 def test_what_cannot_be_analysed_is_said_in_one_line(tmp_path):

@@ -109,7 +109,7 @@ VALUE_CASES = {
     ),
     "unknown schedule": (
         ["reduction.schedule=sigmod"],
-        r".*allowed are cosine, linear, listed, sigmoid, stages, step; did you mean sigmoid\?",
+        r".*allowed are cosine, linear, listed, plateau, sigmoid, stages, step; did you mean sigmoid\?",
     ),
     "flat sigmoid": (
         ["reduction.schedule.slope=0"],

@@ -41,7 +41,8 @@ def own_keys_help(kind: type) -> str:
     """A line per key, from the Attributes section of the dataclass."""
     known = _fields(kind)
     defaults = {name: "" if value is MISSING or value is None else f" [{value}]" for name, value in known.items()}
-    return "\n".join(f"  {name:<14}{field_help(kind, name)}{default}" for name, default in defaults.items())
+    width = max(map(len, defaults)) + 2
+    return "\n".join(f"  {name:<{width}}{field_help(kind, name)}{default}" for name, default in defaults.items())
 
 
 class CheckpointKeys(Protocol):

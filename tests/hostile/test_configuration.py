@@ -104,11 +104,11 @@ REFUSED = {
     ),
     "half of the tokens": (
         ["reduction.select.min_tokens=128"],
-        "reduction.select.min_tokens=128: keeps 0.588 of the 256",
+        "reduction.select.min_tokens=128: keeps 0.550 of the 256",
     ),
     "more tokens than the least budget drawn": (
-        ["reduction.select.min_tokens=3", "tuning.budget.distribution=uniform"],
-        "tuning.budget.low draws 0.15: reduction.select.min_tokens=3: keeps 0.1",
+        ["reduction.select.min_tokens=30", "tuning.budget.distribution=uniform"],
+        "tuning.budget.low draws 0.15: reduction.select.min_tokens=30: keeps 0.2",
     ),
     "whole frames": (
         ["reduction.select.min_tokens_per_frame=16"],

@@ -142,7 +142,7 @@ def test_dtypes_that_they_do_not_know_stay_with_plain_torch(monkeypatch):
 def test_operators_of_another_interface_are_refused(monkeypatch):
     monkeypatch.setattr(hybridprune_kernels, "INTERFACE", 99)
     switch._package.cache_clear()
-    with pytest.raises(ImportError, match=r"interface 99, this code calls 2: .*HYBRIDPRUNE_KERNELS=0"):
+    with pytest.raises(ImportError, match=r"interface 99, this code calls 3: .*HYBRIDPRUNE_KERNELS=0"):
         switch.native(torch.zeros(1))
 
 

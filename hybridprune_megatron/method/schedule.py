@@ -265,8 +265,8 @@ class Plateau(Schedule):
     The first layer that may drop goes half of the way in ratio (``sqrt(first share)``), the second the rest.
 
     Attributes:
-        end: relative depth (0 to 1) from which layers get the tail; 1 = none but the last layer.
-        tail: share of the late layers; those who read nothing there may have 0.
+        end: relative depth (0 to 1) after which layers get the tail; 1 = none does.
+        tail: share of the late layers, more if the budget needs it; 0 where they read nothing.
     """
 
     name: ClassVar[str] = "plateau"
@@ -277,17 +277,19 @@ class Plateau(Schedule):
         once, *later = [*sorted(reducing), num_layers]
         twice = later[0] if later else num_layers
 
-        def falling(share: float) -> Callable[[int], float]:
+        def falling(share: float, tail: float) -> Callable[[int], float]:
             def target(layer: int) -> float:
                 if layer <= once:
                     return first
                 if layer <= twice:
                     return math.sqrt(first * share)
-                return min(share, self.tail) if layer >= self.end * (num_layers - 1) else share
+                return min(share, tail) if layer > self.end * (num_layers - 1) else share
 
             return target
 
-        return [(falling, 0.0, first)]
+        # A budget above what the tail allows raises the tail.
+        tail = min(self.tail, first)
+        return [(lambda late: falling(first, late), tail, first), (lambda share: falling(share, tail), 0.0, first)]
 
 
 @dataclass(frozen=True)

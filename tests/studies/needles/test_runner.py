@@ -41,6 +41,6 @@ def test_accuracy_and_prefill_time_of_a_unit(tmp_path: Path) -> None:
     assert len(correct) == 2
     assert set(correct) <= {"0", "1"}
     (row,) = map(json.loads, times.read_text().splitlines())
-    assert row["key"] == "attention_frames/0.25"
+    assert row["key"] == "contrast/0.25"
     # Half of the work or less; how much less a test under load cannot say.
     assert 0 < row["reduced_seconds"] < row["full_seconds"]

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hybridprune_megatron.analysis.observe import Observation
 from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample, PackedBatch, pack
 from hybridprune_megatron.evaluation.forward import device_of, length_multiple, measuring
 from hybridprune_megatron.method.layout import TokenLayout
@@ -33,7 +34,7 @@ def divergence(full: Tensor, reduced: Tensor) -> float:
 
 
 def answer_logits(model: VideoLanguageModel, batch: PackedBatch) -> Tensor:
-    """[A, vocabulary] of the tokens with a label (without labels, of the last one), under the model's reduction.
+    """[A, vocabulary] of the tokens with a label, under the model's reduction.
 
     Args:
         model: in one process and in eval mode, see ``measuring``.
@@ -56,7 +57,7 @@ def drop_damages(
 
     Args:
         model: in one process.
-        sample: with labels on the answer, or cut off before it.
+        sample: with labels on the answer.
         reduction: ranks and selects; what it drops where is not read.
         layers: 0-based, rising, that can score; not the last one.
         levels: Q shares below 1; 0 leaves as few tokens as the reduction allows.
@@ -67,48 +68,59 @@ def drop_damages(
     Raises:
         ValueError: the reduction drops before the model or ranks by hidden states.
     """
-    scorer = reduction.scorer
-    if reduction.front is not None or scorer is None:
-        raise ValueError("damages are those of drops by a layer's own scores: set reduction.front=none, score=query")
     with measuring(model, None):
         batch = pack([sample], length_multiple(model)).to(device_of(model))
-        embeddings, layout, full = _embedded(model, batch)
-        decoder, last = model.language_model.decoder, model.config.num_layers - 1
-        run, hidden = decoder.layer_runner(), embeddings
-        found: dict[int, list[float]] = {}
-        for layer in range(last):
-            hidden, scores = run(layer, hidden, layout, scorer if layer in layers else None)
-            if layer not in layers:
-                continue
-            found[layer] = []
-            for level in levels:
-                retention = (1.0,) * (layer + 1) + (level,) * (last - layer)
-                dropping = decoder.pass_of(replace(reduction, retention=retention), layout)
-                left, rest = dropping.step(layer, hidden, layout, scores, decoder)
-                left, rest = dropping.walk(range(layer + 1, last + 1), left, rest, run, decoder)
-                found[layer].append(divergence(full, _logits(model, left, rest, _answer_rows(batch))))
-    return found
+        embeddings, layout = model.embedded(batch)
+        assert embeddings is not None, "measuring refuses a part of a pipeline"
+        return _damages(model, embeddings, layout, _answer_rows(batch), reduction, layers, levels)
 
 
 def exposures(
-    model: VideoLanguageModel, sample: EncodedSample, reduction: Reduction, layers: Sequence[int]
+    model: VideoLanguageModel, full: Observation, reduction: Reduction, layers: Sequence[int]
 ) -> dict[int, float]:
     """What the answer loses if as few visual tokens as the reduction allows (one) get past a layer, by that layer.
 
     Where it is nearly 0, nothing after the layer reads visual tokens any more: there a schedule may end.
+
+    Args:
+        full: of a prompt that is cut off before the answer, with nothing dropped.
     """
-    return {layer: values[0] for layer, values in drop_damages(model, sample, reduction, layers, (0.0,)).items()}
+    assert full.embeddings is not None, "a pass leaves what it started from"
+    last = torch.tensor([full.layout.num_tokens - 1], device=device_of(model))
+    with measuring(model, None):
+        found = _damages(model, full.embeddings, full.layout, last, reduction, layers, (0.0,))
+    return {layer: values[0] for layer, values in found.items()}
 
 
-def _embedded(model: VideoLanguageModel, batch: PackedBatch) -> tuple[Tensor, TokenLayout, Tensor]:
-    """[L, 1, hidden] what enters the first layer, its layout, and the answer's logits with every token."""
-    entered: list[tuple[Tensor, TokenLayout]] = []
-    hook = model.language_model.decoder.register_forward_pre_hook(lambda _, given: entered.append(given[:2]))
-    try:
-        full = answer_logits(model, batch)
-    finally:
-        hook.remove()
-    return *entered[0], full
+def _damages(
+    model: VideoLanguageModel,
+    embeddings: Tensor,
+    layout: TokenLayout,
+    rows: Tensor,
+    reduction: Reduction,
+    layers: Sequence[int],
+    levels: Sequence[float],
+) -> dict[int, list[float]]:
+    """See ``drop_damages``; rows: int64 [A], tokens whose distributions are compared."""
+    scorer = reduction.scorer
+    if reduction.front is not None or scorer is None:
+        raise ValueError("damages are those of drops by a layer's own scores: set reduction.front=none, score=query")
+    decoder, last = model.language_model.decoder, model.config.num_layers - 1
+    run, hidden = decoder.layer_runner(), embeddings
+    reduced: dict[int, list[Tensor]] = {}
+    for layer in range(last + 1):
+        hidden, scores = run(layer, hidden, layout, scorer if layer in layers else None)
+        if layer not in layers:
+            continue
+        reduced[layer] = []
+        for level in levels:
+            retention = (1.0,) * (layer + 1) + (level,) * (last - layer)
+            dropping = decoder.pass_of(replace(reduction, retention=retention), layout)
+            left, rest = dropping.step(layer, hidden, layout, scores, decoder)
+            left, rest = dropping.walk(range(layer + 1, last + 1), left, rest, run, decoder)
+            reduced[layer].append(_logits(model, left, rest, rows))
+    full = _logits(model, hidden, layout, rows)
+    return {layer: [divergence(full, each) for each in found] for layer, found in reduced.items()}
 
 
 def _logits(model: VideoLanguageModel, hidden: Tensor, layout: TokenLayout, rows: Tensor) -> Tensor:
@@ -118,5 +130,4 @@ def _logits(model: VideoLanguageModel, hidden: Tensor, layout: TokenLayout, rows
 
 
 def _answer_rows(batch: PackedBatch) -> Tensor:
-    rows = torch.nonzero(batch.labels != IGNORE_LABEL).flatten()
-    return rows if len(rows) else rows.new_tensor([len(batch.labels) - 1])
+    return torch.nonzero(batch.labels != IGNORE_LABEL).flatten()

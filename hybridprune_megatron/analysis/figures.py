@@ -113,7 +113,7 @@ def plot_stability(path: Path, stability: dict[str, Any], symbols: str) -> None:
 
 
 def plot_exposure(path: Path, rows: Sequence[dict[str, Any]], symbols: str) -> None:
-    """What the answer loses if no more than one visual token gets past a layer; a bar a layer."""
+    """What the answer loses if no more than one visual token gets past a layer; a bar per layer."""
     figure = new_figure(9, 4)
     axes = figure.subplots()
     layers = range(len(rows))

@@ -22,7 +22,7 @@ from hybridprune_megatron.analysis.strip import plot_strip
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.evaluation.machine import describe_machine
 from hybridprune_megatron.layers.kinds import KINDS
-from hybridprune_megatron.method.schedule import layer_symbols, reducing_layers
+from hybridprune_megatron.method.schedule import dropping_layers, layer_symbols
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 
@@ -47,7 +47,7 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
         )
     start = time.perf_counter()
     symbols = layer_symbols(cfg.model.hybrid_pattern)
-    scoring = [layer for layer in reducing_layers(symbols, "all") if layer + 1 < len(symbols)]
+    scoring = dropping_layers(symbols, "all")
     reader = SampleReader(cfg, data)
     out.mkdir(parents=True, exist_ok=True)
     found, strips, visual = [], [], []
@@ -58,7 +58,7 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
         found.append(measure(sample, full, reduced, settings.top))
         visual.append(sample.prompt.layout.num_visual)
         if number < settings.exposure_samples and model.reduction.front is None:
-            exposed.append(exposures(model, sample.prompt, model.reduction, scoring))
+            exposed.append(exposures(model, full, model.reduction, scoring))
         if number < settings.strips:
             strips.append(f"strip_{number}.png")
             plot_strip(out / strips[-1], sample, kept_tokens(sample, reduced.entered), symbols)
@@ -89,7 +89,7 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
 
 
 def _exposure(found: list[dict[int, float]], symbols: str) -> list[dict[str, Any]] | None:
-    """A row a layer, means over clips; None without clips."""
+    """A row per layer, means over clips; None without clips."""
     if not found:
         return None
     return [

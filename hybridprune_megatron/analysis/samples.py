@@ -8,7 +8,7 @@ Shape letters: V visual tokens of one sample, F frames.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class SampleReader:
         """
         for stored in read_samples(self.folder):
             if stored.videos:
-                yield from self._usable(stored)
+                yield from self._usable(stored, self.encode)
 
     def probe_samples(self, label: str, question: str | None) -> Iterator[AnalysisSample]:
         """Samples whose needle has a label that nothing but its pixels can give away.
@@ -96,27 +96,33 @@ class SampleReader:
         for stored in read_samples(self.folder):
             needles = stored.meta.get("needles", [])
             if not needles and stored.videos:
-                yield from self._usable(stored)
+                yield from self._usable(stored, self.encode)
             elif len(needles) == 1:
                 (needle,) = needles
                 words = sorted(name for name, value in needle.items() if isinstance(value, str))
                 if label not in words:
                     raise ValueError(f"label={label}: needles of {self.folder} have {', '.join(words)}; choose one")
                 asked = stored if question is None else ask(stored, fill(question, needle))
-                for sample in self._usable(asked):
+                for sample in self._usable(asked, self.encode):
                     if sample.needles[0]["frames"] and needle[label] not in sample.question:
                         yield sample
 
-    def _usable(self, stored: StoredSample) -> Iterator[AnalysisSample]:
+    def first_turns(self) -> Iterator[EncodedSample]:
+        """All samples that show something, in order, each with its first question and the answer to it."""
+        for stored in read_samples(self.folder):
+            if stored.videos:
+                yield from self._usable(replace(stored, messages=stored.messages[:2]), self._encoded)
+
+    def _usable[T](self, stored: StoredSample, encode: Callable[[StoredSample], T]) -> Iterator[T]:
         """The sample, or nothing where training would leave it out."""
         try:
-            yield self.encode(stored)
+            yield encode(stored)
         except BadSampleError as error:
             logger.warning("left out (%s): %s", error.reason, error)
 
     def encode(self, stored: StoredSample) -> AnalysisSample:
         """One stored sample, its first question only."""
-        sample = self.encoder.encode(stored.key, stored.messages, stored.videos)[0]
+        sample = self._encoded(stored)
         meta, video = stored.meta, stored.videos[0]
         known = len(stored.videos) == 1 and ("evidence_frames" in meta or "needles" in meta)
         shown = self._source_frames(video) if known else []
@@ -129,6 +135,9 @@ class SampleReader:
             needles.append({**needle, "frames": frames_within(shown, [span])})
         question = str(stored.messages[0]["content"]).replace(VIDEO_TOKEN, "").strip()
         return AnalysisSample(cut_answer(sample), question, str(meta.get("answer", "")), evidence, tuple(needles))
+
+    def _encoded(self, stored: StoredSample) -> EncodedSample:
+        return self.encoder.encode(stored.key, stored.messages, stored.videos)[0]
 
     def _source_frames(self, video: bytes | StoredFeatures) -> list[int]:
         """Which frames of the file the model is shown, in order."""

@@ -49,6 +49,9 @@ class AnalysisSettings:
         check_paths(checkpoint=self.checkpoint, data=self.data)
 
 
+SOLVED_BY = "hybridprune solve"
+#: What it writes: a row per clip, and the result.
+DAMAGES_FILE, SOLVED_FILE = "damages.jsonl", "solved.json"
 #: Fewer clips: the solved list depends on which, for the damage has a heavy tail.
 FEWEST_CLIPS = 128
 

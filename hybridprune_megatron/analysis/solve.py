@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,22 +14,21 @@ import numpy as np
 from tqdm import tqdm
 
 from hybridprune_megatron.analysis.damage import answer_logits, divergence, drop_damages
-from hybridprune_megatron.analysis.settings import SolveSettings
-from hybridprune_megatron.config.json_text import parse_json
+from hybridprune_megatron.analysis.report import write_json
+from hybridprune_megatron.analysis.samples import SampleReader
+from hybridprune_megatron.analysis.settings import DAMAGES_FILE, SOLVED_BY, SOLVED_FILE, SolveSettings
+from hybridprune_megatron.config.json_text import parse_json, read_json
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.cost.prefill import layer_operations
 from hybridprune_megatron.data.batch import EncodedSample, pack
-from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
 from hybridprune_megatron.evaluation.forward import device_of, length_multiple, measuring
-from hybridprune_megatron.evaluation.held_out import read_samples
 from hybridprune_megatron.evaluation.machine import describe_machine
 from hybridprune_megatron.layers.operations import WIDTH, sum_costs
 from hybridprune_megatron.method.reduction import Reduction
-from hybridprune_megatron.method.schedule import layer_symbols, reducing_layers
+from hybridprune_megatron.method.schedule import dropping_layers, layer_symbols
 from hybridprune_megatron.method.solver import Solution, least_damage
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
-ROWS, RESULT = "damages.jsonl", "solved.json"
 #: Divergence at which the logarithmic damage bends: below it, damage counts as it is.
 BEND = 0.01
 RESAMPLES = 200
@@ -56,18 +56,6 @@ class Check:
         return self.saving[1] > 0
 
 
-def read_first_turns(cfg: Config, data: Path) -> Iterator[EncodedSample]:
-    """Every sample that shows something, its first question and answer only."""
-    encoder = SampleEncoder(cfg)
-    for stored in read_samples(data):
-        if not stored.videos:
-            continue
-        try:
-            yield encoder.encode(stored.key, stored.messages[:2], stored.videos)[0]
-        except BadSampleError:
-            continue
-
-
 def solve(
     model: VideoLanguageModel, cfg: Config, settings: SolveSettings, data: Path, facts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -86,13 +74,13 @@ def solve(
     if reduction is None:
         raise ValueError("reduction.budget=1: nothing is dropped, so there is nothing to solve; set e.g. 0.25")
     symbols, out = layer_symbols(cfg.model.hybrid_pattern), Path(settings.out)
-    layers = [layer for layer in reducing_layers(symbols, cfg.reduction.layers) if layer + 1 < len(symbols)]
-    samples = list(islice(read_first_turns(cfg, data), settings.clips))
+    layers = dropping_layers(symbols, cfg.reduction.layers)
+    samples = list(islice(SampleReader(cfg, data).first_turns(), settings.clips))
     if len(samples) < settings.clips:
         raise ValueError(f"data={data}: {len(samples)} usable clips; give more, or clips={len(samples)}")
     half = len(samples) // 2
-    facts = facts | {"layers": layers, "levels": list(settings.levels), "score": cfg.reduction.plain()["score"]}
-    rows = _measured(model, reduction, samples[:half], layers, settings, out / ROWS, facts)
+    facts = facts | {"layers": list(layers), "levels": list(settings.levels), "score": cfg.reduction.plain()["score"]}
+    rows = _measured(model, reduction, samples[:half], layers, settings, out / DAMAGES_FILE, facts)
     costs, limit = _costs(cfg, settings, samples[:half])
     bend = _logarithmic if settings.damage == "log" else np.asarray
     found = _solved(rows, layers, settings, costs, limit, bend)
@@ -103,6 +91,7 @@ def solve(
     ]
     check = _checked(model, reduction, found.retention, samples[half:])
     result = {
+        "made_by": SOLVED_BY,
         **facts,
         "pattern": symbols,
         "budget": cfg.reduction.budget,
@@ -118,9 +107,8 @@ def solve(
         "check": asdict(check) | {"sure": check.sure},
         "machine": describe_machine(),
     }
-    text = json.dumps(result, indent=1) + "\n"
-    _replace(out / RESULT, text)
-    return json.loads(text)
+    write_json(out / SOLVED_FILE, result)
+    return read_json(out / SOLVED_FILE)
 
 
 def report(result: dict[str, Any]) -> str:
@@ -166,7 +154,7 @@ def _measured(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         if path.stat().st_size == 0:
-            file.write(json.dumps({"facts": facts}) + "\n")
+            file.write(json.dumps({"made_by": SOLVED_BY, "facts": facts}) + "\n")
         for sample in tqdm(samples, desc="one drop, everywhere", unit="clip"):
             if sample.key in known:
                 continue
@@ -177,12 +165,15 @@ def _measured(
 
 
 def _read_rows(path: Path, facts: dict[str, Any]) -> dict[str, Row]:
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    if not lines:
+    content = path.read_bytes() if path.is_file() else b""
+    if not content:
         return {}
-    head, *rows = (parse_json(line) for line in lines)
-    if head.get("facts") != json.loads(json.dumps(facts)):
+    # A row that a killed call left half-written has no end of line: it goes, and is measured again.
+    whole = content[: content.rfind(b"\n") + 1]
+    head, *rows = [parse_json(line) for line in whole.splitlines()] or [None]
+    if not isinstance(head, dict) or head.get("facts") != json.loads(json.dumps(facts)):
         raise ValueError(f"{path} holds damages of other weights, clips, layers, levels or scores: give another out=")
+    os.truncate(path, len(whole))
     return {row["key"]: {int(layer): values for layer, values in row["damages"].items()} for row in rows}
 
 
@@ -238,9 +229,3 @@ def _checked(
     low, high = np.quantile(means, [0.025, 0.975])
     fixed, solved = values.mean(0)
     return Check(float(fixed), float(solved), (float(savings.mean()), float(low), float(high)))
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    part.replace(path)

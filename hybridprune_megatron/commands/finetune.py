@@ -15,7 +15,6 @@ from pathlib import Path
 
 from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
-from hybridprune_megatron.cost.reach import idle_line
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
 from hybridprune_megatron.engine.preemption import hold_stop_signals
 from hybridprune_megatron.engine.quiet import quiet_libraries
@@ -31,9 +30,12 @@ def finetune(cfg: Config, launch: Launch) -> None:
 
     if launch.rank == 0 and cfg.optim.warmup_steps >= cfg.trainer.max_steps and cfg.optim.decay_steps is None:
         print(f"optim.warmup_steps={cfg.optim.warmup_steps} is cut to end before trainer.max_steps", flush=True)
-    idle = idle_line(cfg.reduction, cfg.model.hybrid_pattern, cfg.reduction.budget)
-    if launch.rank == 0 and idle:
-        print(idle, flush=True)
+    if launch.rank == 0:
+        from hybridprune_megatron.cost.reach import idle_line
+
+        idle = idle_line(cfg.reduction, cfg.model.hybrid_pattern, cfg.reduction.budget)
+        if idle:
+            print(idle, flush=True)
     module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(TrainLoader, cfg))
     trainer = build_trainer(cfg, launch)
     start_experiment(trainer, cfg)

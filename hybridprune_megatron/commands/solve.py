@@ -20,8 +20,9 @@ from __future__ import annotations
 import sys
 import warnings
 
-from hybridprune_megatron.analysis.settings import SolveSettings
+from hybridprune_megatron.analysis.settings import DAMAGES_FILE, SOLVED_BY, SOLVED_FILE, SolveSettings
 from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.outputs import check_apart, check_file
 from hybridprune_megatron.config.own_keys import read_checkpoint_command
 
 #: Nothing solved was better below this budget where it was tried.
@@ -39,6 +40,9 @@ def main(argv: list[str]) -> None:
             "list was better where it was tried",
             file=sys.stderr,
         )
+    out = check_apart(settings.out, [checkpoint, data])
+    for name in (DAMAGES_FILE, SOLVED_FILE):
+        check_file(out / name, SOLVED_BY, "out")
     warnings.filterwarnings("ignore")
     from hybridprune_megatron.analysis.solve import report, solve
     from hybridprune_megatron.engine.load import load_model

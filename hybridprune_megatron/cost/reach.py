@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.plan import smallest_budget
 from hybridprune_megatron.layers.kinds import KINDS
-from hybridprune_megatron.method.schedule import Listed, layer_symbols, reducing_layers
+from hybridprune_megatron.method.schedule import Listed, Step, dropping_layers, reducing_layers
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.reduction_schema import ReductionConfig
@@ -85,9 +85,9 @@ def reach_lines(reduction: ReductionConfig, pattern: str, budget: float) -> Iter
 
 def idle_line(reduction: ReductionConfig, pattern: str, budget: float) -> str | None:
     """One line if a falling schedule over several layers has become a single drop; None: it has not."""
-    if budget >= 1 or reduction.schedule.name in ("step", "listed"):
+    if budget >= 1 or isinstance(reduction.schedule, Step | Listed):
         return None
-    able = [layer for layer in reducing_layers(pattern, reduction.layers) if layer + 1 < len(layer_symbols(pattern))]
+    able = dropping_layers(pattern, reduction.layers)
     drops = drops_of(replace(reduction, budget=budget).retention(pattern))
     if len(able) < 2 or len(drops) != 1:
         return None

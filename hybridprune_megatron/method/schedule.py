@@ -77,6 +77,12 @@ def reducing_layers(pattern: str, layers: str | Sequence[int]) -> tuple[int, ...
     return tuple(sorted(set(layers)))
 
 
+def dropping_layers(pattern: str, layers: str | Sequence[int]) -> tuple[int, ...]:
+    """``reducing_layers`` but the model's last layer, after which a drop saves nothing."""
+    last = len(layer_symbols(pattern)) - 1
+    return tuple(layer for layer in reducing_layers(pattern, layers) if layer < last)
+
+
 #: From a number to the share wanted by layer, and the two bounds between which the mean rises with the number.
 Family = tuple[Callable[[float], Callable[[int], float]], float, float]
 

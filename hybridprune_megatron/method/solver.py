@@ -55,7 +55,7 @@ def least_damage(
     # Of each layer that may drop, what a move between states adds; state 0 is everything.
     table = {layer: np.concatenate([[0.0], np.asarray(row, float)]) for layer, row in damages.items()}
     spent = np.ceil(np.asarray(costs, float) / limit * steps - 1e-9).astype(int)
-    # best[state, used]: least damage so far, in front of a layer.
+    # best[state, used]: least damage so far, before a layer.
     best = np.full((num_states, steps + 1), np.inf)
     best[0, 0] = 0.0
     came_from: list[np.ndarray] = []

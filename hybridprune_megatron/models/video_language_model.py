@@ -111,8 +111,7 @@ class VideoLanguageModel(MegatronModule):
     def _run(
         self, batch: PackedBatch, rows: Tensor | None, labels: Tensor | None, trace: list[TokenLayout] | None = None
     ) -> tuple[Tensor, TokenLayout]:
-        layout = TokenLayout.from_samples(batch.layouts, batch.input_ids.device)
-        embeddings = self._embed(batch, layout) if self.pre_process else None
+        embeddings, layout = self.embedded(batch)
         dropping = self._pass_of(batch, layout)
         if embeddings is not None:
             pixels = batch.pixel_values if batch.frame_features is None else None
@@ -133,13 +132,23 @@ class VideoLanguageModel(MegatronModule):
         layout = TokenLayout.from_samples(batch.layouts)
         return self.language_model.decoder.input_shape(layout, self._pass_of(batch, layout))
 
-    def _embed(self, batch: PackedBatch, layout: TokenLayout) -> Tensor:
-        """[L, 1, hidden]: embedded text with the projected frames at the visual positions."""
+    def embedded(self, batch: PackedBatch) -> tuple[Tensor | None, TokenLayout]:
+        """[L, 1, hidden] embedded text with the projected frames at the visual positions, before any reduction.
+
+        Args:
+            batch: on this model's device.
+
+        Returns:
+            Embeddings (None but on the first pipeline stage), and the layout.
+        """
+        layout = TokenLayout.from_samples(batch.layouts, batch.input_ids.device)
+        if not self.pre_process:
+            return None, layout
         embeddings = self.language_model.embed(batch.input_ids)
-        if not sum(layout.visual_counts):
-            return embeddings
-        visual = self.embed_frames(batch).flatten(0, 1).unsqueeze(1).to(embeddings.dtype)
-        return embeddings.index_copy(0, layout.visual_index, visual)
+        if sum(layout.visual_counts):
+            visual = self.embed_frames(batch).flatten(0, 1).unsqueeze(1).to(embeddings.dtype)
+            embeddings = embeddings.index_copy(0, layout.visual_index, visual)
+        return embeddings, layout
 
     def embed_frames(self, batch: PackedBatch) -> Tensor:
         """The projected frames of a batch: from pixels through the tower, or from the tower's precomputed features.

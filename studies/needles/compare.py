@@ -26,14 +26,13 @@ import numpy as np
 from hybridprune_megatron.config.compose import load_config
 from hybridprune_megatron.config.one_line import one_line_errors
 from studies.demo.report import markdown_table
+from studies.needles.intervals import mean_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hybridprune_megatron.evaluation.held_out import Question
     from hybridprune_megatron.method.reduction import Reduction
-
-RESAMPLES = 10_000
 
 
 @one_line_errors("compare")
@@ -105,12 +104,11 @@ def _answers(model: Any, questions: Sequence[Question], reduction: Reduction | N
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     damages = np.asarray(row["kl"])
-    drawn = damages[np.random.default_rng(0).integers(len(damages), size=(RESAMPLES, len(damages)))].mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    kl = mean_of(damages)
     return (
         f"`{row['reduction']}`",
         f"{fmean(int(mark) for mark in row['correct']):.1%}",
-        f"{damages.mean():.3f} ({low:.3f} to {high:.3f})",
+        f"{kl.mean:.3f} ({kl.low:.3f} to {kl.high:.3f})",
         f"{np.log1p(damages / 0.01).mean():.2f}",
         f"{fmean(row['retention']):.3f}",
     )

@@ -40,12 +40,12 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> Estimate:
     Args:
         rows: one a seed; "correct" holds a 0 or 1 for every held-out sample, in the same order in all rows.
     """
-    return _bootstrap(_right(rows), len(rows))
+    return mean_of(_right(rows), len(rows))
 
 
 def difference(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> Estimate:
     """Accuracy of one cell minus that of another on the same samples, paired sample by sample."""
-    return _bootstrap(_right(rows) - _right(others), min(len(rows), len(others)))
+    return mean_of(_right(rows) - _right(others), min(len(rows), len(others)))
 
 
 def _right(rows: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -53,7 +53,13 @@ def _right(rows: Sequence[dict[str, Any]]) -> np.ndarray:
     return np.mean([[int(mark) for mark in row["correct"]] for row in rows], axis=0)
 
 
-def _bootstrap(values: np.ndarray, seeds: int) -> Estimate:
+def mean_of(values: np.ndarray, seeds: int = 1) -> Estimate:
+    """Mean of a number per sample.
+
+    Args:
+        values: [samples].
+        seeds: that each number is the mean of.
+    """
     rng = np.random.default_rng(0)
     count = len(values)
     # Drawing how often each sample comes is the same as drawing samples, in one matrix product.

@@ -64,11 +64,11 @@ def _solve(folder: Path) -> None:
     assert first["clips"] == {"solved_from": 6, "checked_on": 6}
     text = module.report(first)
     assert ("keep the configured schedule" in text) != ("Take it with: reduction.budget=" in text)
-    # Killed after two clips: the rows that are there are not measured again, and the result is the same.
+    # Killed while it wrote the third clip: the rows that are there are not measured again, and the result is the same.
     rows = folder / "out" / "damages.jsonl"
     lines = rows.read_text().splitlines(keepends=True)
     assert len(lines) == 7
-    rows.write_text("".join(lines[:3]))
+    rows.write_text("".join(lines[:3]) + lines[3][:20])
     again = module.solve(model, cfg, settings, data, {"checkpoint": "a"})
     assert {**again, "machine": None} == {**first, "machine": None}
     assert rows.read_text() == "".join(lines)
@@ -81,6 +81,22 @@ def _solve(folder: Path) -> None:
 
 def test_a_list_is_solved_resumed_and_checked(tmp_path: Path) -> None:
     run_world(1, _solve, tmp_path)
+
+
+def test_nothing_of_somebody_else_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from hybridprune_megatron.commands.solve import main
+
+    data = write_clips(tmp_path / "clips", 1, needles=False)
+    known = ["checkpoint=assets/demo/base.safetensors", "experiment=demo", f"data={data}", f"out={tmp_path}/out"]
+    (tmp_path / "out").mkdir()
+    for name in ("damages.jsonl", "solved.json"):
+        mine = tmp_path / "out" / name
+        mine.write_text("mine")
+        with pytest.raises(SystemExit):
+            main(known)
+        assert f"out={mine} exists and was not written by hybridprune solve" in capsys.readouterr().err
+        assert mine.read_text() == "mine"
+        mine.unlink()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,11 @@ OURS = "contrast"
 FIRST = ("reduction.score.mamba_contrast=false", "reduction.schedule.floor=null", "reduction.select.frame_share=0.0")
 #: The same for schedules that have no floor.
 FIRST_STEP = (FIRST[0], FIRST[2])
+#: What `hybridprune solve` printed for this model, from 128 clips that are in no table (docs/planner.md).
+SOLVED = (
+    "reduction.schedule={name:listed,retention:"
+    "[1,0.75,0.25,0.25,0.25,0.15,0.15,0.15,0.15,0.15,0.15,0.15,0.15,0.15,0.15,0]}"
+)
 #: Baselines of other people's, of which the strongest get all seeds.
 NUM_STRONGEST = 2
 
@@ -66,6 +71,14 @@ METHODS = (
     Method("signed", "ours, without contrast", ("reduction=query_signed",), ours=True),
     Method(
         "contrast_alone", "ours, without neighbours", ("reduction=query", "reduction.select.frame_share=0.0"), ours=True
+    ),
+    Method("contrast_plateau", "ours, as a plateau", ("reduction=plateau",), ours=True),
+    Method(
+        "contrast_solved",
+        "ours, solved",
+        ("reduction=query", "reduction.budget=0.25", SOLVED),
+        ours=True,
+        headline_only=True,
     ),
     Method("random", "random", ("reduction=random",)),
     # The control for the score alone: ours but for it.
@@ -141,6 +154,8 @@ METHODS = (
 FIXED = (
     "none",
     "contrast_attention",
+    "contrast_plateau",
+    "contrast_solved",
     "random_all_layers",
     "pyramiddrop",
     "attention_frames",
@@ -161,6 +176,8 @@ FIXED = (
 #: Variants of ours that get all seeds as well: what each takes away from it is one of the claims.
 ABLATIONS = (
     "contrast_attention",
+    "contrast_plateau",
+    "contrast_solved",
     "random_all_layers",
     "one_shot_frames",
     "attention_frames",

@@ -79,10 +79,10 @@ def _measured(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[di
     full = load_config([*common, "reduction=none"])
     model = load_model(Path(options.weights), full)
     questions = load_questions(full, options.clips)
-    references = [logits for logits, _ in _answers(model, questions, None)]
+    references = [logits for logits, _ in answers(model, questions, None)]
     for name, cfg in configs.items():
         right, damages = [], []
-        answers = _answers(model, questions, build_reduction(cfg))
+        answers = answers(model, questions, build_reduction(cfg))
         for reference, (logits, labels) in zip(references, answers, strict=True):
             right.append(bool((logits.argmax(-1) == labels).all()))
             damages.append(round(divergence(reference, logits), 6))
@@ -90,7 +90,7 @@ def _measured(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[di
         yield {"reduction": name, "correct": correct, "kl": damages, "retention": list(cfg.retention_by_layer)}
 
 
-def _answers(model: Any, questions: Sequence[Question], reduction: Reduction | None) -> Iterator[tuple[Tensor, Tensor]]:
+def answers(model: Any, questions: Sequence[Question], reduction: Reduction | None) -> Iterator[tuple[Tensor, Tensor]]:
     """[A, vocabulary] logits and [A] labels of every question's answer."""
     from hybridprune_megatron.analysis.damage import answer_logits
     from hybridprune_megatron.data.batch import IGNORE_LABEL, pack

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
+from hybridprune_megatron.engine.gpus import check_gpus
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
 from hybridprune_megatron.engine.preemption import hold_stop_signals
 from hybridprune_megatron.engine.quiet import quiet_libraries
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     overrides = [*overrides, *launch_overrides(launch, overrides)]
     cfg = parse_command_line(overrides)
     check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)
+    check_gpus()
     if launch.rank == 0:
         hold_folder(Path(cfg.output_dir))
     hold_stop_signals(say=launch.rank == 0)

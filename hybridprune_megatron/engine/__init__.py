@@ -12,11 +12,19 @@ def ensure_device_backend() -> str:
 
     Returns:
         "nccl" where CUDA is available, otherwise "gloo" (with the CPU adapter active).
+
+    Raises:
+        ValueError: this process was given GPUs that it cannot use.
     """
     import torch
 
     if torch.cuda.is_available():
         return "nccl"
+    from hybridprune_megatron.engine.gpus import check_gpus, given_gpus
+
+    check_gpus()
+    if given := given_gpus():
+        raise ValueError(f"{given}, but torch cannot use them: torch.cuda.init() says why")
     from hybridprune_megatron.engine import cpu_adapter
 
     cpu_adapter.activate()

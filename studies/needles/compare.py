@@ -82,8 +82,8 @@ def _measured(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[di
     references = [logits for logits, _ in answers(model, questions, None)]
     for name, cfg in configs.items():
         right, damages = [], []
-        answers = answers(model, questions, build_reduction(cfg))
-        for reference, (logits, labels) in zip(references, answers, strict=True):
+        reduced = answers(model, questions, build_reduction(cfg))
+        for reference, (logits, labels) in zip(references, reduced, strict=True):
             right.append(bool((logits.argmax(-1) == labels).all()))
             damages.append(round(divergence(reference, logits), 6))
         correct = "".join(str(int(each)) for each in right)

@@ -14,7 +14,6 @@ the study's held-out questions, paired by question.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -130,10 +129,10 @@ def gated(model: Any) -> Iterator[_Gates]:
         def scan(self, x: Tensor, dt: Tensor, *rest: Any) -> Tensor:
             return super().scan(x, gates.steps(dt), *rest)
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, sample_lengths: Sequence[int]) -> Tensor:
         if gates.tokens is None:
-            return plain(query, key, value, lengths)
-        (length,) = lengths
+            return plain(query, key, value, sample_lengths)
+        (length,) = sample_lengths
         hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
         bias = gates.tokens.clamp(min=1e-9).log().expand(length, length).masked_fill(hidden, float("-inf"))
         q, k, v = (each.transpose(0, 1).unsqueeze(0) for each in (query, key, value))

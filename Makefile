@@ -52,7 +52,8 @@ $(INSTALLED): pyproject.toml .python-version $(LOCKS) $(KERNELS)
 	@rm -rf $(NEWEST)
 	@$(PIP_LOCKED) --quiet --require-hashes --target $(NEWEST) -r requirements/newest.lock
 	@echo "building the native operators of kernels/ (a minute or two)"
-	@$(PIP_LOCKED) --quiet ./kernels
+	@$(PIP_LOCKED) --verbose ./kernels > $(VENV)/kernels.log 2>&1 || { cat $(VENV)/kernels.log; exit 1; }
+	@sed -n 's/^ *hybridprune-kernels: //p' $(VENV)/kernels.log | sort -u
 	@touch $@
 
 # make lock      renews the locks: the newest versions that pyproject.toml allows, and the newest transformers

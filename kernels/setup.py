@@ -55,6 +55,13 @@ def toolkit() -> Path | None:
     return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parents[1]
 
 
+def toolkit_version(home: Path) -> str:
+    """The CUDA version of a toolkit, such as "13.0"; "unknown" where its nvcc does not say."""
+    told = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False)
+    release = re.search(r"release (\d+\.\d+)", told.stdout)
+    return release.group(1) if release else "unknown"
+
+
 def wants_cuda() -> bool:
     """Whether to build for CUDA, by HYBRIDPRUNE_CUDA: 1, 0, or auto (where nvcc and a CUDA build of torch are)."""
     setting = os.environ.get("HYBRIDPRUNE_CUDA", "auto")
@@ -63,11 +70,19 @@ def wants_cuda() -> bool:
     if setting == "0":
         say("building for the CPU only, as HYBRIDPRUNE_CUDA=0 says")
         return False
-    missing = []
-    if toolkit() is None:
+    missing, home = [], toolkit()
+    if home is None:
         missing.append("nvcc is neither in CUDA_HOME nor on the PATH")
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} is built without CUDA")
+    elif home is not None:
+        version = toolkit_version(home)
+        # torch refuses another major version in the middle of the build.
+        if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+            missing.append(
+                f"nvcc of {home} is of CUDA {version} and torch is built for CUDA {torch.version.cuda} (CUDA_HOME "
+                "names another toolkit)"
+            )
     if missing and setting == "1":
         raise SystemExit(f"HYBRIDPRUNE_CUDA=1, but {' and '.join(missing)}")
     if missing:

@@ -42,6 +42,8 @@ export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
 # Megatron overlaps communication with computation only if kernels are queued in order. Leave it out on Blackwell.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
+# Packed sequences differ in length: without this, memory of one length is lost to the others.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 # A rank that dies must not leave the others waiting for it.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 # NCCL. These depend on the fabric; the defaults of NCCL are right on most machines. Uncomment what yours needs.

@@ -13,6 +13,13 @@ from typing import Any
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run on the CPU, worlds over gloo, also on a machine with GPUs, unless those that need one are asked for."""
+    wanted = config.getoption("markexpr")
+    if "gpu" not in wanted or "not gpu" in wanted:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests on a cluster wait for minutes: they start first."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)

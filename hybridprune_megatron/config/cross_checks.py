@@ -21,6 +21,7 @@ def check_config(cfg: RunConfig) -> None:
     check_combinations(cfg)
     check_batch(cfg)
     check_length(cfg)
+    check_offsets(cfg)
     # Solving the schedule finds layers that cannot drop and budgets that cannot be reached.
     check_kept(cfg, cfg.reduction.budget, cfg.reduction.retention(cfg.model.hybrid_pattern))
     check_steps(cfg)
@@ -187,6 +188,19 @@ def check_length(cfg: RunConfig) -> None:
     if cfg.reduction.select.multiple_of > 1:
         raise fail("reduction.select.multiple_of", cfg.reduction.select.multiple_of, reason, f"lower it, or {fix}")
     raise fail("data.sequence_length", length, reason, fix)
+
+
+def check_offsets(cfg: RunConfig) -> None:
+    """mamba_ssm's kernels address what a rank's Mamba layer computes with 32 bits."""
+    model, parallel = cfg.model, cfg.parallel
+    if model.spec == "torch" or not any(KINDS[symbol].name == "mamba" for stage in model.stages for symbol in stage):
+        return
+    length = cfg.data.sequence_length
+    width = model.mamba_num_heads * model.mamba_head_dim // (parallel.tensor * parallel.context)
+    if length * width >= 2**31:
+        reason = f"{width} channels of a Mamba layer on a rank times {length} tokens are 2^31 numbers or more"
+        fix = f"lower it below {2**31 // width}, or raise parallel.tensor or parallel.context"
+        raise fail("data.sequence_length", length, reason, fix)
 
 
 def most_visual_tokens(cfg: RunConfig) -> int:

@@ -105,11 +105,18 @@ class PackedSample(Sample):
     worker: int
 
     def pin_memory(self) -> PackedSample:
-        """Pins what is large; Energon's own way, by recursion, would rebuild every span."""
-        features = self.batch.frame_features
+        """Pins what is copied to the device; Energon's own way, by recursion, would rebuild every span."""
+        batch, features = self.batch, self.batch.frame_features
         if features is not None:
             features = replace(features, values=features.values.pin_memory())
-        self.batch = replace(self.batch, pixel_values=self.batch.pixel_values.pin_memory(), frame_features=features)
+        self.batch = replace(
+            batch,
+            input_ids=batch.input_ids.pin_memory(),
+            labels=batch.labels.pin_memory(),
+            loss_mask=batch.loss_mask.pin_memory(),
+            pixel_values=batch.pixel_values.pin_memory(),
+            frame_features=features,
+        )
         return self
 
 

@@ -186,6 +186,8 @@ def transformer_config(cfg: Config, *, meta: bool = False, fused_gradients: bool
         # An interleaved schedule is only worth its messages if layers run meanwhile.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
+        # A wait of the host after every message, for a fault of torch that is long mended.
+        batch_p2p_sync=False,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
         use_cpu_initialization=not on_gpu,

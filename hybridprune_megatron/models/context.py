@@ -101,7 +101,9 @@ class ContextShard:
             return values.index_select(0, kept)
         source, rows = self._place(kept, length)
         target, _ = self._place(torch.arange(len(kept), device=kept.device), len(kept))
-        counts = torch.bincount(source * self.size + target, minlength=self.size**2).view(self.size, -1).tolist()
+        # Not torch.bincount, which waits once more, for the highest number.
+        moves = torch.zeros(self.size**2, dtype=torch.int64, device=kept.device)
+        counts = moves.index_add_(0, source * self.size + target, torch.ones_like(source)).view(self.size, -1).tolist()
         # Tokens that leave from here, by their rank to be and in order; the others after them.
         leaving = torch.where(source == self.rank, target, self.size).argsort(stable=True)[: sum(counts[self.rank])]
         sent = values.index_select(0, rows[leaving])

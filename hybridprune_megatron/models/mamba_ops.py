@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from torch import Tensor
@@ -45,6 +46,30 @@ class TorchMambaOps:
         return gated_rms_norm(y, z, weight, group_width)
 
 
+#: mamba_ssm's kernels multiply a row's number by the distance between rows in 32 bits.
+OFFSET_LIMIT = 2**31
+
+
+def addressable(rows: Tensor) -> Tensor:
+    """The same numbers, copied together where their last row lies beyond what mamba_ssm's kernels can address.
+
+    Args:
+        rows: [L, ...], often a view of a wider tensor.
+
+    Raises:
+        ValueError: even side by side they are too many.
+    """
+    length, width = len(rows), math.prod(rows.shape[1:])
+    if length * rows.stride(0) < OFFSET_LIMIT:
+        return rows
+    if length * width < OFFSET_LIMIT:
+        return rows.contiguous()
+    raise ValueError(
+        f"{length} tokens of {width} channels per rank: mamba_ssm's kernels address fewer than 2^31 numbers; raise "
+        "parallel.tensor or parallel.context, or lower data.sequence_length"
+    )
+
+
 class KernelMambaOps:
     """The kernels of causal-conv1d and mamba_ssm; both stop at sample boundaries by ``seq_idx``."""
 
@@ -66,10 +91,11 @@ class KernelMambaOps:
     def scan(
         self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, packing: LayerPacking, chunk_size: int
     ) -> Tensor:
-        x, dt, B, C = (tensor.unsqueeze(0) for tensor in (x, dt, B, C))
+        x, dt, B, C = (addressable(tensor).unsqueeze(0) for tensor in (x, dt, B, C))
         # dt comes with its bias and after its softplus, for the scores need it too.
         y = self._scan(x, dt, A, B, C, chunk_size, D=D, seq_idx=packing.seq_idx, dt_softplus=False)
         return y.squeeze(0)
 
     def gated_norm(self, y: Tensor, z: Tensor, weight: Tensor, group_width: int) -> Tensor:
+        y, z = addressable(y), addressable(z)
         return self._norm(y, weight, None, z=z, eps=GATED_NORM_EPSILON, group_size=group_width, norm_before_gate=False)

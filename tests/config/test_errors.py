@@ -47,6 +47,12 @@ OVERRIDE_CASES = {
         ["model=demo_experts", "parallel.tensor=2", "trainer.devices=2"],
         r"parallel.sequence_parallel=false: every tensor-parallel rank would send the same tokens .*",
     ),
+    "rows that mamba_ssm cannot address": (
+        ["model.mamba_num_heads=128", "model.mamba_head_dim=128"]
+        + ["model.max_sequence_length=131072", "data.sequence_length=131072"],
+        r"data.sequence_length=131072: 16384 channels of a Mamba layer on a rank times 131072 tokens are 2\^31 numbers "
+        r"or more; lower it below 131072, or raise parallel.tensor or parallel.context",
+    ),
     "unknown top-level key": (
         ["xyz=1"],
         r"xyz=1: unknown key xyz; the top level has name, .*parallel.*\(see --help-all\)",

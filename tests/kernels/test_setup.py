@@ -68,4 +68,6 @@ def test_without_a_toolkit_or_cuda_in_torch_it_is_the_cpu(setup, monkeypatch, ca
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     setup.names["torch"].version.cuda = None
     assert setup.names["wants_cuda"]() is False
-    assert "nvcc is neither in CUDA_HOME nor on the PATH and torch 2.13.0 is built without CUDA" in capsys.readouterr().err
+    assert (
+        "nvcc is neither in CUDA_HOME nor on the PATH and torch 2.13.0 is built without CUDA" in capsys.readouterr().err
+    )

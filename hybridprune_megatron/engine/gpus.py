@@ -1,7 +1,7 @@
 """Whether GPUs that a job was given can be used. Light: read before torch is imported.
 
-A job of eight GPUs with a driver that is too old, or in a container that was started without them, would otherwise train
-on CPUs without a word.
+A job of eight GPUs with a driver that is too old, or in a container that was started without them, would otherwise
+train on CPUs without a word.
 """
 
 from __future__ import annotations

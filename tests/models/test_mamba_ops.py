@@ -32,5 +32,5 @@ def test_rows_beyond_it_are_put_side_by_side() -> None:
 
 
 def test_too_many_are_refused() -> None:
-    with pytest.raises(ValueError, match="^262144 tokens of 10240 channels per rank: .*; raise parallel.tensor or"):
+    with pytest.raises(ValueError, match=r"^262144 tokens of 10240 channels per rank: .*; raise parallel.tensor or"):
         addressable(view(262_144))

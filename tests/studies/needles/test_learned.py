@@ -1,4 +1,4 @@
-"""The soft drop of the study's learned weights: it sums to the budget, its gradient is right, and it ends as the hard one."""
+"""The soft drop of the study's learned weights: it sums to the budget, has its gradient, and ends as the hard one."""
 
 from __future__ import annotations
 

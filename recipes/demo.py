@@ -16,7 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +25,7 @@ from hybridprune_megatron.config import Config, checked_config
 from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.engine.preemption import STOPPED
+from hybridprune_megatron.engine.quiet import quiet_libraries
 from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
 from hybridprune_megatron.evaluation.report import text_table
 
@@ -388,7 +388,7 @@ def main(argv: list[str]) -> None:
     release_folder(out)
     write_json(out / "inputs.json", inputs)
     # Megatron reports what it does without Apex and Transformer Engine, which a demo without a GPU does not have.
-    warnings.filterwarnings("ignore")
+    quiet_libraries()
     Demo(cfg, overrides, inputs).run()
 
 

@@ -15,13 +15,13 @@ folder) they compose it. docs/analysis.md explains the figures.
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 from hybridprune_megatron.analysis.settings import AnalysisSettings
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.outputs import check_output, whole_folder
 from hybridprune_megatron.config.own_keys import read_checkpoint_command
+from hybridprune_megatron.engine.quiet import quiet_libraries
 
 COMMAND = "recipes/analyze.py"
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     # Before the slow imports, which take half a minute.
     settings, checkpoint, cfg, data = read_checkpoint_command("analyze", __doc__, AnalysisSettings, argv)
     out = Path(settings.out) if settings.out is not None else Path(cfg.output_dir) / "analysis"
-    warnings.filterwarnings("ignore")
+    quiet_libraries()
     from hybridprune_megatron.analysis.run import analyze
     from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.parallel import shut_down

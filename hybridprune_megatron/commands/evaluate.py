@@ -15,7 +15,6 @@ folder) they compose it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 from hybridprune_megatron.bounds import Count, check_bounds
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.own_keys import check_paths, read_checkpoint_command
+from hybridprune_megatron.engine.quiet import quiet_libraries
 from hybridprune_megatron.evaluation.report import percent, text_table
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     # Before the slow imports, which take half a minute.
     settings, checkpoint, cfg, data = read_checkpoint_command("evaluate", __doc__, EvaluationSettings, argv)
     cfg = replace(cfg, data=replace(cfg.data, validation=str(data)))
-    warnings.filterwarnings("ignore")
+    quiet_libraries()
     from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.parallel import shut_down
     from hybridprune_megatron.evaluation.accuracy import evaluate_each

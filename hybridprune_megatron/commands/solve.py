@@ -18,12 +18,12 @@ folder) they compose it. docs/planner.md explains the result.
 from __future__ import annotations
 
 import sys
-import warnings
 
 from hybridprune_megatron.analysis.settings import DAMAGES_FILE, SOLVED_BY, SOLVED_FILE, SolveSettings
 from hybridprune_megatron.config.one_line import one_line_errors
 from hybridprune_megatron.config.outputs import check_apart, check_file
 from hybridprune_megatron.config.own_keys import read_checkpoint_command
+from hybridprune_megatron.engine.quiet import quiet_libraries
 
 #: Nothing solved was better below this budget where it was tried.
 LOWEST_BUDGET = 0.2
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     out = check_apart(settings.out, [checkpoint, data])
     for name in (DAMAGES_FILE, SOLVED_FILE):
         check_file(out / name, SOLVED_BY, "out")
-    warnings.filterwarnings("ignore")
+    quiet_libraries()
     from hybridprune_megatron.analysis.solve import report, solve
     from hybridprune_megatron.engine.load import load_model
     from hybridprune_megatron.engine.parallel import shut_down

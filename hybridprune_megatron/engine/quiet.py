@@ -24,9 +24,9 @@ _LEVELS = {
 def quiet_libraries() -> None:
     """Call it before the slow imports, and again after libraries that set levels themselves (exp_manager).
 
-    ``python -W default recipes/finetune.py ...`` shows everything.
+    ``python -W default recipes/finetune.py ...`` shows everything; ``PYTHONWARNINGS=ignore`` hides no less than this.
     """
-    if sys.warnoptions:
+    if any(not option.startswith("ignore") for option in sys.warnoptions):
         return
     for module in _NOISY_MODULES:
         warnings.filterwarnings("ignore", module=module)

@@ -67,13 +67,14 @@ def _read(path: Path | None, facts: dict[str, Any]) -> dict[str, dict[str, Any]]
 def _measured(options: argparse.Namespace, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     if not wanted:
         return
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+
+    quiet_libraries()
     from hybridprune_megatron.analysis.damage import divergence
     from hybridprune_megatron.engine.load import load_model
-    from hybridprune_megatron.engine.quiet import quiet_libraries
     from hybridprune_megatron.evaluation.held_out import load_questions
     from hybridprune_megatron.models.build import build_reduction
 
-    quiet_libraries()
     common = ["experiment=bench", f"data.validation={options.data}"]
     configs = {each: load_config([*common, *shlex.split(each)]) for each in wanted}
     full = load_config([*common, "reduction=none"])

@@ -256,19 +256,20 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--reduction", default="query", help="whose schedule and score (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; replaced if it exists")
     options = parser.parse_args(argv)
+    from hybridprune_megatron.engine.quiet import quiet_libraries
+
+    quiet_libraries()
     from hybridprune_megatron.analysis.damage import divergence
     from hybridprune_megatron.analysis.report import write_json
     from hybridprune_megatron.analysis.samples import SampleReader
     from hybridprune_megatron.config.compose import load_config
     from hybridprune_megatron.engine.load import load_model
-    from hybridprune_megatron.engine.quiet import quiet_libraries
     from hybridprune_megatron.evaluation.held_out import load_questions
     from hybridprune_megatron.evaluation.machine import describe_machine
     from hybridprune_megatron.models.build import build_reduction
     from studies.needles.compare import answers
     from studies.needles.intervals import mean_of
 
-    quiet_libraries()
     torch.manual_seed(0)
     cfg = load_config(["experiment=bench", f"data.validation={options.data}", f"reduction={options.reduction}"])
     model, reduction = load_model(Path(options.weights), cfg), build_reduction(cfg)

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from hybridprune_megatron.config import Config, parse_command_line
+from hybridprune_megatron.config.checkpoint_folder import checkpoint_step, latest_checkpoint
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
 from hybridprune_megatron.engine.gpus import check_gpus
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
@@ -23,24 +24,47 @@ from hybridprune_megatron.engine.run_lock import hold_folder
 
 
 def finetune(cfg: Config, launch: Launch) -> None:
-    """Trains as configured, from the start or from the newest checkpoint."""
+    """Trains as configured, from the start or from the newest checkpoint, and says what came of it."""
+    say = partial(print, flush=True) if launch.rank == 0 else _nothing
+    newest = (
+        latest_checkpoint(Path(cfg.output_dir) / "checkpoints") if cfg.exp_manager.get("resume_if_exists") else None
+    )
+    if newest is not None and checkpoint_step(newest) >= cfg.trainer.max_steps:
+        say(
+            f"nothing to do: trainer.max_steps={cfg.trainer.max_steps} steps are done; raise it, or give output_dir=..."
+        )
+        say(what_next(cfg))
+        return
+    from hybridprune_megatron.cost.reach import idle_line
     from hybridprune_megatron.data.task_encoder import TrainLoader
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
     from hybridprune_megatron.models.build import build_model
 
-    if launch.rank == 0 and cfg.optim.warmup_steps >= cfg.trainer.max_steps and cfg.optim.decay_steps is None:
-        print(f"optim.warmup_steps={cfg.optim.warmup_steps} is cut to end before trainer.max_steps", flush=True)
-    if launch.rank == 0:
-        from hybridprune_megatron.cost.reach import idle_line
-
-        idle = idle_line(cfg.reduction, cfg.model.hybrid_pattern, cfg.reduction.budget)
-        if idle:
-            print(idle, flush=True)
+    if cfg.optim.warmup_steps >= cfg.trainer.max_steps and cfg.optim.decay_steps is None:
+        say(f"optim.warmup_steps={cfg.optim.warmup_steps} is cut to end before trainer.max_steps")
+    if idle := idle_line(cfg.reduction, cfg.model.hybrid_pattern, cfg.reduction.budget):
+        say(idle)
     module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(TrainLoader, cfg))
     trainer = build_trainer(cfg, launch)
     start_experiment(trainer, cfg)
     trainer.fit(module)
+    if trainer.global_step >= cfg.trainer.max_steps:
+        say(what_next(cfg))
+
+
+def what_next(cfg: Config) -> str:
+    """What a finished run left, and the commands that people give next."""
+    run = cfg.output_dir
+    lines = [f"{run}: step {cfg.trainer.max_steps}, checkpoints/ and train_log.jsonl; next:"]
+    if cfg.data.validation is not None:
+        lines.append(f"  hybridprune evaluate checkpoint={run}")
+    lines.append(f"  hybridprune export --checkpoint {run} --out {run}/hf")
+    return "\n".join(lines)
+
+
+def _nothing(_line: str) -> None:
+    """One rank speaks."""
 
 
 @one_line_errors("finetune")

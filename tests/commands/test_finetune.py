@@ -10,6 +10,7 @@ import pytest
 from hybridprune_megatron.commands import finetune
 from hybridprune_megatron.config import Config, load_config
 from hybridprune_megatron.engine import parallel
+from hybridprune_megatron.engine.launch import Launch
 
 
 @pytest.mark.parametrize(
@@ -33,3 +34,25 @@ def test_keys_of_a_score_reach_the_run(
     (cfg,) = runs
     assert cfg.name == "1.10"
     assert cfg.reduction.plain()["score"].items() >= keys.items()
+
+
+def test_a_finished_run_says_so_before_anything_slow(monkeypatch, tmp_path, capsys) -> None:
+    whole = tmp_path / "checkpoints" / "step_00000050"
+    whole.mkdir(parents=True)
+    (whole / "metadata.json").write_text("{}")
+    (whole / "run.json").write_text('{"files": {}}')
+    monkeypatch.setitem(sys.modules, "hybridprune_megatron.engine.module", None)
+    cfg = load_config(["experiment=demo", f"output_dir={tmp_path}", "trainer.max_steps=50"])
+    finetune.finetune(cfg, Launch())
+    first, second, *commands = capsys.readouterr().out.splitlines()
+    assert first == "nothing to do: trainer.max_steps=50 steps are done; raise it, or give output_dir=..."
+    assert second == f"{tmp_path}: step 50, checkpoints/ and train_log.jsonl; next:"
+    assert commands == [
+        f"  hybridprune evaluate checkpoint={tmp_path}",
+        f"  hybridprune export --checkpoint {tmp_path} --out {tmp_path}/hf",
+    ]
+    # Other ranks are silent, and a run with steps left goes on to what is slow.
+    finetune.finetune(cfg, Launch(rank=1, world_size=2))
+    assert not capsys.readouterr().out
+    with pytest.raises(ImportError):
+        finetune.finetune(load_config(["experiment=demo", f"output_dir={tmp_path}", "trainer.max_steps=51"]), Launch())

@@ -78,9 +78,9 @@ METHODS = (
     Method("uniform", "uniform stride", ("reduction=uniform",)),
     Method("fastv", "FastV", ("reduction=fastv",)),
     Method("pyramiddrop", "PyramidDrop", ("reduction=pyramiddrop",)),
-    Method("evs", "EVS in front", ("reduction=evs",), tuning=FIXED_BUDGET),
+    Method("evs", "EVS before the LM", ("reduction=evs",), tuning=FIXED_BUDGET),
     Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
-    Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
+    Method("tome", "ToMe before the LM", ("reduction=tome",), tuning=FIXED_BUDGET),
     # What version 0.1 recommended.
     Method(
         "attention_frames",
@@ -122,14 +122,14 @@ METHODS = (
     ),
     Method(
         "evs_query",
-        "EVS in front and 0.1 (all layers) inside",
+        "EVS before the LM and 0.1 (all layers) inside",
         ("reduction=evs_query", *FIRST),
         ours=True,
         tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),
     ),
     Method(
         "evs_attention",
-        "EVS in front and 0.1 (attention layers) inside",
+        "EVS before the LM and 0.1 (attention layers) inside",
         ("reduction=evs_attention",),
         ours=True,
         tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),

@@ -27,7 +27,7 @@ NUM_STRONGEST = 2
 
 #: What finetuning draws its budgets from: one checkpoint for every budget.
 RANDOM_BUDGETS = ("tuning=random_budget", "tuning.budget.distribution=loguniform")
-#: A front hands on a fixed share, so a checkpoint behind it is finetuned at the headline budget.
+#: A front passes on a fixed share, so a checkpoint with it is finetuned at the headline budget.
 FIXED_BUDGET = ()
 
 
@@ -248,6 +248,6 @@ def strongest_baselines(rows: dict[str, Any]) -> list[str]:
 
 
 def rows_of(rows: Sequence[dict[str, Any]] | Any, stage: str, method: str, budget: float) -> list[dict[str, Any]]:
-    """The rows of one table cell, one a seed, in the order of their seeds."""
+    """The rows of one table cell, one per seed, in the order of their seeds."""
     found = [row for row in rows if row["stage"] == stage and row["method"] == method and row["budget"] == budget]
     return sorted(found, key=lambda row: row["seed"])

@@ -69,7 +69,7 @@ lock: $(INSTALLED)
 demo: $(INSTALLED)
 	@$(VENV)/bin/python recipes/demo.py $(ARGS)
 
-# make test      lint and the tests that run here, on a Slurm of two nodes too where that can be had
+# make test      lint and the tests that run here, on a Slurm of two nodes too where that is available
 test: lint
 	@$(WITH_SLURM); $(PYTEST) -m "$(QUICK) $$skipped" $(ARGS)
 	@test -n "$(ARGS)" || $(UNDER_NEWEST) $(PYTEST) -m "$(QUICK)" tests/export

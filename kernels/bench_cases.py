@@ -20,7 +20,7 @@ KEPT = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """One sample of visual tokens and a question behind them, and one layer's widths."""
+    """One sample of visual tokens and a question after them, and one layer's widths."""
 
     length: int
     question: int

@@ -45,7 +45,7 @@ class Kernel:
 def kernels_of(log: str) -> list[Kernel]:
     """The kernels that ``nvcc --ptxas-options=-v`` writes about, in order."""
     found = []
-    # What is in front of the first entry is about nothing.
+    # What comes before the first entry belongs to none.
     parts = _ENTRY.split(log)[1:]
     for mangled, arch, text in zip(parts[::3], parts[1::3], parts[2::3]):
         spills, used, shared = _SPILLS.search(text), _USED.search(text), _SHARED.search(text)

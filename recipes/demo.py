@@ -4,7 +4,7 @@
 
 Makes the data, evaluates the base model, runs ``recipes/finetune.py experiment=demo`` with the given overrides,
 evaluates and exports the result, and asks the export about a clip. Everything is written below ``output_dir``,
-runs/demo. A killed run goes on where it was when the same command is given again; ``--fresh`` starts over.
+runs/demo. A killed run resumes where it was when the same command is given again; ``--fresh`` starts over.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ def remove_products(out: Path) -> None:
 
 
 def check_same_run(out: Path, inputs: dict[str, Any]) -> None:
-    """Refuses to go on in a folder that holds a run of other settings, of this program or of ``recipes/finetune.py``.
+    """Refuses to continue where the folder holds a run of other settings, of this program or ``recipes/finetune.py``.
 
     Raises:
         ValueError: naming what differs.

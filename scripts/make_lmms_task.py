@@ -75,7 +75,7 @@ def write_task(data: Path, out: Path) -> int:
 
 
 def question_of(clip: Clip) -> str:
-    """The text behind the video, from which lmms-eval's messages become the very prompt of our evaluation.
+    """The text after the video, from which lmms-eval's messages become the exact prompt of our evaluation.
 
     Raises:
         ValueError: the conversation is more than a video, a question and the answer.

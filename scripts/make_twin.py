@@ -4,7 +4,7 @@
     python scripts/import_hf.py runs/twin_vl --name twin_vl
 
 It has the published checkpoint's tensor names, dtypes (bf16, decays fp32), constants, shards with an index and nested
-configuration, and the weights, sizes and tokenizer of the demo's base model. It is no model of anyone else's: it stands
+configuration, and the weights, sizes and tokenizer of the demo's base model. It is not anyone else's model: it stands
 in for the real one where that does not fit or cannot be fetched.
 """
 

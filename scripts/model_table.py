@@ -89,7 +89,7 @@ def row(twin: str, folder: Path) -> list[str]:
 
 
 def write_original(twin: str, folder: Path) -> tuple[Path, Path | None]:
-    """A Hugging Face folder, and that of a tower to put in front."""
+    """A Hugging Face folder, and that of a tower to put before it."""
     import torch
 
     from tests.parity.twins import radio_twin, write_language_twin, write_vision_twin

@@ -37,7 +37,7 @@ def compare(overrides: Sequence[str], budget: float, batch: int, settings: Seque
     """The comparison that is printed.
 
     Args:
-        overrides: of the configuration, behind the 12B experiment.
+        overrides: of the configuration, after the 12B experiment.
         budget: mean retention of the reduced side.
         batch: packed sequences a step.
         settings: assumptions as name=value.

@@ -10,7 +10,7 @@
 
 #SBATCH --job-name=finetune
 #SBATCH --nodes=1
-# One task a GPU: srun starts the ranks, nothing else does. Change both together.
+# One task per GPU: srun starts the ranks, nothing else does. Change both together.
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
@@ -19,7 +19,7 @@
 #SBATCH --time=04:00:00
 # USR1 reaches this script (B:) this many seconds before the time limit. It must be enough for one step and one save.
 #SBATCH --signal=B:USR1@300
-# Stopped for whatever reason but its own failure, the job goes back into the queue and on from its newest checkpoint.
+# Stopped for whatever reason but its own failure, the job is requeued and resumes from its newest checkpoint.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.log
@@ -58,7 +58,7 @@ stopped=75
 warned=""
 ranks=""
 
-# Slurm signals this script only; srun hands USR1 on to the ranks. (TERM would make srun kill them.)
+# Slurm signals this script only; srun passes USR1 on to the ranks. (TERM would make srun kill them.)
 warn() {
   warned=yes
   echo "job ${SLURM_JOB_ID}: told to end soon; the ranks save and stop"

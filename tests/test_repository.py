@@ -190,9 +190,9 @@ def test_every_locked_version_has_hashes(lock):
             assert re.match(r"[a-z0-9._\[\]-]+==\S+ \\\n( +--hash=sha256:[0-9a-f]{64}( \\)?\n)+$", entry), entry[:200]
 
 
-def test_reliability_names_tests_that_exist() -> None:
+def test_failures_name_tests_that_exist() -> None:
     """A row's ``::name`` is of the file that is named last before it."""
     source = ""
-    for name, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", (ROOT / "docs" / "reliability.md").read_text()):
+    for name, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", (ROOT / "docs" / "cluster.md").read_text()):
         source = (ROOT / name).read_text() if name else source
         assert f"def {test}" in source

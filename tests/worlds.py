@@ -133,7 +133,7 @@ def _collect(ends: list[Connection], timeout: float) -> list[Any]:
             try:
                 fine, result = end.recv()  # type: ignore[union-attr]  # a Connection, as above
             except EOFError:
-                fine, result = False, "the process died without a word (killed, or crashed below Python)"
+                fine, result = False, "the process died without an error message (killed, or crashed below Python)"
             # Raised at once: the other ranks may be waiting for the failed one.
             assert fine, f"rank {rank} of {len(ends)}:\n{result}"
             results[rank] = result

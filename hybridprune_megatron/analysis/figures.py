@@ -187,7 +187,7 @@ def _plot_since(axes: Axes, rows: Sequence[dict[str, Any]], symbols: str, title:
     for kind, marker in _TYPE_MARKERS.items():
         axes.plot([], [], marker, color="black", label=f"read at {kind}")
     _shuffled(axes, high)
-    axes.set(title=f"Probe for the {title}", xlabel="layers since the drop (1 = right behind it)", ylabel=unit)
+    axes.set(title=f"Probe for the {title}", xlabel="layers since the drop (1 = right after it)", ylabel=unit)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend_below(axes)
 
@@ -203,9 +203,9 @@ def _plot_pairs(axes: Axes, rows: Sequence[dict[str, Any]], symbols: str, unit: 
     axes.figure.colorbar(image, ax=axes, label=unit)
     _numbers(axes, values, image)
     _layer_ticks(axes, columns, symbols)
-    names = ["in front" if after == IN_FRONT else f"after {layer_name(after, symbols)}" for after in drops]
+    names = ["before the LM" if after == IN_FRONT else f"after {layer_name(after, symbols)}" for after in drops]
     axes.set_yticks(range(len(names) + 1), [*names, "never"])
-    axes.set(title="Every drop and every layer behind it", xlabel="layer that is read", ylabel="tokens dropped")
+    axes.set(title="Every drop and every later layer", xlabel="layer that is read", ylabel="tokens dropped")
 
 
 def _plot_times(

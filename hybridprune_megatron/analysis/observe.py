@@ -1,4 +1,4 @@
-"""Passes of a model that leave behind what its layers computed: scores, final states, hidden states of the question.
+"""Passes of a model that record what its layers computed: scores, final states, hidden states of the question.
 
 Nothing of the model is changed: hooks on its layers and a recorder around each Mamba layer's scan, for one pass.
 
@@ -31,13 +31,13 @@ from hybridprune_megatron.ops.ssd import ssd_final_states
 
 @dataclass
 class Observation:
-    """What one pass left behind, by 0-based layer.
+    """What one pass recorded, by 0-based layer.
 
     Attributes:
         embeddings: [L, 1, hidden] that entered the first layer.
         entered: layout that entered each layer.
         scores: float32 [V], of layers that were asked to score.
-        states: float32 [H * P * N], of Mamba layers: the state after the last token, from which decoding would go on.
+        states: float32 [H * P * N], of Mamba layers: the state after the last token, where decoding would continue.
         questions: float32 [hidden], of attention layers: hidden states after the layer, mean over the query tokens.
     """
 
@@ -71,7 +71,7 @@ def observe_full(model: VideoLanguageModel, prompt: EncodedSample, scorer: Score
 def observe_embedded(
     model: VideoLanguageModel, embeddings: Tensor, layout: TokenLayout, reduction: Reduction | None
 ) -> Observation:
-    """A pass from embeddings that an earlier pass left behind, so that the vision tower runs once.
+    """A pass from embeddings that an earlier pass recorded, so that the vision tower runs once.
 
     Args:
         model: on one device.

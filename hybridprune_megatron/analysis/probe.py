@@ -207,7 +207,7 @@ def by_drop(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, float]]]
 
     Returns:
         By type, a list with rising "dropped_after", the mean "score", and the mean scores of the same layers with
-        nothing dropped ("held") and with the tokens taken out in front ("absent").
+        nothing dropped ("held") and with the tokens taken out before the first layer ("absent").
     """
     known = {(row["dropped_after"], row["layer"]): row["score"] for row in rows}
     drops = sorted({after for after, _ in known if after is not None and after != IN_FRONT})

@@ -39,7 +39,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "Where kept tokens lie",
         "Under the model's own reduction: which share of each frame's tokens enters each layer, mean over clips. "
         "Right: the same over the frames that the answer needs, and over all others, where the data set says which "
-        "these are. A score that looks at nothing keeps equal shares of both.",
+        "these are. A score that ignores content keeps equal shares of both.",
     ),
     "exposure": (
         "Which layers still read visual tokens",
@@ -51,10 +51,10 @@ SECTIONS: dict[str, tuple[str, str]] = {
         "What a dropped token leaves behind",
         "The tokens of some frames (the needle's; in data without needles the second quarter) are dropped right after "
         "one layer and nothing else anywhere. A ridge regression then predicts what they showed from one read-out of "
-        f"a later layer: {_READOUTS}. The answer is cut off. Left: a line a drop. Middle: the same as numbers, with "
-        "two references: with nothing dropped, and with the tokens taken out in front, so that only the rest of the "
-        "clip and the question can give them away. Right: clips grouped by how long before the end the tokens were "
-        "shown. Grey: what 95 % of probes with shuffled targets stay below; scores in it mean nothing. Read-outs "
+        f"a later layer: {_READOUTS}. The answer is cut off. Left: one line per drop. Middle: the same as numbers, "
+        "with two references: with nothing dropped, and with the tokens taken out before the LM, so that only the rest "
+        "of the clip and the question can give them away. Right: clips grouped by how long before the end the tokens "
+        "were shown. Grey: what 95 % of probes with shuffled targets stay below; scores in it mean nothing. Read-outs "
         "differ in size, so compare each type with its own references, not with the other type's height.",
     ),
     "strips": (

@@ -1,6 +1,6 @@
 """Statistics of scores: how concentrated they are in one layer, how alike two layers rank.
 
-Shape letters: V visual tokens of one sample, R score vectors (one a layer). Everything is computed in float64.
+Shape letters: V visual tokens of one sample, R score vectors (one per layer). Everything is computed in float64.
 """
 
 from __future__ import annotations

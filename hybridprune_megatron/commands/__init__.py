@@ -1,1 +1,1 @@
-"""What users run: one module per command of ``hybridprune``, and the door to them. Light: no torch on import."""
+"""What users run: one module per command of ``hybridprune``, and their entry point. Light: no torch on import."""

@@ -28,9 +28,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (default %(default)s)")
     options = parser.parse_args(argv)
     if not (Path(options.model) / "config.json").is_file():
-        parser.error(f"--model {options.model}: is no folder with a config.json, as hybridprune export writes one")
+        parser.error(f"--model {options.model}: is not a folder with a config.json, as hybridprune export writes it")
     if not Path(options.video).is_file():
-        parser.error(f"--video {options.video}: is no file")
+        parser.error(f"--video {options.video}: is not a file")
     if not options.question.strip():
         parser.error("--question is empty: ask something, it decides which visual tokens stay")
     if not 1 <= options.max_new_tokens <= 2**20:

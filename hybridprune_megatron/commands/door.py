@@ -1,4 +1,4 @@
-"""``hybridprune``: one door to what users run. Light: a command is imported when it is named."""
+"""``hybridprune``: the entry point of all commands. Light: a command is imported when it is named."""
 
 from __future__ import annotations
 

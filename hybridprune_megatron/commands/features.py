@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(argv)
     wrong = [override for override in options.overrides if "=" not in override]
     if wrong:
-        parser.error(f"{wrong[0]!r} is no key=value")
+        parser.error(f"{wrong[0]!r} is not key=value")
     if options.frames < 1:
         parser.error(f"--frames {options.frames}: at least 1")
     return options
@@ -280,7 +280,7 @@ def write_features(source: Path, out: Path, shards: dict[str, int], encoder: Fea
         known.with_suffix(".tmp").replace(known)
     elif read_json(known) != description:
         raise ValueError(
-            f"{partial} was begun from another tower, sampling, dtype or data set: remove it to start anew"
+            f"{partial} was started from another tower, sampling, dtype or data set: remove it to start over"
         )
     done = [name for name in shards if (partial / name).is_file()]
     with tqdm(total=sum(shards.values()), initial=sum(shards[name] for name in done), unit="sample") as bar:

@@ -69,7 +69,7 @@ def convert(options: argparse.Namespace) -> str:
     """Does it and says what next.
 
     Raises:
-        ValueError: the folder cannot be imported, or the group is there with other values.
+        ValueError: the folder cannot be imported, or the group exists with other values.
     """
     # After the arguments are read: torch takes seconds to import.
     from tqdm import tqdm
@@ -91,7 +91,7 @@ def convert(options: argparse.Namespace) -> str:
     check_shapes(values, weights)
     text = group_text(source, values)
     if group.is_symlink() or (group.exists() and group.read_bytes() != text.encode()):
-        raise ValueError(f"{group} is there with other values: give another --name, or remove it")
+        raise ValueError(f"{group} exists with other values: give another --name, or remove it")
     if options.check:
         return f"{source}: {len(weights.names)} weights fit; nothing was written (--check)"
     with whole_folder(out, COMMAND, inputs) as folder:

@@ -5,7 +5,7 @@
     hybridprune plan experiment=demo reduction=random        # no target: the configured budget
     hybridprune plan experiment=twin target.visual_tokens=8192 --measure runs/twin.json
 
-The last line is the override to paste after hybridprune finetune. docs/planner.md says what is counted.
+The last line is the override to paste after hybridprune finetune. docs/analysis.md says what is counted.
 
   --plot FILE.png      draws retention and operations by layer
   --measure FILE.json  times pieces of a prefill here at other lengths, predicts the prefill from them, and times it

@@ -12,7 +12,7 @@ list does not beat it on other clips. Keys of its own:
 {keys}
 
 Every other key=value changes the checkpoint's configuration; with bare weights (a .safetensors file, a Hugging Face
-folder) they compose it. docs/planner.md explains the result.
+folder) they compose it. docs/analysis.md explains the result.
 """
 
 from __future__ import annotations

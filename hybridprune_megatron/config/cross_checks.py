@@ -114,7 +114,7 @@ def check_experts(cfg: RunConfig) -> None:
 
 
 def check_combinations(cfg: RunConfig) -> None:
-    """What cannot be had together with stages or shards."""
+    """What cannot be combined with stages or shards."""
     parallel = cfg.parallel
     for name in ("pipeline", "context"):
         size = getattr(parallel, name)

@@ -88,7 +88,7 @@ def check_dataset(key: str, path: Path) -> None:
     if path.is_file() and path.suffix not in (".yaml", ".yml"):
         raise fail(key, str(path), "is a file", "give an Energon data set's folder or a metadataset .yaml")
     if path.is_dir() and not (path / _META).is_dir():
-        reason = f"is not an Energon data set, for it has no folder {_META}"
+        reason = f"is not an Energon data set: it has no folder {_META}"
         raise fail(key, str(path), reason, "hybridprune shards writes one from videos and conversations")
 
 

@@ -96,7 +96,7 @@ def plan_lines(cfg: Config, target: TargetConfig, plan: Plan) -> Iterator[str]:
     yield ""
     yield from _reached(target, plan)
     if cfg.model.vision is None:
-        yield f"model {cfg.model.name} has no vision tower: this holds for its language model behind one"
+        yield f"model {cfg.model.name} has no vision tower: this holds for its language model after one"
     yield f"reduction.budget={plan.budget:g}"
 
 

@@ -61,8 +61,8 @@ def changed_data(error: Exception, *_: Any) -> NoReturn:
         raise error
     reason = fatal_line(error)[:200] or "it is left out now"
     raise fatal(
-        f"a sample that the checkpoint names cannot be read again ({reason}): the data have changed; bring them back "
-        "as they were, or start a new run"
+        f"a sample that the checkpoint names cannot be read again ({reason}): the data have changed; restore "
+        "them, or start a new run"
     ) from error
 
 
@@ -105,7 +105,7 @@ class BadSampleTally:
             limit = f"above data.max_bad_share={self.max_share}; " if too_many else ""
             raise fatal(
                 f"{total} of {self.seen} samples are bad ({reasons}), {limit}"
-                f"the last one: {error}; mend the data or raise data.max_bad_share"
+                f"the last one: {error}; fix the data or raise data.max_bad_share"
             )
         return SkipSample()
 

@@ -44,7 +44,7 @@ def energon_sets(
             raise ConfigError(f"{each.folder}: Energon cannot read it ({' '.join(str(error).split()):.300})") from None
         checked = [(name, count, str(each.folder / name)) for name, count in each.shards]
         if found != checked or factory.sample_excludes != each.excluded:
-            raise ConfigError(f"{each.folder}: Energon reads other shards out of its split.yaml: write it anew")
+            raise ConfigError(f"{each.folder}: Energon reads other shards out of its split.yaml: write it again")
         loaded.append(LoadedDataset(dataset=factory, weight=each.weight))
     return loaded
 

@@ -1,4 +1,4 @@
-"""The one door through which media from somewhere else come in: videos by PyAV, images by Pillow.
+"""The only entry point for media from elsewhere: videos by PyAV, images by Pillow.
 
 FFmpeg reads playlists, scripts and addresses as willingly as videos, and what they name is opened too: other files,
 sockets. So only containers that hold their own pictures are opened, and no protocol at all: FFmpeg gets the bytes of
@@ -171,7 +171,7 @@ def _file(source: bytes | str | Path) -> Iterator[BinaryIO]:
 
 
 def _check_gif(file: BinaryIO) -> None:
-    """Refuses a GIF that was cut: FFmpeg shows what is left of it without a word."""
+    """Refuses a GIF that was cut: FFmpeg shows what is left of it without an error."""
     if file.read(4) == b"GIF8" and not file.read().rstrip(b"\0\r\n ").endswith(_GIF_END):
         raise MediaError("cut: a GIF ends in a trailer, which is missing")
     file.seek(0)

@@ -139,7 +139,7 @@ class PromptEncoder:
     def encode_samples(
         self, conversation: Conversation, timestamps: Sequence[Sequence[float]], mode: str = "first_question"
     ) -> list[EncodedPrompt]:
-        """Training samples: one, or one a turn with ``split_turns``.
+        """Training samples: one, or one per turn with ``split_turns``.
 
         Args:
             conversation: every question has its answer.

@@ -1,4 +1,4 @@
-"""Conversations as users have them, one a row of a JSONL file or one an element of a JSON array.
+"""Conversations as users have them, one per row of a JSONL file or per element of a JSON array.
 
 ``raw_rows`` finds the rows of a file, ``read_row`` says what a row means, ``check_row`` asks the code that training
 uses. A row has an id, messages (``conversations``) and the paths of its videos (``video`` or ``videos``). It comes from

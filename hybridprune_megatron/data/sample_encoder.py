@@ -103,7 +103,7 @@ class SampleEncoder:
     def draft(
         self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes | StoredFeatures]
     ) -> list[SampleDraft]:
-        """The samples that a conversation becomes: one, or one a turn with ``split_turns``.
+        """The samples that a conversation becomes: one, or one per turn with ``split_turns``.
 
         Raises:
             MisfitError: features are for another model, or lack frames that the sampling takes.

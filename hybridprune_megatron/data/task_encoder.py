@@ -158,7 +158,7 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
 
     @stateless
     def preencode_sample(self, sample: RawSample) -> Iterator[DraftSample]:
-        """Tokens of a conversation; one draft, or one a turn."""
+        """Tokens of a conversation; one draft, or one per turn."""
         self.tally.seen += 1
         try:
             _check_kind(sample, self.features)

@@ -246,7 +246,7 @@ class _IndexReader(pickle.Unpickler):
 def _state(record: Any, kind: str) -> dict[str, Any]:
     """The fields of a record of this kind."""
     if type(record).__name__ != kind or not isinstance(record, _Record) or not isinstance(record.state, dict):
-        raise ValueError(f"a {kind} is wanted where it has {type(record).__name__}")
+        raise ValueError(f"expected a {kind} where it has {type(record).__name__}")
     return record.state
 
 

@@ -30,7 +30,7 @@ _VERDICT_SECONDS = 10.0
 _LEAVE_SECONDS = 60.0
 #: What a collective says when another rank is gone or stuck.
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "nccl", "connection refused")
-_SILENT = "died without a word (killed, out of memory, or its machine is gone)"
+_SILENT = "died without an error message (killed, out of memory, or its machine is gone)"
 
 _current: Watch | None = None
 
@@ -228,5 +228,5 @@ def _verdict(peers: dict[int, _Peer]) -> dict[str, Any]:
     if not first.lost:
         return {"rank": order[0], "line": f"{first.name} {first.reason}"}
     quiet = [peer.name for rank, peer in sorted(peers.items()) if rank not in failed and not peer.left]
-    stuck = f"; no word from {', '.join(quiet[:4])}" if quiet else ""
-    return {"rank": -1, "line": f"{first.name} waited in vain for the others ({first.reason}){stuck}"}
+    stuck = f"; nothing heard from {', '.join(quiet[:4])}" if quiet else ""
+    return {"rank": -1, "line": f"{first.name} timed out waiting for the others ({first.reason}){stuck}"}

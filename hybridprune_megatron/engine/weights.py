@@ -102,14 +102,14 @@ def _tensors_to_load(module: MegatronModule, names: Iterable[str], path: Path) -
         names: all keys of the file.
 
     Raises:
-        ValueError: the file has adapters and the model has not.
+        ValueError: the file has adapters and the model does not.
     """
     sharded = _sharded_tensors(module)
     if not any(is_adapter(name) for name in names):
         return {name: entry for name, entry in sharded.items() if not is_adapter(name)}
     if not any(is_adapter(name) for name in sharded):
         raise ValueError(
-            f"model.init_checkpoint={path} holds adapters that the model has not: set the tuning.lora of its run, or "
+            f"model.init_checkpoint={path} holds adapters that the model lacks: set the tuning.lora of its run, or "
             "merge them into the weights (scripts/save_weights.py)"
         )
     return sharded
@@ -160,7 +160,7 @@ def _refuse_unused(left: Iterable[str], path: Path) -> None:
     """A weight that no rank's model has means that the file is of another model."""
     first = min(left, default=None)
     if first is not None:
-        raise ValueError(f"model.init_checkpoint={path} holds weights that the model has not: {first}; check model=...")
+        raise ValueError(f"model.init_checkpoint={path} holds weights that the model lacks: {first}; check model=...")
 
 
 def _local_part(entry: ShardedTensor | ShardedTensorFactory, full: torch.Tensor, path: Path) -> torch.Tensor:

@@ -122,7 +122,7 @@ def read_samples(folder: Path) -> Iterator[StoredSample]:
             count += 1
             yield StoredSample(key, messages, meta, stored_videos(parts), shard)
     if not count:
-        raise ValueError(f"data.validation={folder}: none of its samples can be read; write it anew")
+        raise ValueError(f"data.validation={folder}: none of its samples can be read; write it again")
 
 
 def read_clips(folder: Path) -> Iterator[Clip]:

@@ -18,11 +18,11 @@ _HEAD = """# Performance
 
 <!-- Made by `python recipes/benchmark.py --page` from docs/performance/*.json. Do not edit by hand. -->
 
-The language model alone, random weights and embeddings, one sample; medians, candidates in turn. *Limit* is the ratio
-of counted operations ([planner.md](planner.md)). Before anything is timed, logits are compared: with transformers', and
-the reduced model's with its own layers run one by one.
+The language model alone, random weights and embeddings, one sample; medians, candidates measured in turn. *Limit* is
+the ratio of counted operations ([analysis.md](analysis.md#what-is-counted)). Before anything is timed, logits are
+compared: with transformers', and the reduced model's with its own layers run one by one.
 
-On a GPU: not measured, none could be had. `make bench` on one measures prefill at the 12B model's dimensions, FP8
+Not measured on a GPU: none was available. `make bench` on one measures prefill at the 12B model's dimensions, FP8
 against bf16, and every operator's share of the copy bandwidth.
 """
 

@@ -106,8 +106,8 @@ def _source_of(kind: type[Score]) -> str:
             names.append(package if node.level else node.module or "")
         if package in (name.partition(".")[0] for name in names):
             raise ValueError(
-                f"reduction.score={kind.name}: its file imports from its own package, {package}, and an export takes "
-                "this one file along; put what the score needs into it"
+                f"reduction.score={kind.name}: its file imports from its own package, {package}, and an export copies "
+                "this one file only; put what the score needs into it"
             )
     return text
 

@@ -2,7 +2,7 @@
 
 A second question in the same chat continues over the caches of the first one, or prefills the video again:
 
-- ``generate(input_ids=chat_so_far_and_question, past_key_values=cache)`` goes on. The second question reads what the
+- ``generate(input_ids=chat_so_far_and_question, past_key_values=cache)`` continues. The second question reads what the
   first one kept, layer by layer, and every token since; it scores nothing and drops nothing. A token that the
   first question dropped after layer l is gone for all layers after l, and for the attention of none before; its trace
   in the Mamba states of layers up to l remains.

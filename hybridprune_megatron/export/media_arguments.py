@@ -64,7 +64,7 @@ def named_media(conversations: Iterable[Sequence[Mapping[str, Any]]], kind: str)
             allowed = "one image" if kind == "image" else "one file, or the frames as arrays, tensors or PIL images"
             raise ValueError(f"{kind} part with a list of {held}: give {allowed}")
         if kind == "video" and _is_picture(source):
-            raise ValueError("video part with one picture: give a list of frames, or make it an image part")
+            raise ValueError("video part with one image: give a list of frames, or make it an image part")
         found.append(source)
     return found
 

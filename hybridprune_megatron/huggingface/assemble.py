@@ -33,7 +33,7 @@ class AssembledWeights:
     def __init__(self, language: TranslatedWeights, tower: TranslatedWeights, vision: Mapping[str, Any]) -> None:
         if language.table.blocks or tower.table.family != "radio":
             raise ValueError(
-                "--tower wants a folder of model_type radio beside one of a language model without a tower"
+                "--tower needs a folder of model_type radio beside one of a language model without a tower"
             )
         self.parts = (language, tower)
         _, hidden = language.files.shape(language.table.by_ours[_EMBEDDING].theirs[0])

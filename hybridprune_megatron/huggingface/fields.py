@@ -232,7 +232,7 @@ class Fields:
 
     def __init__(self, values: Any, section: Section, where: str = "") -> None:
         if not isinstance(values, Mapping):
-            raise ValueError(f"config.json has {where.rstrip('.')}={shown(values)}: an object is wanted")
+            raise ValueError(f"config.json has {where.rstrip('.')}={shown(values)}: expected an object")
         self.where = where
         self.values: dict[str, Any] = {}
         known = section.read | section.inert | section.only.keys()
@@ -263,21 +263,21 @@ class Fields:
         """A whole number from ``lowest`` on."""
         value = self._wanted(name, default)
         if type(value) is not int or not lowest <= value <= LARGEST:
-            raise self.refusal(name, f"a whole number from {lowest} to {LARGEST} is wanted")
+            raise self.refusal(name, f"expected a whole number from {lowest} to {LARGEST}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number above 0."""
         value = self._wanted(name, default)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.refusal(name, "a finite number above 0 is wanted")
+            raise self.refusal(name, "expected a finite number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._wanted(name, default)
         if type(value) is not bool:
-            raise self.refusal(name, "true or false is wanted")
+            raise self.refusal(name, "expected true or false")
         return value
 
     def colours(self, name: str) -> list[float]:
@@ -285,7 +285,7 @@ class Fields:
         value = self._wanted(name, None)
         fits = isinstance(value, list) and len(value) == 3 and all(type(each) in (int, float) for each in value)
         if not fits or not all(map(math.isfinite, value)):
-            raise self.refusal(name, "three finite numbers are wanted")
+            raise self.refusal(name, "expected three finite numbers")
         return [float(each) for each in value]
 
     def refusal(self, name: str, words: str, value: Any = None) -> ValueError:
@@ -313,5 +313,5 @@ def dims(shape: Shape, name: str, count: int) -> tuple[int, ...]:
     """
     found = shape(name)
     if len(found) != count or not all(found):
-        raise ValueError(f"{name} is {found} in the folder: {count} dimensions are wanted")
+        raise ValueError(f"{name} is {found} in the folder: expected {count} dimensions")
     return found

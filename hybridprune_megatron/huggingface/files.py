@@ -16,7 +16,7 @@ from hybridprune_megatron.config.inside import file_inside
 from hybridprune_megatron.config.outputs import check_apart
 from hybridprune_megatron.huggingface.source import INDEX_FILE, Weights
 
-#: What a tokenizer folder may hold; anything else in it (weights, other configurations) stays behind.
+#: What a tokenizer folder may hold; anything else in it (weights, other configurations) is not copied.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -140,9 +140,9 @@ def pattern_of(language: Fields) -> str:
     symbols = {word: symbol for symbol, kind in KINDS.items() for word in kind.huggingface}
     kinds, text = language.get("layers_block_type"), language.get("hybrid_override_pattern")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-        raise language.refusal("layers_block_type", "a list of names is wanted")
+        raise language.refusal("layers_block_type", "expected a list of names")
     if text is not None and not isinstance(text, str):
-        raise language.refusal("hybrid_override_pattern", "a text is wanted")
+        raise language.refusal("hybrid_override_pattern", "expected a text")
     pattern = text or "".join(symbols.get(kind, "?") for kind in kinds or ())
     odd = "".join(sorted(set(pattern) - set(KINDS))) or "none"
     if not pattern or odd != "none":
@@ -220,7 +220,7 @@ def _lowest_step(language: Fields, table: WeightNames) -> float:
         return 0.0
     bounds = [_bound(each) for each in limit] if isinstance(limit, list) else []
     if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1]:
-        raise language.refusal("time_step_limit", "two bounds are wanted, 0 or more, rising")
+        raise language.refusal("time_step_limit", "expected two bounds, 0 or more, rising")
     # Of theirs, transformers leaves the lower bound unread, and the original code does not.
     if bounds[1] < _NO_LIMIT or (bounds[0] and table.family != "hybridprune"):
         raise language.refusal("time_step_limit", "only [0.0, Infinity], no clamp, is supported")
@@ -261,7 +261,7 @@ def _own_group(kind: type[ExpertsConfig | VisionConfig], fields: Fields, name: s
     """A group of our configuration inside of our own config.json."""
     values = fields.get(name)
     if not isinstance(values, dict) or any(isinstance(value, str | dict) for value in values.values()):
-        raise fields.refusal(name, "an object of numbers is wanted")
+        raise fields.refusal(name, "expected an object of numbers")
     try:
         group = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except OmegaConfBaseException as error:

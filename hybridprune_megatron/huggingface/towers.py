@@ -116,7 +116,7 @@ def _args(tower: Fields) -> Mapping[str, Any]:
     """The arguments of the tower's training, where RADIO's own configuration says what it is built like."""
     args = tower.get("args") or {}
     if not isinstance(args, Mapping):
-        raise tower.refusal("args", "an object is wanted")
+        raise tower.refusal("args", "expected an object")
     for name, allowed in TOWER_ARGS_ONLY.items():
         if args.get(name) not in allowed:
             raise tower.refusal(f"args.{name}", f"only {shown(allowed[-1])} is supported", args[name])

@@ -71,7 +71,7 @@ def group_means(values: Tensor, group: Tensor, num_groups: int) -> Tensor:
         num_groups: number of groups (host).
 
     Returns:
-        [num_groups, ...] in the dtype of ``values``; a group of one row is that row, bit for bit.
+        [num_groups, ...] in the dtype of ``values``; a group of one row is bitwise that row.
     """
     sizes = torch.zeros(num_groups, dtype=torch.int64, device=values.device).scatter_add_(
         0, group, torch.ones_like(group)

@@ -30,7 +30,7 @@ def smoothed(scores: Tensor, layout: TokenLayout, num_frames: int) -> Tensor:
     if not num_frames or not layout.frame_videos:
         return scores
     where = (layout.visual_frame, layout.visual_patch)
-    # Scores and how many of them there are, side by side, behind an empty frame: [2, frames + 1, patches].
+    # Scores and how many of them there are, side by side, after an empty frame: [2, frames + 1, patches].
     grid = torch.zeros(
         2, len(layout.frame_videos) + 1, layout.patches_per_frame, dtype=torch.float64, device=scores.device
     )
@@ -47,7 +47,7 @@ def with_frame(scores: Tensor, layout: TokenLayout, share: float) -> Tensor:
     """Every token's score plus a share of the highest one in its frame.
 
     ``s_j := s_j + share * max_{j' in frame of j} s_j'``, over the tokens that are still there. Where something lies in
-    its frame stands in the tokens around it as much as in its own, so an important token keeps some of its neighbours.
+    its frame is held by the tokens around it as much as by its own, so an important token keeps some of its neighbours.
     Nothing waits for the device.
 
     Args:

@@ -51,7 +51,7 @@ def build_model(
             themselves, where they can (see ``transformer_config``).
 
     Raises:
-        ValueError: a scorer, layer or budget that does not exist, or a spec or FP8 that cannot be had here.
+        ValueError: a scorer, layer or budget that does not exist, or a spec or FP8 that is not available here.
     """
     config = transformer_config(cfg, meta=meta, fused_gradients=fused_gradients)
     with torch.device("meta") if meta else nullcontext():
@@ -137,7 +137,7 @@ def transformer_config(cfg: Config, *, meta: bool = False, fused_gradients: bool
             and one switch holds for all, so without apex nothing is fused.
 
     Raises:
-        ValueError: a spec or FP8 that cannot be had here.
+        ValueError: a spec or FP8 that is not available here.
     """
     model, parallel = cfg.model, cfg.parallel
     spec = resolve_spec(model.spec)

@@ -1,4 +1,4 @@
-"""Convolution and scan behind one interface: ``ops/`` anywhere, causal-conv1d and mamba_ssm kernels on a GPU."""
+"""Convolution and scan with one interface: ``ops/`` anywhere, causal-conv1d and mamba_ssm kernels on a GPU."""
 
 from __future__ import annotations
 

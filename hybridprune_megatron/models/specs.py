@@ -1,4 +1,4 @@
-"""Two sets of layer specs behind the same module names and checkpoint keys.
+"""Two sets of layer specs with the same module names and checkpoint keys.
 
 ``torch``: plain torch, anywhere. ``te``: Transformer Engine, mamba_ssm and causal-conv1d, on a GPU. Both put the
 layer's norm into the linear that follows it, as megatron's own hybrid spec does, so a checkpoint of one loads into the
@@ -40,7 +40,7 @@ def resolve_spec(name: str) -> str:
     """ "auto" becomes "te" where a GPU and its packages are there, else "torch".
 
     Raises:
-        ValueError: "te" is asked for and cannot be had.
+        ValueError: "te" is asked for and not available.
     """
     missing = missing_gpu_packages()
     if name == "te" and (missing or not torch.cuda.is_available()):

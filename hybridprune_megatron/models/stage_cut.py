@@ -1,6 +1,6 @@
-"""What crosses a pipeline stage cut: hidden states, and with them which tokens of the packed sequence these are.
+"""What crosses a pipeline boundary: hidden states, and with them which tokens of the packed sequence these are.
 
-The stage behind a cut has the same batch and so knows every length, but which visual tokens are left was decided by
+The stage after a boundary has the same batch and so knows every length, but which visual tokens are left was decided by
 what the stages before computed. A few more columns beside the hidden states tell it; no message of their own, and no
 exchange of shapes, for both sides compute them (``StageCommunicator``).
 """
@@ -51,7 +51,7 @@ class StageCommunicator(P2PCommunicator):
     """Megatron's communication between stages, told all shapes instead of exchanging them. For one pass of a schedule.
 
     Messages of one direction arrive in the order in which the schedule runs chunks of layers and micro-batches, which
-    both sides know. Only the two directions can be taken for each other, where a stage is both before and behind
+    both sides know. Only the two directions can be taken for each other, where a stage is both before and after
     another (two stages, interleaved): gloo tells them apart by a tag, for nccl megatron gives each a group.
 
     Args:

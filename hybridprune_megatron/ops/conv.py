@@ -31,7 +31,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, sample_lengths: Sequenc
 
 
 def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor, sample_lengths: Sequence[int]) -> Tensor:
-    """``silu(causal_conv(...))``; natively the same digits with and without gradients, as recomputation wants."""
+    """``silu(causal_conv(...))``; natively bitwise the same with and without gradients, as recomputation needs."""
     ops = native_on_cpu(x, weight, bias)
     if ops is None:
         return nn.functional.silu(causal_conv(x, weight, bias, sample_lengths))

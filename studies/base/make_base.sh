@@ -1,6 +1,6 @@
 #!/bin/bash
 # Makes assets/demo/base.safetensors again: data, two stages of training without reduction, and the file. About an hour
-# on two CPU cores. Killed and started again, it goes on where it was.
+# on two CPU cores. Killed and started again, it resumes where it was.
 set -eu
 cd "$(dirname "$0")/../.."
 python=.venv/bin/python

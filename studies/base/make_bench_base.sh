@@ -1,5 +1,5 @@
 #!/bin/bash
-# Makes what recipes/study.py starts from. Killed and started again, it goes on where it was.
+# Makes what recipes/study.py starts from. Killed and started again, it resumes where it was.
 #   studies/base/make_bench_base.sh data   the data for the base model that is in the repository: runs/bench/clips and
 #                                          runs/bench/features (some minutes on two CPU cores)
 #   studies/base/make_bench_base.sh        the base model anew as well, assets/bench/base.safetensors (some hours)

@@ -51,7 +51,7 @@ class BenchTask:
     """How the samples of a benchmark look.
 
     Attributes:
-        frames: frames of a clip, at least 4, one a quarter.
+        frames: frames of a clip, at least 4, one per quarter.
         seconds: length of a clip; frames are spread evenly over it.
         size: side of a clip in pixels.
         visible_frames: fewest and most frames in which a needle is seen, all within its quarter of the clip.
@@ -71,7 +71,7 @@ class BenchTask:
 
     def __post_init__(self) -> None:
         if self.frames < len(MOMENTS):
-            raise ValueError(f"--frames {self.frames}: at least {len(MOMENTS)}, one a quarter")
+            raise ValueError(f"--frames {self.frames}: at least {len(MOMENTS)}, one per quarter")
         if self.seconds < 1:
             raise ValueError(f"--seconds {self.seconds}: at least 1")
         if self.size < 64 or self.size % 2:

@@ -32,7 +32,7 @@ NUM_STRONGEST = 2
 
 #: What finetuning draws its budgets from: one checkpoint for every budget.
 RANDOM_BUDGETS = ("tuning=random_budget", "tuning.budget.distribution=loguniform")
-#: A front hands on a fixed share, so a checkpoint behind it is finetuned at the headline budget.
+#: A front passes on a fixed share, so a checkpoint with it is finetuned at the headline budget.
 FIXED_BUDGET = ()
 
 
@@ -91,9 +91,9 @@ METHODS = (
     Method("uniform", "uniform stride", ("reduction=uniform",)),
     Method("fastv", "FastV", ("reduction=fastv",)),
     Method("pyramiddrop", "PyramidDrop", ("reduction=pyramiddrop",)),
-    Method("evs", "EVS in front", ("reduction=evs",), tuning=FIXED_BUDGET),
+    Method("evs", "EVS before the LM", ("reduction=evs",), tuning=FIXED_BUDGET),
     Method("utrc", "UTRC (output norm, merging)", ("reduction=utrc",)),
-    Method("tome", "ToMe in front", ("reduction=tome",), tuning=FIXED_BUDGET),
+    Method("tome", "ToMe before the LM", ("reduction=tome",), tuning=FIXED_BUDGET),
     # What version 0.1 recommended.
     Method(
         "attention_frames",
@@ -135,14 +135,14 @@ METHODS = (
     ),
     Method(
         "evs_query",
-        "EVS in front and 0.1 (all layers) inside",
+        "EVS before the LM and 0.1 (all layers) inside",
         ("reduction=evs_query", *FIRST),
         ours=True,
         tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),
     ),
     Method(
         "evs_attention",
-        "EVS in front and 0.1 (attention layers) inside",
+        "EVS before the LM and 0.1 (attention layers) inside",
         ("reduction=evs_attention",),
         ours=True,
         tuning=(*RANDOM_BUDGETS, "tuning.budget.high=0.5"),
@@ -265,6 +265,6 @@ def strongest_baselines(rows: dict[str, Any]) -> list[str]:
 
 
 def rows_of(rows: Sequence[dict[str, Any]] | Any, stage: str, method: str, budget: float) -> list[dict[str, Any]]:
-    """The rows of one table cell, one a seed, in the order of their seeds."""
+    """The rows of one table cell, one per seed, in the order of their seeds."""
     found = [row for row in rows if row["stage"] == stage and row["method"] == method and row["budget"] == budget]
     return sorted(found, key=lambda row: row["seed"])

@@ -20,7 +20,7 @@ class Estimate:
         mean: over samples and seeds.
         low: 2.5 % quantile.
         high: 97.5 % quantile.
-        seeds: number of seeds behind it.
+        seeds: number of seeds that it is from.
     """
 
     mean: float
@@ -38,7 +38,7 @@ def accuracy(rows: Sequence[dict[str, Any]]) -> Estimate:
     """Accuracy of one cell.
 
     Args:
-        rows: one a seed; "correct" holds a 0 or 1 for every held-out sample, in the same order in all rows.
+        rows: one per seed; "correct" holds a 0 or 1 for every held-out sample, in the same order in all rows.
     """
     return mean_of(_right(rows), len(rows))
 

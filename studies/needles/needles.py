@@ -93,7 +93,7 @@ class NeedleTask:
 
     def __post_init__(self) -> None:
         if self.frames != 1 and self.frames < len(MOMENTS):
-            raise ValueError(f"--frames {self.frames}: 1 for stills, or at least {len(MOMENTS)}, one a quarter")
+            raise ValueError(f"--frames {self.frames}: 1 for stills, or at least {len(MOMENTS)}, one per quarter")
         if self.size < 64 or self.size % 2:
             raise ValueError(f"--size {self.size}: an even number of pixels from 64")
         if not 1 <= self.needles <= len(PLACES):

@@ -22,7 +22,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("linears reach 0.8 of the peak", {"linear": 0.8}),
     ("the scan reaches 0.05 of the peak", {"scan": 0.05}),
     ("collectives half as fast", {"wire": 0.4}),
-    ("nothing runs beside products", {"overlap": 0.0}),
+    ("no communication is overlapped", {"overlap": 0.0}),
 )
 
 
@@ -166,4 +166,4 @@ def _by_kind(columns: Mapping[str, Mapping[str, float]], words: Callable[[float]
     for kind in dict.fromkeys(kind for column in columns.values() for kind in column):
         cells = [words(column[kind]) if kind in column else "" for column in columns.values()]
         yield f"| {kind} | {' | '.join(cells)} |"
-    yield f"| together | {' | '.join(words(sum(column.values())) for column in columns.values())} |"
+    yield f"| total | {' | '.join(words(sum(column.values())) for column in columns.values())} |"

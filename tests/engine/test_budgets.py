@@ -88,7 +88,7 @@ def test_resumed_run_draws_as_one_that_was_left_alone(tmp_path: Path) -> None:
     run_world(1, _write_weights, str(tmp_path / "weights.safetensors"))
     whole = _digits(run_world(1, run_job, _job(tmp_path / "whole"), 0.0, "", False, True)[0])
     killed = _job(tmp_path / "killed")
-    with pytest.raises(AssertionError, match="died without a word"):
+    with pytest.raises(AssertionError, match="died without an error message"):
         run_world(1, run_job, killed, 0.0, "step:4", False, True)
     assert _digits(run_world(1, run_job, killed, 0.0, "", False, True)[0]) == whole
     # The draws decide about the digits, or the lines above would say nothing about them.

@@ -87,7 +87,7 @@ def _wrong_weights(folder: Path) -> None:
     too_few = {key: value for key, value in right.items() if key != name}
     for wrong, message in (
         (too_small, r"output_layer.weight is \(63, 32\), in the model \(64, 32\)"),
-        (too_many, "holds weights that the model has not: extra.weight"),
+        (too_many, "holds weights that the model lacks: extra.weight"),
         (too_few, "has no weight 'output_layer.weight'"),
     ):
         save_file({key: value.clone() for key, value in wrong.items()}, path)

@@ -161,7 +161,7 @@ def test_killed_run_goes_on_with_another_number_of_processes(
 ) -> None:
     """(processes, tensor size) before and after, through Lightning."""
     (first, first_tensor), (second, second_tensor) = before, after
-    with pytest.raises(AssertionError, match="died without a word"):
+    with pytest.raises(AssertionError, match="died without an error message"):
         run_world(first, run_job, tiny_job(tmp_path, first_tensor), 0.0, "step:5")
     rows = run_world(second, run_job, tiny_job(tmp_path, second_tensor), 0.0)[0]
     for found, expected in zip(rows, whole_run, strict=True):

@@ -12,7 +12,7 @@ from hybridprune_megatron.engine.run_lock import hold_folder, release_folder
 from tests.engine.job import run_job, tiny_job
 from tests.worlds import run_world
 
-_KILLED = "died without a word"
+_KILLED = "died without an error message"
 
 
 def _digits(rows: list[dict[str, Any]]) -> list[tuple]:

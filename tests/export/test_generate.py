@@ -119,7 +119,7 @@ def along(model, inputs, answer: torch.Tensor, use_cache: bool) -> torch.Tensor:
 
 
 def test_in_bf16_caches_round_otherwise_and_are_as_near_to_the_exact_logits(world, inputs) -> None:
-    """So tokens whose logits lie that close may change; docs/export.md says how often."""
+    """So tokens whose logits lie that close may change; docs/models.md says how often."""
 
     def loaded(dtype: torch.dtype):
         settings = {"trust_remote_code": True, "reduction": None, "dtype": dtype}

@@ -160,7 +160,7 @@ def test_keys_that_hold_none_say_nothing(world) -> None:
         ({"type": "video"}, "video part without a file"),
         ({"type": "video", "video": ["a.png", "b.png"]}, "video part with a list of str: give one file, or the frames"),
         ({"type": "video", "video": []}, "video part with a list of nothing"),
-        ({"type": "video", "video": FRAMES[0]}, "video part with one picture"),
+        ({"type": "video", "video": FRAMES[0]}, "video part with one image"),
         ({"type": "image", "image": list(FRAMES)}, "image part with a list of ndarray: give one image"),
     ],
 )

@@ -90,7 +90,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, undistur
 def test_background_save_holds_the_values_of_its_step(tmp_path: Path, undisturbed: list[tuple[Any, ...]]) -> None:
     """The writer of step 3 works after steps 4 and 5 have changed the weights; the run dies in step 6."""
     job = tiny_job(tmp_path, async_save=True)
-    with pytest.raises(AssertionError, match="died without a word"):
+    with pytest.raises(AssertionError, match="died without an error message"):
         run_world(1, run_with_gate_then_die, job, tmp_path / "gate")
     assert _names(tmp_path) == ["step_00000003"]
     assert _digits(run_world(1, run_job, job)[0]) == undisturbed
@@ -119,7 +119,7 @@ def test_crash_during_a_background_save_leaves_the_former_one(
     tmp_path: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:
     job = tiny_job(tmp_path, async_save=True)
-    with pytest.raises(AssertionError, match="died without a word"):
+    with pytest.raises(AssertionError, match="died without an error message"):
         run_world(1, run_with_gate, job, 6, tmp_path / "gate", "step:8")
     assert _names(tmp_path) == ["step_00000003"]
     assert list((tmp_path / "checkpoints").glob("step_00000006.*.incomplete"))

@@ -79,7 +79,7 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
         in_save = kill % 2 == 0
         job = _job(tmp_path / "killed", async_save=kill % 4 == 0)
         count = draw.randint(0, 1) if in_save else draw.randint(0, 4)
-        with pytest.raises(AssertionError, match="died without a word"):
+        with pytest.raises(AssertionError, match="died without an error message"):
             run_world(1, _run, job, in_save, count, draw.uniform(0, 1.2), seconds)
     rows, _ = run_world(1, _run, _job(tmp_path / "killed"), None, 0, 0.0, 0.0)[0]
     assert len(rows) == _STEPS

@@ -147,10 +147,10 @@ def _index_of(*operations: bytes) -> bytes:
         (_index_of(b"cbuiltins\neval\n(S'1'\ntR"), "would import builtins.eval"),
         # Would set an attribute of torch's own class.
         (_index_of(b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}S'x'\nI1\nstb"), "missing 1 required"),
-        (_index_of(b"}"), "a Metadata is wanted where it has dict"),
+        (_index_of(b"}"), "expected a Metadata where it has dict"),
         (
             _index_of(b"ctorch.distributed.checkpoint.metadata\nMetadata\n)\x81"),
-            "a Metadata is wanted where it has Metadata",
+            "expected a Metadata where it has Metadata",
         ),
         (b"", "Ran out of input"),
         (b"\x80\x04garbage", "not a checkpoint index"),
@@ -251,7 +251,7 @@ def test_a_deeper_model_is_not_cut_to_fit(tiny: SimpleNamespace, folder: Path) -
         index.storage_data[MetadataIndex(extra, (0, 0))] = index.storage_data[place_of(index)]
 
     change(folder, how)
-    with pytest.raises(ValueError, match=f"holds weights that the model has not: {extra}"):
+    with pytest.raises(ValueError, match=f"holds weights that the model lacks: {extra}"):
         load_initial_weights(tiny.model, folder)
 
 

@@ -51,7 +51,7 @@ def test_data_of_the_wrong_kind(refusal: Refusal, tmp_path: Path) -> None:
         f"data.train={tmp_path}/rows.jsonl: is a file; give an Energon data set's folder or a metadataset .yaml"
     )
     assert refusal(f"data.validation={tmp_path}/videos").startswith(
-        f"data.validation={tmp_path}/videos: is not an Energon data set, for it has no folder .nv-meta"
+        f"data.validation={tmp_path}/videos: is not an Energon data set: it has no folder .nv-meta"
     )
     assert "File name too long" in refusal(f"data.train={tmp_path}/{'x' * 300}")
 

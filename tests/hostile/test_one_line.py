@@ -176,9 +176,9 @@ def test_recipes_refuse_in_one_line(
     ("option", "value", "line"),
     [
         ("--question", " ", "--question is empty"),
-        ("--video", "gone.mp4", "--video gone.mp4: is no file"),
-        ("--video", ".", "--video .: is no file"),
-        ("--model", ".", "--model .: is no folder with a config.json"),
+        ("--video", "gone.mp4", "--video gone.mp4: is not a file"),
+        ("--video", ".", "--video .: is not a file"),
+        ("--model", ".", "--model .: is not a folder with a config.json"),
         ("--budget", "nan", "--budget nan: must be above 0 and at most 1"),
         ("--max-new-tokens", "0", "--max-new-tokens 0: from 1 to"),
         ("--max-new-tokens", "9" * 30, f"--max-new-tokens {'9' * 30}: from 1 to"),

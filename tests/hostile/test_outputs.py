@@ -200,7 +200,7 @@ def test_an_import_eats_nothing(twins: dict[str, Path], refused: Refused, tmp_pa
     assert "has no folder model" in refused(lambda: main(missing))
     (tmp_path / "conf" / "model" / "linked.yaml").symlink_to(tmp_path / "mine" / "made.yaml")
     linked = [str(source), "--name", "linked", "--conf", str(tmp_path / "conf"), "--out", str(tmp_path / "new")]
-    assert "is there with other values" in refused(lambda: main(linked))
+    assert "exists with other values" in refused(lambda: main(linked))
     (tmp_path / "conf" / "model" / "linked.yaml").unlink()
     assert contents(tmp_path) == before
     for _ in range(2):

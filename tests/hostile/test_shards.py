@@ -146,7 +146,7 @@ def test_too_many_end_the_job_in_one_line_and_nothing_else(tmp_path: Path, capfd
     line = str(caught.value)
     assert re.match(r"1 of [1-6] samples are bad \(1 malformed\), above data\.max_bad_share=0\.0; ", line)
     assert "the last one: sample text-3: content part {'text': 'Where?', 'type': ['text']}" in line
-    assert line.endswith("; mend the data or raise data.max_bad_share")
+    assert line.endswith("; fix the data or raise data.max_bad_share")
     assert "\n" not in line
     # Nothing of what Energon and torch wrote around it is printed with it.
     assert caught.value.__cause__ is None

@@ -212,7 +212,7 @@ def _base_and_back(folder: str) -> None:
         load_initial_weights(adapted, path)
         assert torch.equal(_logits(adapted), logits)
     for path in write(_build(*_EVERYWHERE), "adapted", tiny_config(*_EVERYWHERE)):
-        with pytest.raises(ValueError, match=r"holds adapters that the model has not: .*save_weights"):
+        with pytest.raises(ValueError, match=r"holds adapters that the model lacks: .*save_weights"):
             load_initial_weights(_build(noise=False), path)
         # Some adapters missing is another model, not a base.
         with pytest.raises(ValueError, match=r"of another model|in the model \(4"):

@@ -21,7 +21,7 @@ OURS = "contrast"
 FIRST = ("reduction.score.mamba_contrast=false", "reduction.schedule.floor=null", "reduction.select.frame_share=0.0")
 #: The same for schedules that have no floor.
 FIRST_STEP = (FIRST[0], FIRST[2])
-#: What `hybridprune solve` printed for this model, from 128 clips that are in no table (docs/planner.md).
+#: What `hybridprune solve` printed for this model, from 128 clips that are in no table (docs/analysis.md).
 SOLVED = (
     "reduction.schedule={name:listed,retention:"
     "[1,0.75,0.25,0.25,0.25,0.15,0.15,0.15,0.15,0.15,0.15,0.15,0.15,0.15,0.15,0]}"

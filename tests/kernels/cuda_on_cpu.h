@@ -1,7 +1,8 @@
 // Runs CUDA kernels on a CPU, so that their arithmetic, indices and barriers are tested where there is no GPU.
 //
-// A block's threads are fibers of one thread of the host. A fiber runs until it waits for its block or its warp; then the
-// next one runs. Blocks run one after the other.
+// A block's threads are fibers of one thread of the host. A fiber runs until it waits for its block or its warp; then
+// another one runs, in an order that is drawn anew each time, as warps run ahead of each other on a device. Blocks run one
+// after the other. Accesses to several numbers at once are refused where a device would refuse them.
 #pragma once
 
 #include <setjmp.h>
@@ -13,6 +14,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -71,10 +73,14 @@ class Block {
       fibers[i].context.uc_link = nullptr;
       makecontext(&fibers[i].context, &Block::enter, 0);
     }
-    volatile int left = threads;
+    order.resize(threads);
+    for (int i = 0; i < threads; ++i) order[i] = i;
+    volatile int left = threads, turn = 0;
     while (left > 0) {
       const volatile int before = progress;
-      for (current = 0; current < threads; ++current) {
+      std::shuffle(order.begin(), order.end(), generator);
+      for (turn = 0; turn < threads; ++turn) {
+        current = order[turn];
         if (fibers[current].done || !may_run(fibers[current])) continue;
         threadIdx.x = current;
         // Contexts switch by system calls, so only a fiber's first start is one.
@@ -88,7 +94,14 @@ class Block {
       }
       if (before == progress) throw std::runtime_error("a barrier that not all threads reach");
     }
+    if (misaligned) {
+      misaligned = false;
+      throw std::runtime_error("an access to an address that does not divide by its size");
+    }
   }
+
+  // Fibers cannot throw: what happened is said when all of them are through.
+  bool misaligned = false;
 
   // Waits until all living threads of the block (or of the warp) have come here as often as this one.
   void wait(bool warp) {
@@ -130,6 +143,8 @@ class Block {
   }
 
   std::vector<Fiber> fibers;
+  std::vector<int> order;
+  std::mt19937 generator{1};
   Exchange exchanges[32];
   std::function<void()> start;
   jmp_buf scheduler_jump;
@@ -141,6 +156,17 @@ inline void Block::enter() {
   running.start();
   running.fibers[running.current].done = true;
   _longjmp(running.scheduler_jump, 1);
+}
+
+template <typename V>
+const V& vector_at(const void* at) {
+  running.misaligned |= reinterpret_cast<uintptr_t>(at) % sizeof(V) != 0;
+  return *static_cast<const V*>(at);
+}
+template <typename V>
+V& vector_at(void* at) {
+  running.misaligned |= reinterpret_cast<uintptr_t>(at) % sizeof(V) != 0;
+  return *static_cast<V*>(at);
 }
 
 inline void __syncthreads() { running.wait(false); }

@@ -91,6 +91,26 @@ def test_contrast_of_all_settings(backend, sizes, dtype, pooling, dt, name):
     torch.testing.assert_close(*mamba_pair(backend, scorer, mamba_of(layout, *sizes, dtype), layout), **CLOSE)
 
 
+def shifted(rows: torch.Tensor) -> torch.Tensor:
+    """The same numbers, contiguous, one element after an address that divides by 16."""
+    whole = rows.new_empty(rows.numel() + 1)
+    whole[1:] = rows.flatten()
+    return whole[1:].view(rows.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_may_start_anywhere(backend, dtype):
+    layout = layout_of("packed", device_of(backend))
+    attention, mamba = attention_of(layout, 6, 2, 64, dtype), mamba_of(layout, 2, 4, 64, dtype)
+    moved_attention = replace(attention, q=shifted(attention.q), k=shifted(attention.k))
+    moved_mamba = replace(mamba, B=shifted(mamba.B), C=shifted(mamba.C))
+    for function in ("identity", "softmax"):
+        scorer = QueryScorer(mamba_function=function, mamba_contrast=function == "identity")
+        assert torch.equal(*(fast_mamba(backend, each, layout, scorer) for each in (mamba, moved_mamba)))
+    pair = (fast_attention(backend, each, layout, QueryScorer()) for each in (attention, moved_attention))
+    assert torch.equal(*pair)
+
+
 def test_contrast_keeps_what_plain_torch_keeps(backend):
     """500 random packs: an offset that all tokens share, signs that differ by head, tokens that are repeated.
 

@@ -25,6 +25,12 @@ void launch(void (*kernel)(Params...), dim3 grid, int threads, cudaStream_t stre
   if (error != cudaSuccess) throw std::runtime_error(std::string("kernel launch: ") + cudaGetErrorString(error));
 }
 
+// Several numbers in one access; the address divides by the size of V.
+template <typename V>
+__device__ __forceinline__ const V& vector_at(const void* at) { return *static_cast<const V*>(at); }
+template <typename V>
+__device__ __forceinline__ V& vector_at(void* at) { return *static_cast<V*>(at); }
+
 // D += A B^T on tensor cores for one warp: A is 16 x 16 (row by row), B 8 x 16 (row by row), D 16 x 8 in float32.
 // With g = lane / 4 and t = lane % 4 a lane holds of A the pairs (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8), of
 // B the pairs (g, 2t), (g, 2t + 8), of D (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1): PTX ISA, mma.m16n8k16.

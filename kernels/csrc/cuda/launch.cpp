@@ -34,6 +34,12 @@ at::Tensor scratch(const at::Tensor& like, at::IntArrayRef sizes, at::ScalarType
   return at::empty(sizes, like.options().dtype(type));
 }
 
+// Contiguous, and from an address that divides by what a kernel loads at once: a view may start anywhere.
+at::Tensor readable(const at::Tensor& tensor) {
+  const at::Tensor rows = tensor.contiguous();
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : rows.clone();
+}
+
 // What the kernels read, contiguous, and kept alive.
 struct AttentionTensors {
   at::Tensor q, k, query_positions, key_positions, always_seen, query_offsets, key_offsets;
@@ -43,8 +49,8 @@ struct AttentionTensors {
                    const at::Tensor& key_positions_in, const std::optional<at::Tensor>& always_seen_in,
                    const at::Tensor& query_offsets_in, const at::Tensor& key_offsets_in) {
     check_attention(q_in, k_in, query_positions_in, key_positions_in, always_seen_in, query_offsets_in, key_offsets_in);
-    q = q_in.contiguous();
-    k = k_in.contiguous();
+    q = readable(q_in);
+    k = readable(k_in);
     query_positions = query_positions_in.contiguous();
     key_positions = key_positions_in.contiguous();
     if (always_seen_in) always_seen = always_seen_in->contiguous();
@@ -117,7 +123,7 @@ at::Tensor mamba_score(const at::Tensor& B_in, const at::Tensor& C_in, const std
   const Pooling pool = mamba_pooling_of(pooling);
   check_contrast(contrast, function, log_decay_in);
   check_mamba(B_in, C_in, dt_in, log_decay_in, visual_index_in, visual_offsets_in, query_index_in, query_offsets_in);
-  const at::Tensor B = B_in.contiguous(), C = C_in.contiguous();
+  const at::Tensor B = readable(B_in), C = readable(C_in);
   const at::Tensor dt = dt_in ? dt_in->contiguous() : at::Tensor();
   const at::Tensor log_decay = log_decay_in ? log_decay_in->contiguous() : at::Tensor();
   const at::Tensor visual_index = visual_index_in.contiguous(), visual_offsets = visual_offsets_in.contiguous();
@@ -160,7 +166,8 @@ at::Tensor mamba_score(const at::Tensor& B_in, const at::Tensor& C_in, const std
     const at::Tensor partial = partial_sums(B, in.visual, in.samples, in.queries * in.heads, type);
     cuda::mamba_log_sum(in, partial.mutable_data_ptr(), log_sum.mutable_data_ptr(), device.stream);
   }
-  const at::Tensor per_head = scratch(B, {in.heads, in.visual}, type);
+  // Tokens of samples that ask nothing stay 0.
+  const at::Tensor per_head = at::zeros({in.heads, in.visual}, B.options().dtype(type));
   cuda::mamba_mass(in, log_sum.defined() ? log_sum.const_data_ptr() : nullptr, per_head.mutable_data_ptr(),
                    device.stream);
   return pooled_heads(per_head, in.groups, pool).to(at::kFloat);

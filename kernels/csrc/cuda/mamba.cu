@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(kThreads) mean_rows_kernel(MambaInputs in, flo
 }
 
 // Four neighbours at once; their addresses divide by four elements.
-__device__ __forceinline__ float4 load_four(const float* at) { return *reinterpret_cast<const float4*>(at); }
+__device__ __forceinline__ float4 load_four(const float* at) { return vector_at<float4>(at); }
 __device__ __forceinline__ float4 load_four(const __nv_bfloat16* at) {
-  const uint2 bits = *reinterpret_cast<const uint2*>(at);
+  const uint2 bits = vector_at<uint2>(at);
   // A bfloat16 is the upper half of a float32.
   return {__uint_as_float(bits.x << 16), __uint_as_float(bits.x & 0xFFFF0000u), __uint_as_float(bits.y << 16),
           __uint_as_float(bits.y & 0xFFFF0000u)};

@@ -159,7 +159,7 @@ __device__ inline void multiply_tile(WideTile<T>& memory, int width) {
 __device__ __forceinline__ uint4 load_eight(const __nv_bfloat16* vector, int at, int width) {
   uint4 out = {0u, 0u, 0u, 0u};
   if (vector == nullptr || at >= width) return out;
-  if (width % 8 == 0) return *reinterpret_cast<const uint4*>(vector + at);
+  if (width % 8 == 0) return vector_at<uint4>(vector + at);
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(vector + at);
   const int left = width - at;
   // Pairs, the first in the lower half.
@@ -170,7 +170,7 @@ __device__ __forceinline__ uint4 load_eight(const __nv_bfloat16* vector, int at,
   return out;
 }
 
-__device__ __forceinline__ uint32_t pair(const __nv_bfloat16* at) { return *reinterpret_cast<const uint32_t*>(at); }
+__device__ __forceinline__ uint32_t pair(const __nv_bfloat16* at) { return vector_at<uint32_t>(at); }
 
 __device__ inline void multiply_tile(TileMemory<__nv_bfloat16>& memory, int width) {
   constexpr int depth = TileMemory<__nv_bfloat16>::depth;
@@ -182,8 +182,8 @@ __device__ inline void multiply_tile(TileMemory<__nv_bfloat16>& memory, int widt
     __syncthreads();
     for (int i = tid; i < kTile * (depth / 8); i += kThreads) {
       const int vector = i / (depth / 8), n = i % (depth / 8) * 8;
-      *reinterpret_cast<uint4*>(&memory.rows[vector][n]) = load_eight(memory.row_start[vector], start + n, width);
-      *reinterpret_cast<uint4*>(&memory.keys[vector][n]) = load_eight(memory.key_start[vector], start + n, width);
+      vector_at<uint4>(&memory.rows[vector][n]) = load_eight(memory.row_start[vector], start + n, width);
+      vector_at<uint4>(&memory.keys[vector][n]) = load_eight(memory.key_start[vector], start + n, width);
     }
     __syncthreads();
 #pragma unroll

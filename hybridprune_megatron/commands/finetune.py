@@ -35,16 +35,20 @@ def finetune(cfg: Config, launch: Launch) -> None:
         )
         say(what_next(cfg))
         return
+    import torch
+
     from hybridprune_megatron.cost.reach import idle_line
     from hybridprune_megatron.data.task_encoder import TrainLoader
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
-    from hybridprune_megatron.models.build import build_model
+    from hybridprune_megatron.models.build import build_model, fp32_line
 
     if cfg.optim.warmup_steps >= cfg.trainer.max_steps and cfg.optim.decay_steps is None:
         say(f"optim.warmup_steps={cfg.optim.warmup_steps} is cut to end before trainer.max_steps")
     if idle := idle_line(cfg.reduction, cfg.model.hybrid_pattern, cfg.reduction.budget):
         say(idle)
+    if slow := fp32_line(cfg, torch.cuda.is_available()):
+        say(slow)
     module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(TrainLoader, cfg))
     trainer = build_trainer(cfg, launch)
     start_experiment(trainer, cfg)

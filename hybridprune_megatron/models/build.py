@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import RadioModel
 
+from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.tuning_schema import PROJECTOR_TARGET
 from hybridprune_megatron.method.reduction import Reduction
@@ -28,6 +29,25 @@ from hybridprune_megatron.models.lora import adapt_projector, is_adapter, train_
 from hybridprune_megatron.models.specs import resolve_spec, stack_spec
 from hybridprune_megatron.models.torch_layers import relu_squared
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
+
+#: Tokens of a sequence whose attention logits in fp32, of 32 heads, take 32 GiB.
+LONGEST_FP32 = 16_384
+
+
+def fp32_line(cfg: Config, on_gpu: bool) -> str | None:
+    """What to say where attention will hold L x L logits: in fp32 no kernel of a GPU does without. None: nothing.
+
+    Raises:
+        ConfigError: sequences are too long for it.
+    """
+    attention = any(symbol == "*" for symbol in layer_symbols(cfg.model.hybrid_pattern))
+    if not on_gpu or cfg.trainer.precision != "fp32" or not attention:
+        return None
+    length = cfg.data.sequence_length
+    if length > LONGEST_FP32:
+        reason = f"attention holds {length} x {length} logits per head, for sequences above {LONGEST_FP32} too many"
+        raise fail("trainer.precision", "fp32", f"on a GPU {reason}", "set bf16, or lower data.sequence_length")
+    return "trainer.precision=fp32 on a GPU: slow, attention holds L x L logits per head; bf16 is what kernels are for"
 
 
 def build_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hybridprune_megatron.method.counts import kept_counts
@@ -148,3 +149,16 @@ def _text_only() -> None:
 
 def test_a_model_without_vision_trains_on_text():
     run_world(1, _text_only)
+
+
+def test_fp32_on_a_gpu_is_said_once_and_refused_where_logits_would_fill_it() -> None:
+    from hybridprune_megatron.config import ConfigError
+    from hybridprune_megatron.models.build import fp32_line
+
+    assert fp32_line(tiny_config(), on_gpu=False) is None
+    assert fp32_line(tiny_config("trainer.precision=bf16"), on_gpu=True) is None
+    assert "bf16" in (fp32_line(tiny_config(), on_gpu=True) or "")
+    assert fp32_line(tiny_config(pattern="M-M-"), on_gpu=True) is None
+    long = tiny_config("model.max_sequence_length=20000", "data.sequence_length=20000")
+    with pytest.raises(ConfigError, match=r"^trainer\.precision=fp32: on a GPU attention holds 20000 x 20000 logits"):
+        fp32_line(long, on_gpu=True)

@@ -18,6 +18,8 @@ UNDER_NEWEST = PYTHONPATH=$(CURDIR)/$(NEWEST) HYBRIDPRUNE_TRANSFORMERS=$$(sed -n
 NEWEST_ALL := $(VENV)/newest-all
 # A locked version is taken as it is: no resolver, and no build environment that would fetch what is not locked.
 PIP_LOCKED := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation
+# What is not locked, beside what is: no locked version changes.
+UV_PIP = $(VENV)/bin/uv pip install --python $(VENV)/bin/python --constraint $(VENV)/locked.txt
 # Native operators: built again if a source changes. HYBRIDPRUNE_CUDA=0 leaves the CUDA ones out.
 KERNELS := $(wildcard kernels/setup.py kernels/pyproject.toml kernels/csrc/*.* kernels/csrc/*/*.* kernels/src/*/*.py)
 # Tests that need no GPU and no patience; `make test-all` runs the slow ones too.
@@ -30,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 # Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
 ARGS ?=
 
-.PHONY: help setup lock demo test test-all test-newest lint bench clean
+.PHONY: help setup setup-gpu lock demo test test-all test-newest lint bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -55,6 +57,15 @@ $(INSTALLED): pyproject.toml .python-version $(LOCKS) $(KERNELS)
 	@$(PIP_LOCKED) --verbose ./kernels > $(VENV)/kernels.log 2>&1 || { cat $(VENV)/kernels.log; exit 1; }
 	@sed -n 's/^ *hybridprune-kernels: //p' $(VENV)/kernels.log | sort -u
 	@touch $@
+
+# make setup-gpu on a machine with a GPU, adds the kernels of Transformer Engine and Mamba, compiled for the torch that is there
+setup-gpu: $(INSTALLED)
+	@command -v nvcc > /dev/null || test -n "$${CUDA_HOME:-}" || { \
+	  echo "nvcc not found: the gpu extra is compiled. Load CUDA $$($(VENV)/bin/python -c 'import torch; print(torch.version.cuda)'), or set CUDA_HOME"; exit 1; }
+	@echo "compiling the gpu extra (tens of minutes the first time, then from uv's cache; MAX_JOBS=4 takes less memory)"
+	@sed -n 's/^\([A-Za-z0-9_.-]*==[^ ;]*\).*/\1/p' requirements/dev.lock > $(VENV)/locked.txt
+	@$(UV_PIP) ninja wheel packaging pybind11
+	@$(UV_PIP) --no-build-isolation -e ".[gpu]"
 
 # make lock      renews the locks: the newest versions that pyproject.toml allows, and the newest transformers
 COMPILE := $(VENV)/bin/uv pip compile --upgrade --generate-hashes --no-annotate --custom-compile-command "make lock" --quiet \

@@ -10,10 +10,12 @@ PYTHON ?= python$(shell cat .python-version)
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 # Versions and hashes of everything that is installed; `make lock` renews them.
-LOCKS := requirements/build.lock requirements/dev.lock requirements/newest.lock
+LOCKS := requirements/build.lock requirements/dev.lock requirements/newest.lock requirements/gpu_sources.lock
 # Next to the installed transformers, for the tests that run under both: first on PYTHONPATH.
 NEWEST := $(VENV)/newest
 UNDER_NEWEST = PYTHONPATH=$(CURDIR)/$(NEWEST) HYBRIDPRUNE_TRANSFORMERS=$$(sed -n 's/^transformers==\([^ ]*\).*/\1/p' requirements/newest.lock)
+# Source packages, unpacked: see requirements/gpu_sources.lock.
+GPU_SOURCES := $(VENV)/gpu_sources
 # Likewise, what the index has today, whatever the locks say: for `make test-newest`.
 NEWEST_ALL := $(VENV)/newest-all
 # A locked version is taken as it is: no resolver, and no build environment that would fetch what is not locked.
@@ -53,6 +55,11 @@ $(INSTALLED): pyproject.toml .python-version $(LOCKS) $(KERNELS)
 	@$(PIP_LOCKED) --quiet -e .
 	@rm -rf $(NEWEST)
 	@$(PIP_LOCKED) --quiet --require-hashes --target $(NEWEST) -r requirements/newest.lock
+	@rm -rf $(GPU_SOURCES) && mkdir -p $(GPU_SOURCES)
+	@$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --require-hashes \
+	    --no-binary :all: --dest $(GPU_SOURCES) -r requirements/gpu_sources.lock && \
+	  tar -xzf $(GPU_SOURCES)/mamba_ssm-*.tar.gz -C $(GPU_SOURCES) || \
+	  echo "mamba-ssm's source package cannot be fetched: the tests of its kernels are skipped"
 	@echo "building the native operators of kernels/ (a minute or two)"
 	@$(PIP_LOCKED) --verbose ./kernels > $(VENV)/kernels.log 2>&1 || { cat $(VENV)/kernels.log; exit 1; }
 	@sed -n 's/^ *hybridprune-kernels: //p' $(VENV)/kernels.log | sort -u

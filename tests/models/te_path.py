@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,26 @@ def run(model: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], 
     return loss.detach(), gradients, list(STATE.products)
 
 
-def assert_same_gradients(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def assert_same_gradients(
+    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = 1e-5
+) -> None:
     assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())[:4]
     for name, gradient in wanted.items():
         error, size = float((found[name] - gradient).norm()), float(gradient.norm())
-        assert error <= 1e-5 * size + 1e-9, (name, error, size)
+        assert error <= tolerance * size + 1e-4 * tolerance, (name, error, size)
 
 
-def same_as_torch() -> None:
-    cases: list[tuple[list[str], float, tuple[int, ...]]] = [
-        ([], 1.0, (4,)),
-        ([], 0.5, (3, 5, 2)),
-        (["trainer.recompute=full", "model.time_step_min=0.01"], 0.4, (3, 5)),
-        (["trainer.recompute=selective", "reduction=longmamba"], 0.5, (3, 0, 2)),
-        (["tuning=lora", "tuning.lora.rank=4"], 0.5, (3, 5, 2)),
-    ]
+#: Overrides, budget, frames of the packed samples.
+CASES: tuple[tuple[list[str], float, tuple[int, ...]], ...] = (
+    ([], 1.0, (4,)),
+    ([], 0.5, (3, 5, 2)),
+    (["trainer.recompute=full", "model.time_step_min=0.01"], 0.4, (3, 5)),
+    (["trainer.recompute=selective", "reduction=longmamba"], 0.5, (3, 0, 2)),
+    (["tuning=lora", "tuning.lora.rank=4"], 0.5, (3, 5, 2)),
+)
+
+
+def same_as_torch(cases: Sequence[tuple[list[str], float, tuple[int, ...]]] = CASES, tolerance: float = 1e-5) -> None:
     for overrides, budget, frames in cases:
         plain = build(*overrides, spec="torch", budget=budget)
         with torch.no_grad():
@@ -91,8 +96,8 @@ def same_as_torch() -> None:
         loss_plain, gradients_plain, none = run(plain, tiny_batch(*frames))
         assert not none, "the torch layers ran Transformer Engine's"
         assert products, "the te layers did not"
-        torch.testing.assert_close(loss, loss_plain, rtol=1e-5, atol=1e-6)
-        assert_same_gradients(gradients, gradients_plain)
+        torch.testing.assert_close(loss, loss_plain, rtol=tolerance, atol=tolerance / 10)
+        assert_same_gradients(gradients, gradients_plain, tolerance)
 
 
 def layers_in_fp8() -> None:

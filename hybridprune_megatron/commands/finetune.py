@@ -24,6 +24,7 @@ from hybridprune_megatron.engine.run_lock import hold_folder
 def finetune(cfg: Config, launch: Launch) -> None:
     """Trains as configured, from the start or from the newest checkpoint."""
     from hybridprune_megatron.data.task_encoder import TrainLoader
+    from hybridprune_megatron.data.validation_set import ValidationSet
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
     from hybridprune_megatron.models.build import build_model
@@ -37,7 +38,7 @@ def finetune(cfg: Config, launch: Launch) -> None:
         if idle:
             print(idle, flush=True)
     module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(TrainLoader, cfg))
-    trainer = build_trainer(cfg, launch)
+    trainer = build_trainer(cfg, launch, partial(ValidationSet, cfg))
     start_experiment(trainer, cfg)
     trainer.fit(module)
 

@@ -44,16 +44,16 @@ class FewSamples:
         unanswered: Sequence[int] = (),
         broken: Sequence[int] = (),
     ) -> None:
-        self._samples, self._a_pack, self._multiple = samples, a_pack, multiple_of
+        self.samples, self._a_pack, self._multiple = samples, a_pack, multiple_of
         self._unanswered, self._broken = unanswered, broken
 
     def plan(self) -> list[list[Known]]:
-        known = [Known(number, number not in self._unanswered) for number in range(len(self._samples))]
+        known = [Known(number, number not in self._unanswered) for number in range(len(self.samples))]
         return [known[start : start + self._a_pack] for start in range(0, len(known), self._a_pack)]
 
     def read(self, planned: Sequence[Known]) -> tuple[PackedBatch | None, list[bool]]:
         present = [each.number not in self._broken for each in planned]
-        whole = [self._samples[each.number] for each, there in zip(planned, present) if there]
+        whole = [self.samples[each.number] for each, there in zip(planned, present) if there]
         return pack(whole, self._multiple) if whole else None, present
 
     def filler(self) -> PackedBatch:

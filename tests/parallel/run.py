@@ -97,7 +97,7 @@ def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:
         "parallel.distributed_optimizer=false",
         "trainer.global_batch_size=4",
         "data.sequence_length=1024",
-        RETENTION,
+        *([] if any(text.startswith("reduction.schedule=") for text in overrides) else [RETENTION]),
         "reduction.select.frame_share=0.1",
         f"reduction.select.multiple_of={MULTIPLE_OF}",
         *overrides,

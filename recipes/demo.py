@@ -48,7 +48,8 @@ DATA_SEED = 1
 CLIP = {"frames": 16, "fps": 2}
 # What a run leaves in its folder, and --fresh deletes.
 _RESULTS = ("report.json", "plot.png", "clip.mp4")
-PRODUCTS = ("data", "stages", "checkpoints", "logs", "hf", "inputs.json", "train_log.jsonl", *_RESULTS)
+_LOGS = ("logs", "train_log.jsonl", "validation_log.jsonl")
+PRODUCTS = ("data", "stages", "checkpoints", "hf", "inputs.json", *_LOGS, *_RESULTS)
 PARITY_SAMPLES = 4
 TIMING_SAMPLES = 8
 TIMING_ROUNDS = 9

@@ -21,8 +21,8 @@ from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
+from hybridprune_megatron.data.stored_samples import StoredSample, read_samples
 from hybridprune_megatron.data.video import FrameSampling, probe_video
-from hybridprune_megatron.evaluation.held_out import StoredSample, read_samples
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 
 logger = logging.getLogger(__name__)

@@ -39,6 +39,7 @@ def finetune(cfg: Config, launch: Launch) -> None:
 
     from hybridprune_megatron.cost.reach import idle_line
     from hybridprune_megatron.data.task_encoder import TrainLoader
+    from hybridprune_megatron.data.validation_set import ValidationSet
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.trainer import build_trainer, start_experiment
     from hybridprune_megatron.models.build import build_model, fp32_line
@@ -50,7 +51,7 @@ def finetune(cfg: Config, launch: Launch) -> None:
     if slow := fp32_line(cfg, torch.cuda.is_available()):
         say(slow)
     module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(TrainLoader, cfg))
-    trainer = build_trainer(cfg, launch)
+    trainer = build_trainer(cfg, launch, partial(ValidationSet, cfg))
     start_experiment(trainer, cfg)
     trainer.fit(module)
     if trainer.global_step >= cfg.trainer.max_steps:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,25 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest whole checkpoint in a folder, or None."""
     return next((path for path in reversed(_named_checkpoints(directory)) if damage(path) is None), None)
+
+
+def outdated_checkpoints(
+    directory: Path, own: Collection[int], keep_last: int, keep_every_n_steps: int = 0, best: int | None = None
+) -> list[Path]:
+    """The whole checkpoints that a run may remove, oldest first.
+
+    Args:
+        directory: the run's checkpoint folder.
+        own: steps of the checkpoints that the run wrote; no other is named.
+        keep_last: of these, how many stay, the newest included.
+        keep_every_n_steps: those of multiples of it stay; 0: of none.
+        best: the one of this step stays.
+    """
+    whole = [path for path in complete_checkpoints(directory) if checkpoint_step(path) in own and not path.is_symlink()]
+    kept = {best, *map(checkpoint_step, whole[-keep_last:])}
+    if keep_every_n_steps:
+        kept |= {step for step in own if step % keep_every_n_steps == 0}
+    return [path for path in whole if checkpoint_step(path) not in kept]
 
 
 def resume_point(directory: Path) -> tuple[Path | None, list[str]]:

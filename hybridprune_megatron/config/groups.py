@@ -41,7 +41,7 @@ class DataConfig:
 
     Attributes:
         train: Energon dataset folder or metadataset .yaml to train on.
-        validation: Energon dataset folder or metadataset .yaml with held-out samples; null = no evaluation.
+        validation: Energon dataset folder or metadataset .yaml with held-out samples; null = no validation.
         tokenizer: folder of a Hugging Face tokenizer.
         sequence_length: tokens that samples are packed to before reduction (one micro-batch).
         num_workers: loader processes per packed sequence of a rank's step; 0 loads in the training process.
@@ -153,7 +153,15 @@ class TrainerConfig:
         seed: seed of weights, data order and scorers.
         log_every_n_steps: steps between two log lines.
         save_every_n_steps: steps between two checkpoints (the last step is always saved).
-        eval_samples: held-out samples in an evaluation; 0 = no evaluation.
+        keep_last: newest checkpoints that stay.
+        keep_every_n_steps: checkpoints of multiples of it are never removed; 0 = none.
+        keep_best: the checkpoint with the best of these figures of a validation stays too; loss, accuracy (with the
+            tokens dropped), loss_full, accuracy_full (with every token); null = none.
+        eval_samples: held-out samples in a validation or evaluation; 0 = none.
+        eval_every_n_steps: steps between two validations on data.validation (the last step is always validated);
+            0 = never.
+        early_stopping: validations in a row without a better figure (that of keep_best, or the loss) after which the
+            run ends; 0 = off.
         recompute: activations computed again in the backward pass to save memory; none, selective (convolution, scan
             and attention's core) or full (whole layers).
         async_save: write checkpoints in the background while training continues.
@@ -170,7 +178,12 @@ class TrainerConfig:
     seed: Seed = 1234
     log_every_n_steps: Steps = 10
     save_every_n_steps: Steps = 100
+    keep_last: Count = 2
+    keep_every_n_steps: Whole = 0
+    keep_best: Annotated[str, OneOf("loss", "accuracy", "loss_full", "accuracy_full")] | None = None
     eval_samples: Whole = 0
+    eval_every_n_steps: Whole = 100
+    early_stopping: Whole = 0
     recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
     async_save: bool = False
     nonfinite: Annotated[str, OneOf("stop", "skip")] = "stop"
@@ -270,6 +283,17 @@ class RunConfig:
     def num_micro_batches(self) -> int:
         """Packed sequences that one copy of the model runs through per optimizer step."""
         return self.trainer.global_batch_size // (self.data_parallel_size * self.trainer.micro_batch_size)
+
+    @property
+    def validation_steps(self) -> int:
+        """Steps between two validations while training; 0: there are none."""
+        trainer = self.trainer
+        return trainer.eval_every_n_steps if self.data.validation is not None and trainer.eval_samples else 0
+
+    @property
+    def drops(self) -> bool:
+        """Whether the reduction, at its configured budget, changes what the model computes."""
+        return self.reduction.policy(self.model.hybrid_pattern) is not None
 
     @property
     def length_multiple(self) -> int:

@@ -14,7 +14,9 @@ _FREE = {
     *("trainer.max_steps", "trainer.num_nodes", "trainer.devices", "trainer.recompute", "trainer.eval_samples"),
     *("trainer.log_every_n_steps", "trainer.save_every_n_steps", "data.validation"),
     *("output_dir", "name", "model.init_checkpoint", "trainer.async_save", "trainer.timeout_minutes"),
-    *("trainer.nonfinite",),
+    # Nor does validation touch what is trained. Another figure or other samples start the search for the best anew.
+    *("trainer.nonfinite", "trainer.eval_every_n_steps", "trainer.early_stopping"),
+    *("trainer.keep_last", "trainer.keep_every_n_steps", "trainer.keep_best"),
 }
 _FREE_GROUPS = ("parallel.", "exp_manager.")
 # The two optimizers keep their states under different names.

@@ -83,6 +83,36 @@ def check_lora(cfg: RunConfig) -> None:
             raise fail("tuning.lora.targets", lora.targets, f"names {named[0]}, and {switch}=false", fix)
 
 
+def check_validation(cfg: RunConfig) -> None:
+    """What is kept or ended by validations has some, and keeps checkpoints that are saved."""
+    trainer = cfg.trainer
+    key, every, saves = "trainer.keep_every_n_steps", trainer.keep_every_n_steps, trainer.save_every_n_steps
+    if every % saves:
+        reason = f"must be a multiple of trainer.save_every_n_steps={saves}, at whose multiples checkpoints are saved"
+        raise fail(key, every, reason, f"set e.g. {key}={-(-every // saves) * saves}")
+    for name in ("keep_best", "early_stopping"):
+        value = getattr(trainer, name)
+        if value and not cfg.validation_steps:
+            needed = {
+                "trainer.eval_every_n_steps=0": trainer.eval_every_n_steps,
+                "trainer.eval_samples=0": trainer.eval_samples,
+                "data.validation=null": cfg.data.validation,
+            }
+            missing = next(text for text, given in needed.items() if not given)
+            off = "null" if name == "keep_best" else "0"
+            fix = f"set {missing.partition('=')[0]} or trainer.{name}={off}"
+            raise fail(f"trainer.{name}", value, f"needs validations, and {missing}", fix)
+    figure = trainer.keep_best
+    if figure is not None and figure.endswith("_full") and not cfg.drops:
+        other = figure.removesuffix("_full")
+        reason = "nothing is dropped, so every pass is one with every token"
+        raise fail("trainer.keep_best", figure, reason, f"set trainer.keep_best={other}")
+    if cfg.validation_steps and cfg.fp8.recipe == "delayed":
+        reason = "fp8.recipe=delayed scales by the passes before, and a validation's would change the training"
+        fix = "set trainer.eval_every_n_steps=0 or fp8=tensorwise"
+        raise fail("trainer.eval_every_n_steps", trainer.eval_every_n_steps, reason, fix)
+
+
 def check_fp8(cfg: RunConfig) -> None:
     """FP8 has layers to run in, the kernels for it, and widths that divide; raises ``ConfigError`` at the first."""
     fp8 = cfg.fp8

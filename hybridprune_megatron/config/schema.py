@@ -20,7 +20,7 @@ from hybridprune_megatron.config.groups import (
 )
 from hybridprune_megatron.config.model_schema import ExpertsConfig, ModelConfig, TrainableConfig, VisionConfig
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
-from hybridprune_megatron.config.run_checks import check_exp_manager, check_fp8, check_tuning
+from hybridprune_megatron.config.run_checks import check_exp_manager, check_fp8, check_tuning, check_validation
 from hybridprune_megatron.config.texts import check_run_name
 from hybridprune_megatron.config.tuning_schema import TuningConfig
 
@@ -52,3 +52,4 @@ class Config(RunConfig):
         check_config(self)
         check_tuning(self)
         check_fp8(self)
+        check_validation(self)

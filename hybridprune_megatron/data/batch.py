@@ -192,6 +192,21 @@ def join_features(parts: Sequence[FrameFeatures]) -> FrameFeatures | None:
     return FrameFeatures(torch.cat([part.values for part in parts]), towers[0])
 
 
+def sums_by_sample(values: Tensor, rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Adds up what is known of single tokens by the samples that they belong to.
+
+    Args:
+        values: [R, C], of R tokens of a packed sequence; on the host.
+        rows: int64 [R], where they stand in it.
+        lengths: of the S samples.
+
+    Returns:
+        float64 [S, C].
+    """
+    sample = torch.searchsorted(torch.tensor(lengths).cumsum(0), rows, right=True)
+    return torch.zeros(len(lengths), values.shape[1], dtype=torch.float64).index_add(0, sample, values.double())
+
+
 def _join_frames(frames: Sequence[Tensor]) -> Tensor:
     # Samples without frames say nothing about the frame size, so they must not take part in the comparison.
     present = [each for each in frames if len(each)]

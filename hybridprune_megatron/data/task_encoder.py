@@ -161,7 +161,7 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
         """Tokens of a conversation; one draft, or one per turn."""
         self.tally.seen += 1
         try:
-            _check_kind(sample, self.features)
+            check_kind(sample.__key__, sample.videos, self.features)
             drafts = self.encoder.draft(sample.__key__, _read_messages(sample), sample.videos)
         except BadSampleError as error:
             raise self.tally.skip(error) from error
@@ -372,19 +372,24 @@ def _read_messages(sample: RawSample) -> list[dict[str, Any]]:
         raise BadSampleError("malformed", sample.__key__, message) from error
 
 
-def _check_kind(sample: RawSample, features: FeaturesInfo | None) -> None:
+def check_kind(key: str, videos: Sequence[bytes | StoredFeatures], features: FeaturesInfo | None) -> None:
     """A packed sequence shows either frames or features of one tower: those that its data set is said to hold.
+
+    Args:
+        key: of the sample.
+        videos: of the sample.
+        features: of the data set; None: it holds videos.
 
     Raises:
         BadSampleError: the sample has others.
     """
-    for video in sample.videos:
+    for video in videos:
         if isinstance(video, bytes) != (features is None):
             kinds = ("a video", "features") if features is not None else ("features", "videos")
-            raise BadSampleError("video", sample.__key__, f"{kinds[0]} in a data set of {kinds[1]}")
+            raise BadSampleError("video", key, f"{kinds[0]} in a data set of {kinds[1]}")
         try:
             other = isinstance(video, StoredFeatures) and features is not None and video.info.tower != features.tower
         except ValueError as error:
-            raise BadSampleError("video", sample.__key__, str(error)) from error
+            raise BadSampleError("video", key, str(error)) from error
         if other:
-            raise BadSampleError("video", sample.__key__, "features of another tower than its data set's")
+            raise BadSampleError("video", key, "features of another tower than its data set's")

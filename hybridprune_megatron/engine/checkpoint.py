@@ -41,10 +41,10 @@ from hybridprune_megatron.config.checkpoint_folder import (
     INCOMPLETE,
     RUN_FILE,
     checkpoint_name,
-    complete_checkpoints,
     damage,
     file_sizes,
     latest_checkpoint,
+    outdated_checkpoints,
     read_run_file,
 )
 from hybridprune_megatron.engine.checkpoint_index import read_index
@@ -147,29 +147,48 @@ class CheckpointSaver:
     while training continues; the checkpoint is not there until ``finish`` has found that all ranks are done.
     """
 
-    def __init__(self, directory: Path, keep_last: int = 2, asynchronous: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        keep_last: int = 2,
+        asynchronous: bool = False,
+        keep_every_n_steps: int = 0,
+        own: Iterable[int] = (),
+    ) -> None:
         """Nothing is written yet.
 
         Args:
             directory: the run's checkpoint folder.
             keep_last: complete checkpoints that stay, the newest included.
             asynchronous: write in the background.
+            keep_every_n_steps: checkpoints of multiples of it stay too; 0: of none.
+            own: steps of checkpoints that the run wrote before it was resumed; no others are ever removed.
         """
         self._directory = directory
         self._keep_last = keep_last
+        self._keep_every = keep_every_n_steps
+        self._own = set(own)
         self._queue = AsyncCallsQueue() if asynchronous else None
         self._scratch = directory
 
     def save(
-        self, step: int, state: TrainState, loader: Mapping[int, Any], common: Mapping[str, Any], run: Mapping[str, Any]
+        self,
+        step: int,
+        state: TrainState,
+        loader: Mapping[int, Any],
+        common: Mapping[str, Any],
+        run: Mapping[str, Any],
+        best: int | None = None,
     ) -> Path:
         """Writes ``directory/step_<step>``, then deletes older checkpoints; waits for the save before it.
 
         Args:
+            step: optimizer steps that are done.
             state: model, optimizer and schedule.
             loader: state of each stream that this rank reads; plain values (str, numbers, lists, dicts, tensors).
             common: plain values, equal on all ranks, that :func:`load_checkpoint` gives back.
             run: JSON values for ``run.json``; "step", "layout" and "files" are added.
+            best: step whose checkpoint stays as well.
 
         Returns:
             The folder of the checkpoint.
@@ -195,7 +214,7 @@ class CheckpointSaver:
                 }
             )
             header = {"step": step, "layout": layout(), **run}
-            request.add_finalize_fn(lambda: self._complete(final, header))
+            request.add_finalize_fn(lambda: self._complete(final, header, best))
             if self._queue is None:
                 request.execute_sync()
             else:
@@ -236,7 +255,7 @@ class CheckpointSaver:
         except (CheckpointException, OSError) as error:
             raise self._failure(error) from None
 
-    def _complete(self, final: Path, header: dict[str, Any]) -> None:
+    def _complete(self, final: Path, header: dict[str, Any], best: int | None) -> None:
         """Makes the written folder a checkpoint; every rank calls it when all have written."""
         failure: list[str | None] = [None]
         if dist.get_rank() == 0:
@@ -249,7 +268,9 @@ class CheckpointSaver:
                 self._scratch.rename(final)
                 # Makes the rename durable.
                 _sync_entry(self._directory)
-                for old in complete_checkpoints(self._directory)[: -self._keep_last]:
+                # Only now: until this one is whole, those before it are all that there is.
+                self._own.add(header["step"])
+                for old in outdated_checkpoints(self._directory, self._own, self._keep_last, self._keep_every, best):
                     _retire(old)
             except OSError as error:
                 failure = [str(error)]

@@ -78,6 +78,7 @@ class HybridPruneModule(LightningModule):
         loader: this rank's loader once training starts.
         consumed_samples: packed sequences consumed by the whole job.
         shown: of the last step, for the progress bar.
+        best: the validation whose checkpoint stays, {"figure", "step", "value"}; None: there is none.
     """
 
     state: TrainState
@@ -104,6 +105,7 @@ class HybridPruneModule(LightningModule):
         self.loader: TrainLoader | None = None
         self.consumed_samples = 0
         self.shown: dict[str, float] = {}
+        self.best: dict[str, Any] | None = None
         self._skipped_in_a_row = 0
 
     def build(self, device: torch.device) -> None:

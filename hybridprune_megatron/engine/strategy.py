@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from hybridprune_megatron.config.checkpoint_folder import remove_incomplete
+from hybridprune_megatron.config.checkpoint_folder import checkpoint_step, complete_checkpoints, remove_incomplete
 from hybridprune_megatron.config.flat import config_values, plain_config
 from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint, start_save_helper
@@ -42,6 +42,8 @@ class MegatronStrategy(DDPStrategy):
         self._launch = launch
         self._checkpoints = checkpoints
         self._saver: CheckpointSaver | None = None
+        # Steps of checkpoints that this run wrote before it was resumed.
+        self._own: list[int] = []
         self._device = torch.device("cpu")
 
     @property
@@ -108,7 +110,10 @@ class MegatronStrategy(DDPStrategy):
         assert module.loader is not None, "a checkpoint before training has no loader state"
         assert Path(filepath).parent == self._checkpoints, (filepath, self._checkpoints)
         if self._saver is None:
-            self._saver = CheckpointSaver(self._checkpoints, asynchronous=module.cfg.trainer.async_save)
+            trainer = module.cfg.trainer
+            self._saver = CheckpointSaver(
+                self._checkpoints, trainer.keep_last, trainer.async_save, trainer.keep_every_n_steps, self._own
+            )
         common = {name: checkpoint[name] for name in ("pytorch-lightning_version", "epoch", "global_step", "loops")}
         common["callbacks"] = plain(checkpoint.get("callbacks", {}), "callbacks")
         run = {
@@ -117,9 +122,11 @@ class MegatronStrategy(DDPStrategy):
             "config": plain_config(module.cfg),
             "versions": versions(),
             "commit": source_commit(),
+            "best": module.best,
         }
         loader = {stream: plain(state, "the loader's state") for stream, state in module.loader.save_state().items()}
-        self._saver.save(checkpoint["global_step"], module.state, loader, common, run)
+        best = module.best["step"] if module.best else None
+        self._saver.save(checkpoint["global_step"], module.state, loader, common, run, best)
 
     def finish_save(self, wait: bool) -> None:
         """Completes a save that is written by now, or with ``wait`` when it is."""
@@ -133,6 +140,9 @@ class MegatronStrategy(DDPStrategy):
         streams = streams_of(where.rank, where.size, module.cfg.trainer.global_batch_size)
         loaded = load_checkpoint(Path(checkpoint_path), module.state, streams)
         module.resume_from(loaded)
+        if Path(checkpoint_path).parent == self._checkpoints:
+            saved = map(checkpoint_step, complete_checkpoints(self._checkpoints))
+            self._own = [step for step in saved if step <= loaded["step"]]
         return {**loaded["trainer"], "state_dict": {}, "lr_schedulers": []}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

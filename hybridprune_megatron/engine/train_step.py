@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ class StepResult:
     skipped: str | None = None
 
 
-class _Recorder:
+class Recorder:
     """Hands micro-batches to the schedule and keeps what the log needs of them."""
 
     def __init__(self, batches: Iterator[PackedBatch], device: torch.device) -> None:
@@ -110,19 +110,27 @@ def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tup
     return model(next(batches)), _loss
 
 
-def _run_schedule(
-    chunks: list[torch.nn.Module], batches: _Recorder, num_microbatches: int, sequence_length: int, forward_only: bool
-) -> tuple[float, int, list[Tensor]]:
+def run_schedule(
+    chunks: list[torch.nn.Module],
+    batches: Recorder,
+    num_microbatches: int,
+    sequence_length: int,
+    forward_step: Callable[[Iterator[PackedBatch], torch.nn.Module], tuple[Tensor, Any]],
+    forward_only: bool,
+) -> list[dict[str, Any]]:
     """Runs the pipeline.
 
     Args:
         chunks: the model, or what this stage of an interleaved pipeline holds of it.
         batches: as many micro batches at least.
+        num_microbatches: how many are run; the same on every rank.
+        sequence_length: tokens of a packed sequence.
+        forward_step: (micro batches, chunk) -> what the chunk makes of the next one, and the function of it that gives
+            loss sum, loss tokens, and a dict for the caller.
         forward_only: without gradients.
 
     Returns:
-        Loss sum and loss tokens of the whole job, equal on all ranks; and this rank's loss sum of each of its micro
-        batches (none but on the last stage).
+        The dicts of this rank's micro batches in order; none but on the last stage.
     """
     communication: dict[str, Any] = {}
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -136,8 +144,8 @@ def _run_schedule(
             ),
             "pg_collection": ProcessGroupCollection.use_mpu_process_groups(),
         }
-    outputs = get_forward_backward_func()(
-        forward_step_func=_forward_step,
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
         data_iterator=batches.one_each(len(chunks)),
         model=chunks,
         num_microbatches=num_microbatches,
@@ -146,20 +154,39 @@ def _run_schedule(
         forward_only=forward_only,
         **communication,
     )
-    device = next(chunks[0].parameters()).device
-    # float64: the sums of many micro batches keep every digit of their float32 losses.
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for output in outputs:
-        totals += torch.stack([output["sum"].double(), output["tokens"].double()])
+
+
+def sum_over_job(totals: Tensor) -> None:
+    """Adds up, in place, what the replicas and context-parallel ranks of the last stage have, for every rank."""
     dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         # Only the last stage has seen a loss.
         last = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(totals, last, group=parallel_state.get_pipeline_model_parallel_group())
+
+
+def summed_losses(
+    chunks: list[torch.nn.Module], batches: Recorder, num_microbatches: int, sequence_length: int, forward_only: bool
+) -> tuple[float, int, list[Tensor]]:
+    """Runs the pipeline for its loss.
+
+    Args: as for ``run_schedule``.
+
+    Returns:
+        Loss sum and loss tokens of the whole job, equal on all ranks; and this rank's loss sum of each of its micro
+        batches (none but on the last stage).
+    """
+    outputs = run_schedule(chunks, batches, num_microbatches, sequence_length, _forward_step, forward_only)
+    device = next(chunks[0].parameters()).device
+    # float64: the sums of many micro batches keep every digit of their float32 losses.
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for output in outputs:
+        totals += torch.stack([output["sum"].double(), output["tokens"].double()])
+    sum_over_job(totals)
     return float(totals[0]), int(totals[1]), [output["sum"] for output in outputs]
 
 
-def _gather_counts(batches: _Recorder, device: torch.device) -> tuple[list[int], str]:
+def _gather_counts(batches: Recorder, device: torch.device) -> tuple[list[int], str]:
     """Tokens of every replica, and a fingerprint of all their samples in order of streams."""
     replicas = parallel_state.get_data_parallel_world_size()
     counts = torch.zeros(replicas, 1 + len(batches.keys), dtype=torch.int64, device=device)
@@ -171,7 +198,7 @@ def _gather_counts(batches: _Recorder, device: torch.device) -> tuple[list[int],
     return counts[:, 0].tolist(), fingerprint
 
 
-def _named_samples(batches: _Recorder, sums: list[Tensor]) -> str:
+def _named_samples(batches: Recorder, sums: list[Tensor]) -> str:
     """Samples of the micro batches whose loss is not finite, of all if none is known, over the job; a few by key."""
     bad = [index for index, total in enumerate(sums) if not torch.isfinite(total)]
     own = [key for index in bad for key in batches.keys[index]]
@@ -217,12 +244,12 @@ def train_step(
         ValueError: if the data ends.
     """
     device = next(state.ddp[0].parameters()).device
-    recorder = _Recorder(batches, device)
+    recorder = Recorder(batches, device)
     for chunk in state.ddp:
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    loss_sum, loss_tokens, sums = _run_schedule(
+    loss_sum, loss_tokens, sums = summed_losses(
         state.ddp, recorder, num_microbatches, sequence_length, forward_only=False
     )
     loss = loss_sum / max(loss_tokens, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.checkpoint_folder import resume_point
-from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal
+from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal, Validation
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
 from hybridprune_megatron.engine.run_lock import hold_folder
@@ -18,6 +19,7 @@ from hybridprune_megatron.engine.strategy import MegatronStrategy
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
+    from hybridprune_megatron.engine.validation import Samples
 
 
 def checkpoint_folder(cfg: Config) -> Path:
@@ -25,8 +27,14 @@ def checkpoint_folder(cfg: Config) -> Path:
     return Path(cfg.output_dir) / "checkpoints"
 
 
-def build_trainer(cfg: Config, launch: Launch) -> Trainer:
-    """A Trainer with the Megatron strategy, checkpoints and the progress bar; no logger yet (exp_manager adds them)."""
+def build_trainer(cfg: Config, launch: Launch, held_out: Callable[[], Samples] | None = None) -> Trainer:
+    """A Trainer with the Megatron strategy, checkpoints and the progress bar; no logger yet (exp_manager adds them).
+
+    Args:
+        cfg: the run's configuration.
+        launch: what started this process.
+        held_out: called once before the first step if the run validates; None: it does not, whatever ``cfg`` says.
+    """
     import torch
 
     checkpoints = StepCheckpoint(checkpoint_folder(cfg), cfg.trainer.save_every_n_steps)
@@ -40,7 +48,12 @@ def build_trainer(cfg: Config, launch: Launch) -> Trainer:
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
         logger=False,
-        callbacks=[checkpoints, StopOnSignal(checkpoints), StepProgressBar()],
+        callbacks=[
+            checkpoints,
+            StopOnSignal(checkpoints),
+            *([Validation(cfg, held_out)] if held_out is not None and cfg.validation_steps else []),
+            StepProgressBar(),
+        ],
         # Ours are among the callbacks; this switch is for Lightning's own.
         enable_checkpointing=True,
         enable_model_summary=False,

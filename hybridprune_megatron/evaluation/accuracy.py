@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 from tqdm import tqdm
 
-from hybridprune_megatron.data.batch import IGNORE_LABEL, PADDING_KEY, PackedBatch
+from hybridprune_megatron.data.batch import IGNORE_LABEL, PADDING_KEY, PackedBatch, sums_by_sample
 from hybridprune_megatron.evaluation.forward import device_of, length_multiple, measuring, packed_batches
 from hybridprune_megatron.evaluation.held_out import Question
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
+from hybridprune_megatron.models.language_model import likeliest_tokens
 from hybridprune_megatron.models.video_language_model import VideoLanguageModel
 
 
@@ -137,8 +137,7 @@ def answers_right(model: VideoLanguageModel, batch: PackedBatch, trace: list[Tok
     rows = torch.nonzero(batch.labels != IGNORE_LABEL).flatten()
     device = device_of(model)
     logits, _ = model.logits(batch.to(device), rows.to(device), trace)
-    group = model.language_model.pg_collection.tp
-    best = gather_from_tensor_model_parallel_region(logits, group=group).argmax(-1).cpu()
+    best = likeliest_tokens(logits, model.language_model.pg_collection.tp).cpu()
     return right_by_sample(best == batch.labels[rows], rows, [layout.num_tokens for layout in batch.layouts])
 
 
@@ -150,7 +149,4 @@ def right_by_sample(right: Tensor, rows: Tensor, lengths: Sequence[int]) -> list
         rows: int64 [R], positions in the packed sequence.
         lengths: S lengths of the samples.
     """
-    ends = torch.tensor(lengths).cumsum(0)
-    sample = torch.searchsorted(ends, rows, right=True)
-    wrong = torch.zeros(len(lengths), dtype=torch.long).index_add(0, sample, (~right).long())
-    return (wrong == 0).tolist()
+    return (sums_by_sample((~right).unsqueeze(1), rows, lengths) == 0).squeeze(1).tolist()

@@ -13,13 +13,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hybridprune_megatron.config.json_text import parse_json, short
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample
-from hybridprune_megatron.data.conversation import VIDEO_TOKEN, read_conversation
+from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
-from hybridprune_megatron.data.shards import CONVERSATION_PART, read_shard, stored_videos
+from hybridprune_megatron.data.stored_samples import read_samples
 
 
 @dataclass(frozen=True)
@@ -75,54 +74,6 @@ class Clip:
     def question(self) -> str:
         """The text of the question, without the placeholder of the video."""
         return str(self.messages[0]["content"]).replace(VIDEO_TOKEN, "").strip()
-
-
-@dataclass(frozen=True)
-class StoredSample:
-    """A sample as it lies in a shard.
-
-    Attributes:
-        key: its name.
-        messages: the conversation.
-        meta: what the data set says about it; empty where it says nothing.
-        videos: bytes of its video files, or features of their frames, in the order of their placeholders.
-        shard: the file it comes from.
-    """
-
-    key: str
-    messages: list[dict[str, Any]]
-    meta: dict[str, Any]
-    videos: tuple[bytes | StoredFeatures, ...]
-    shard: Path
-
-
-def read_samples(folder: Path) -> Iterator[StoredSample]:
-    """All samples of an Energon data set that ``ShardWriter`` wrote, in order; those that cannot be read are named.
-
-    Raises:
-        ValueError: the folder holds no shards of its own, or no sample can be read.
-    """
-    shards = sorted(folder.glob("*.tar"))
-    if not shards:
-        raise ValueError(f"data.validation={folder}: no shards there; scripts/make_demo_data.py writes them")
-    count = 0
-    for shard in shards:
-        if shard.is_symlink() or not shard.is_file():
-            raise ValueError(f"{shard} is not a file but a link or a device: put the file itself there")
-        for key, parts in read_shard(shard):
-            try:
-                content = parse_json(parts.get(CONVERSATION_PART, b""))
-                messages, meta = content["conversation"], content.get("meta", {})
-                read_conversation(messages)
-                if not isinstance(meta, dict):
-                    raise ValueError(f"its meta is {short(meta)}")
-            except (ValueError, KeyError, TypeError) as error:
-                logger.warning("left out (malformed): sample %s of %s: %s", key, shard, error)
-                continue
-            count += 1
-            yield StoredSample(key, messages, meta, stored_videos(parts), shard)
-    if not count:
-        raise ValueError(f"data.validation={folder}: none of its samples can be read; write it again")
 
 
 def read_clips(folder: Path) -> Iterator[Clip]:

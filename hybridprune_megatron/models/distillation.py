@@ -68,10 +68,10 @@ class DistillingModel(VideoLanguageModel):
         """Makes the present weights the teacher's, whatever the model learns; call it where they have their dtype."""
         self._initial = {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """As ``VideoLanguageModel.forward``; in eval mode the plain cross entropy."""
-        if not self.training:
-            return super().forward(batch)
+    def forward(self, batch: PackedBatch, judged: bool = False) -> Tensor:
+        """As ``VideoLanguageModel.forward``; in eval mode, and ``judged``, the plain cross entropy."""
+        if judged or not self.training:
+            return super().forward(batch, judged)
         rows = loss_rows(batch)
         teacher = self._teacher_logits(batch, rows)
         student, _ = self.logits(batch, rows)

@@ -6,11 +6,30 @@ from typing import Any
 
 import torch
 from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction_pass import ReductionPass
 from hybridprune_megatron.models.stage_cut import with_origin
+
+
+def likeliest_tokens(logits: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The token that greedy decoding would write.
+
+    Args:
+        logits: [R, vocabulary of this rank].
+        group: the tensor-parallel ranks.
+
+    Returns:
+        int64 [R], the same on every one of these ranks.
+    """
+    best, token = logits.max(-1, keepdim=True)
+    if group.size() > 1:
+        token = token + group.rank() * logits.shape[-1]
+        best, token = (gather_from_tensor_model_parallel_region(each, group=group) for each in (best, token))
+        token = token.gather(-1, best.argmax(-1, keepdim=True))
+    return token.squeeze(-1)
 
 
 class ReductionHybridModel(HybridModel):
@@ -41,6 +60,7 @@ class ReductionHybridModel(HybridModel):
         rows: Tensor | None = None,
         labels: Tensor | None = None,
         trace: list[TokenLayout] | None = None,
+        judged: bool = False,
     ) -> tuple[Tensor, TokenLayout]:
         """Hidden states, logits or losses.
 
@@ -52,10 +72,12 @@ class ReductionHybridModel(HybridModel):
                 (text always does). None: all tokens that are left. Under context parallelism each rank gets its part.
             labels: int64 [R] targets of these rows; None asks for logits.
             trace: gets the layout that enters every layer.
+            judged: asks for losses and whether each label is the likeliest token.
 
         Returns:
             On the last stage float32 [R] losses, or [R, vocabulary of this rank] logits; else what crosses the stage
-            cut. And the last layout.
+            cut. And the last layout. With ``judged`` float32 [2, R] of all rows, losses and 1 or 0; zeros in rows that
+            another context-parallel rank has.
         """
         if embeddings is not None and self.training and self.config.recompute_granularity is not None:
             # Recomputation records nothing of a layer whose input asks for no gradient, as frozen embeddings do not.
@@ -68,7 +90,15 @@ class ReductionHybridModel(HybridModel):
         logits, dealt = self.row_logits(hidden, layout, rows)
         if labels is None:
             return logits.squeeze(1), layout
-        return self.compute_language_model_loss(labels[dealt].unsqueeze(0), logits).squeeze(0).float(), layout
+        own = labels[dealt]
+        # First: megatron's cross entropy overwrites fp32 logits.
+        right = likeliest_tokens(logits.squeeze(1), self.pg_collection.tp) == own if judged else None
+        losses = self.compute_language_model_loss(own.unsqueeze(0), logits).squeeze(0).float()
+        if right is None:
+            return losses, layout
+        whole = losses.new_zeros(2, len(labels))
+        whole[:, dealt] = torch.stack([losses, right.float()])
+        return whole, layout
 
     def row_logits(self, hidden: Tensor, layout: TokenLayout, rows: Tensor | None) -> tuple[Tensor, slice]:
         """Logits from what leaves the last stage's decoder.

@@ -80,18 +80,21 @@ class VideoLanguageModel(MegatronModule):
             self.vision_model.eval()
         return self
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch, judged: bool = False) -> Tensor:
         """Losses of a packed batch.
 
         Args:
             batch: packed samples on this model's device.
+            judged: asks for more than losses, see below.
 
         Returns:
             On the last stage float32 [R], one loss per token with a label (their number is ``batch.num_loss_tokens``
             over the context-parallel ranks, for text is never dropped); on other stages what crosses the stage cut.
+            With ``judged`` float32 [2, R] for all tokens with a label: their losses, and 1 where the label is the
+            likeliest token; zeros where another context-parallel rank has the row.
         """
         rows = loss_rows(batch)
-        return self._run(batch, rows, batch.labels[rows])[0]
+        return self._run(batch, rows, batch.labels[rows], judged=judged)[0]
 
     def logits(
         self, batch: PackedBatch, rows: Tensor | None = None, trace: list[TokenLayout] | None = None
@@ -109,14 +112,19 @@ class VideoLanguageModel(MegatronModule):
         return self._run(batch, rows, None, trace)
 
     def _run(
-        self, batch: PackedBatch, rows: Tensor | None, labels: Tensor | None, trace: list[TokenLayout] | None = None
+        self,
+        batch: PackedBatch,
+        rows: Tensor | None,
+        labels: Tensor | None,
+        trace: list[TokenLayout] | None = None,
+        judged: bool = False,
     ) -> tuple[Tensor, TokenLayout]:
         embeddings, layout = self.embedded(batch)
         dropping = self._pass_of(batch, layout)
         if embeddings is not None:
             pixels = batch.pixel_values if batch.frame_features is None else None
             embeddings, layout = dropping.enter(embeddings, layout, pixels)
-        return self.language_model(embeddings, layout, dropping, rows, labels, trace)
+        return self.language_model(embeddings, layout, dropping, rows, labels, trace, judged)
 
     def _pass_of(self, batch: PackedBatch, layout: TokenLayout) -> ReductionPass:
         """What is dropped in a batch whose samples may have a retention of their own, and ranks a choice of theirs."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hybridprune_megatron.analysis.samples import SampleReader, cut_answer, fill, frames_within
-from hybridprune_megatron.evaluation.held_out import read_samples
+from hybridprune_megatron.data.stored_samples import read_samples
 from hybridprune_megatron.method.layout import TokenKind
 from tests.analysis.videos import clip_config, write_clips
 from tests.models.tiny import tiny_sample

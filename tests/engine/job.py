@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.groups import RunConfig
 from hybridprune_megatron.config.schema import OptimConfig, ParallelConfig, ReductionConfig, TrainerConfig, TuningConfig
 
 
@@ -19,6 +20,8 @@ class _Model:
 @dataclass
 class _Data:
     sequence_length: int = 32
+    # Any name makes a job with trainer.eval_samples validate.
+    validation: str | None = "held out"
 
 
 @dataclass
@@ -34,6 +37,9 @@ class Job:
     tuning: TuningConfig = field(default_factory=TuningConfig)
     reduction: ReductionConfig = field(default_factory=lambda: ReductionConfig(budget=1.0))
     exp_manager: dict[str, Any] = field(default_factory=lambda: {"resume_if_exists": True, "seconds_to_sleep": 0})
+    drops: bool = False
+
+    validation_steps = RunConfig.validation_steps
 
 
 def tiny_job(folder: Path, tensor: int = 1, pipeline: int = 1, **trainer: Any) -> Job:
@@ -75,6 +81,7 @@ def run_job(
     from hybridprune_megatron.engine.train_log import read_train_log
     from hybridprune_megatron.engine.trainer import build_trainer, resume_checkpoint, start_experiment
     from hybridprune_megatron.models.build import build_model
+    from tests.engine.held_out import clips, counts
     from tests.engine.tiny import ClipLoader, CountingLoader, tiny_model
 
     what, _, number = kill_at.partition(":")
@@ -98,7 +105,8 @@ def run_job(
         module = DyingModule(job, partial(build_model, job), partial(ClipLoader, streams=streams))
     else:
         module = DyingModule(job, partial(tiny_model, dropout=dropout), partial(CountingLoader, streams=streams))
-    trainer = build_trainer(job, Launch(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size()))
+    launch = Launch(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    trainer = build_trainer(job, launch, partial(clips if video else counts, job.trainer.eval_samples))
     if nemo:
         start_experiment(trainer, job)
         trainer.fit(module)

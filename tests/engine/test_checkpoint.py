@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from hybridprune_megatron.config.checkpoint_folder import (
+    checkpoint_step,
     complete_checkpoints,
     latest_checkpoint,
+    outdated_checkpoints,
     remove_incomplete,
 )
 from hybridprune_megatron.engine.train_log import TrainLog, read_train_log
@@ -44,6 +46,27 @@ def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
         "step_00000010",
         "step_00000011",
     ]
+
+
+def test_only_what_the_run_wrote_and_does_not_keep_goes(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    own = (10, 20, 30, 40, 50, 60)
+    for step in (*own, 5, 70):
+        _fake(folder, f"step_{step:08d}", "metadata.json", "run.json")
+    (folder / "step_00000060" / "run.json").unlink()
+    (folder / "step_00000015").symlink_to(folder / "step_00000010")
+
+    def gone(**rules: int) -> list[int]:
+        found = outdated_checkpoints(folder, {*own, 15}, **{"keep_last": 1, **rules})
+        return [checkpoint_step(path) for path in found]
+
+    # Neither the half of one that is newest, nor links and checkpoints of others.
+    assert gone() == [10, 20, 30, 40]
+    assert gone(keep_last=3) == [10, 20]
+    assert gone(keep_last=9) == []
+    assert gone(best=20) == [10, 30, 40]
+    assert gone(keep_every_n_steps=20, best=30) == [10]
 
 
 class _Bomb:

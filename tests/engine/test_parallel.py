@@ -60,13 +60,13 @@ def _evaluation_loss(chunks: list[Any], batches: Iterator[Any], count: int, leng
     """Mean loss per loss token over ``count`` micro batches of every replica, and that number of tokens."""
     import torch
 
-    from hybridprune_megatron.engine.train_step import _Recorder, _run_schedule
+    from hybridprune_megatron.engine.train_step import Recorder, summed_losses
 
     for chunk in chunks:
         chunk.eval()
-    recorder = _Recorder(batches, torch.device("cpu"))
+    recorder = Recorder(batches, torch.device("cpu"))
     with torch.no_grad():
-        total, tokens, _ = _run_schedule(chunks, recorder, count, length, forward_only=True)
+        total, tokens, _ = summed_losses(chunks, recorder, count, length, forward_only=True)
     for chunk in chunks:
         chunk.train()
     return total / max(tokens, 1), tokens

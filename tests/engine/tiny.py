@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample, PackedBatch, no_pixels, pack
 from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
+from hybridprune_megatron.models.language_model import likeliest_tokens
 from tests.models.tiny import tiny_batch
 
 VOCAB = 64
@@ -24,10 +25,18 @@ LENGTH = 32
 class TinyModel(GPTModel):
     """A GPT of two layers behind the project's model interface."""
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    reduction = None
+
+    def forward(self, batch: PackedBatch, judged: bool = False) -> Tensor:
         ids, labels = batch.input_ids[None], batch.labels[None]
         positions = torch.arange(ids.shape[1])[None]
         mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        if judged and self.post_process:
+            rows = batch.loss_mask > 0
+            logits, own = super().forward(ids, positions, mask)[0, rows], batch.labels[rows]
+            right = likeliest_tokens(logits, self.pg_collection.tp) == own
+            losses = self.compute_language_model_loss(own[None], logits[:, None].contiguous())
+            return torch.stack([losses[0], right.float()])
         out = super().forward(ids, positions, mask, labels=labels.clamp(min=0))
         return out[0][batch.loss_mask > 0] if self.post_process else out
 

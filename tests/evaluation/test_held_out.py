@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hybridprune_megatron.evaluation.held_out import read_clips, read_samples
+from hybridprune_megatron.data.stored_samples import read_samples
+from hybridprune_megatron.evaluation.held_out import read_clips
 
 
 def _shard(path: Path, samples: dict[str, dict], videos: tuple[str, ...] = ("mp4",)) -> None:

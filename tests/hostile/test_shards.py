@@ -15,8 +15,8 @@ import pytest
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config import Config
 from hybridprune_megatron.data.shards import read_shard
+from hybridprune_megatron.data.stored_samples import read_samples
 from hybridprune_megatron.data.task_encoder import TrainLoader
-from hybridprune_megatron.evaluation.held_out import read_samples
 from tests.data.eval_loader import build_eval_loader
 from tests.hostile.folders import config, json_member, member, turns, write_set, write_shard
 

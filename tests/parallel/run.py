@@ -42,7 +42,7 @@ def step(
     from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.optimization import build_train_state, model_chunks
     from hybridprune_megatron.engine.parallel import data_rank, init_model_parallel
-    from hybridprune_megatron.engine.train_step import _Recorder, _run_schedule
+    from hybridprune_megatron.engine.train_step import Recorder, summed_losses
     from hybridprune_megatron.engine.weights import load_initial_weights
     from hybridprune_megatron.models.build import build_model
     from hybridprune_megatron.models.stack import ReductionStack
@@ -69,8 +69,8 @@ def step(
     for chunk in state.ddp:
         chunk.train()
         chunk.zero_grad_buffer()
-    total, tokens, *_ = _run_schedule(
-        state.ddp, _Recorder(iter(batches), torch.device("cpu")), len(batches), cfg.data.sequence_length, False
+    total, tokens, *_ = summed_losses(
+        state.ddp, Recorder(iter(batches), torch.device("cpu")), len(batches), cfg.data.sequence_length, False
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,7 +97,7 @@ def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:
         "parallel.distributed_optimizer=false",
         "trainer.global_batch_size=4",
         "data.sequence_length=1024",
-        RETENTION,
+        *([] if any(text.startswith("reduction.schedule=") for text in overrides) else [RETENTION]),
         "reduction.select.frame_share=0.1",
         f"reduction.select.multiple_of={MULTIPLE_OF}",
         *overrides,

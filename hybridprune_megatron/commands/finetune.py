@@ -21,19 +21,15 @@ from hybridprune_megatron.engine.launch import Launch, check_launch, launch_over
 from hybridprune_megatron.engine.preemption import hold_stop_signals
 from hybridprune_megatron.engine.quiet import quiet_libraries
 from hybridprune_megatron.engine.run_lock import hold_folder
+from hybridprune_megatron.engine.train_log import VALIDATION_LOG, read_train_log
 
 
 def finetune(cfg: Config, launch: Launch) -> None:
     """Trains as configured, from the start or from the newest checkpoint, and says what came of it."""
     say = partial(print, flush=True) if launch.rank == 0 else _nothing
-    newest = (
-        latest_checkpoint(Path(cfg.output_dir) / "checkpoints") if cfg.exp_manager.get("resume_if_exists") else None
-    )
-    if newest is not None and checkpoint_step(newest) >= cfg.trainer.max_steps:
-        say(
-            f"nothing to do: trainer.max_steps={cfg.trainer.max_steps} steps are done; raise it, or give output_dir=..."
-        )
-        say(what_next(cfg))
+    if is_finished(cfg):
+        steps = f"trainer.max_steps={cfg.trainer.max_steps}"
+        say(f"nothing to do: {steps} steps are done; raise it, or give output_dir=...\n{what_next(cfg)}")
         return
     import torch
 
@@ -56,6 +52,18 @@ def finetune(cfg: Config, launch: Launch) -> None:
     trainer.fit(module)
     if trainer.global_step >= cfg.trainer.max_steps:
         say(what_next(cfg))
+
+
+def is_finished(cfg: Config) -> bool:
+    """Whether a run that would resume has no step left, and no validation that a stop prevented."""
+    folder = Path(cfg.output_dir)
+    newest = latest_checkpoint(folder / "checkpoints") if cfg.exp_manager.get("resume_if_exists") else None
+    if newest is None or checkpoint_step(newest) < cfg.trainer.max_steps:
+        return False
+    if not cfg.validation_steps:
+        return True
+    log = folder / VALIDATION_LOG
+    return log.is_file() and any(row["step"] >= cfg.trainer.max_steps for row in read_train_log(log))
 
 
 def what_next(cfg: Config) -> str:

@@ -25,7 +25,7 @@ from hybridprune_megatron.config.checkpoint_folder import checkpoint_name
 from hybridprune_megatron.engine.module import HybridPruneModule
 from hybridprune_megatron.engine.preemption import STOPPED, stop_requested
 from hybridprune_megatron.engine.strategy import MegatronStrategy
-from hybridprune_megatron.engine.train_log import TrainLog
+from hybridprune_megatron.engine.train_log import VALIDATION_LOG, TrainLog
 from hybridprune_megatron.engine.validation import Samples, Validator
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Validation(Callback):
         self._cfg = cfg
         self._held_out = held_out
         self._figure = cfg.trainer.keep_best or "loss"
-        self._log = TrainLog(Path(cfg.output_dir) / "validation_log.jsonl")
+        self._log = TrainLog(Path(cfg.output_dir) / VALIDATION_LOG)
         self._validator: Validator | None = None
         self._validated_at = 0
         self._best: dict[str, Any] | None = None

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+#: In a run's folder, beside train_log.jsonl: a row per validation.
+VALIDATION_LOG = "validation_log.jsonl"
+
 
 class TrainLog:
     """Appends rows to a JSON-lines file. Only rank 0 should own one.

@@ -54,5 +54,11 @@ def test_a_finished_run_says_so_before_anything_slow(monkeypatch, tmp_path, caps
     # Other ranks are silent, and a run with steps left goes on to what is slow.
     finetune.finetune(cfg, Launch(rank=1, world_size=2))
     assert not capsys.readouterr().out
-    with pytest.raises(ImportError):
-        finetune.finetune(load_config(["experiment=demo", f"output_dir={tmp_path}", "trainer.max_steps=51"]), Launch())
+    for more in ("trainer.max_steps=51", "trainer.eval_every_n_steps=25"):
+        # A validation that is missing is a step too.
+        again = load_config(["experiment=demo", f"output_dir={tmp_path}", "trainer.max_steps=50", more])
+        with pytest.raises(ImportError):
+            finetune.finetune(again, Launch())
+    (tmp_path / "validation_log.jsonl").write_text('{"step": 50, "loss": 1.0}\n')
+    finetune.finetune(again, Launch())
+    assert capsys.readouterr().out.startswith("nothing to do")

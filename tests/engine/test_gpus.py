@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from hybridprune_megatron.data.shards import ShardWriter
 from hybridprune_megatron.engine import gpus
 
 
@@ -104,7 +105,10 @@ def test_the_version_is_that_of_the_installed_torch() -> None:
 def test_a_job_ends_in_one_line_within_seconds(tmp_path) -> None:
     # Of no machine, with GPUs or without.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "99"}
-    command = [sys.executable, "recipes/finetune.py", "experiment=demo", f"output_dir={tmp_path}/run"]
+    with ShardWriter(tmp_path / "data", "train") as writer:
+        writer.add("a", [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], [], {})
+    data = [f"data.train={tmp_path}/data", "data.validation=null"]
+    command = [sys.executable, "recipes/finetune.py", "experiment=demo", f"output_dir={tmp_path}/run", *data]
     start = time.monotonic()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr

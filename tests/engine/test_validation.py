@@ -19,7 +19,7 @@ from tests.engine.test_budgets import _write_weights as write_weights
 from tests.engine.test_preemption import _run_and_ask as run_and_ask
 from tests.worlds import run_world
 
-_KILLED = "died without a word"
+_KILLED = "died without an error message"
 
 
 def _digits(rows: list[dict[str, Any]]) -> list[tuple]:

@@ -106,7 +106,8 @@ def test_a_job_ends_in_one_line_within_seconds(tmp_path) -> None:
     # Of no machine, with GPUs or without.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "99"}
     with ShardWriter(tmp_path / "data", "train") as writer:
-        writer.add("a", [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], [], {})
+        for key in ("a", "b"):
+            writer.add(key, [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], [], {})
     data = [f"data.train={tmp_path}/data", "data.validation=null"]
     command = [sys.executable, "recipes/finetune.py", "experiment=demo", f"output_dir={tmp_path}/run", *data]
     start = time.monotonic()

@@ -213,7 +213,7 @@ def test_a_killed_run_goes_on_behind_its_last_finished_shard(
     assert not out.exists()
     assert [path.name for path in partial.glob("[!.]*.tar")] == ["shard-00000.tar"]
     written = (partial / "shard-00000.tar").stat()
-    with pytest.raises(ValueError, match="begun from another tower, sampling, dtype or data set"):
+    with pytest.raises(ValueError, match="started from another tower, sampling, dtype or data set"):
         write_features(odd_set, out, shards, encoder(cfg, dtype="bf16"))
     again = encoder(cfg, frames=1)
     write_features(odd_set, out, shards, again)

@@ -33,7 +33,7 @@ def python(*arguments: object) -> str:
 
 def test_accuracy_and_prefill_time_of_a_unit(tmp_path: Path) -> None:
     clips, features, times = tmp_path / "clips", tmp_path / "features", tmp_path / "prefill.jsonl"
-    python("studies/base/make_bench_data.py", "--out", clips, "--seed", 12, "--train", 7, "--validation", 7)
+    python("studies/base/make_bench_data.py", "--out", clips, "--seed", 12, "--train", 0, "--validation", 2)
     python("scripts/precompute_features.py", "experiment=bench", f"model.init_checkpoint={WEIGHTS}",
            "--data", clips / "validation", "--out", features)  # fmt: skip
     retention, correct = python("-c", MEASURE, features, times).split()[-2:]

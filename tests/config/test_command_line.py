@@ -22,7 +22,7 @@ from hybridprune_megatron.config.resume import check_resume
 from tests.own_time import HANG_SECONDS, run_timed
 
 CHECKOUT = CONF_DIR.parent
-HEAVY = ("torch", "megatron", "nemo", "lightning", "transformers", "av")
+HEAVY = ("torch", "megatron", "nemo", "lightning", "transformers", "av", "multistorageclient")
 
 
 def run_python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ GPU_SOURCES := $(VENV)/gpu_sources
 NEWEST_ALL := $(VENV)/newest-all
 # A locked version is taken as it is: no resolver, and no build environment that would fetch what is not locked.
 PIP_LOCKED := $(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation
-# What is not locked, beside what is: no locked version changes.
+# Installs what is not locked, with the locks as constraints: no locked version changes.
 UV_PIP = $(VENV)/bin/uv pip install --python $(VENV)/bin/python --constraint $(VENV)/locked.txt
 # Native operators: built again if a source changes. HYBRIDPRUNE_CUDA=0 leaves the CUDA ones out.
 KERNELS := $(wildcard kernels/setup.py kernels/pyproject.toml kernels/csrc/*.* kernels/csrc/*/*.* kernels/src/*/*.py)

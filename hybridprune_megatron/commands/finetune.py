@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from hybridprune_megatron.config import Config, parse_command_line
-from hybridprune_megatron.config.checkpoint_folder import checkpoint_step, latest_checkpoint
+from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, checkpoint_step, latest_checkpoint
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
 from hybridprune_megatron.engine.gpus import check_gpus
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
@@ -26,7 +26,11 @@ from hybridprune_megatron.engine.train_log import VALIDATION_LOG, read_train_log
 
 def finetune(cfg: Config, launch: Launch) -> None:
     """Trains as configured, from the start or from the newest checkpoint, and says what came of it."""
-    say = partial(print, flush=True) if launch.rank == 0 else _nothing
+
+    def say(line: str) -> None:
+        if launch.rank == 0:
+            print(line, flush=True)
+
     if is_finished(cfg):
         steps = f"trainer.max_steps={cfg.trainer.max_steps}"
         say(f"nothing to do: {steps} steps are done; raise it, or give output_dir=...\n{what_next(cfg)}")
@@ -56,13 +60,12 @@ def finetune(cfg: Config, launch: Launch) -> None:
 
 def is_finished(cfg: Config) -> bool:
     """Whether a run that would resume has no step left, and no validation that a stop prevented."""
-    folder = Path(cfg.output_dir)
-    newest = latest_checkpoint(folder / "checkpoints") if cfg.exp_manager.get("resume_if_exists") else None
+    newest = latest_checkpoint(checkpoint_folder(cfg)) if cfg.exp_manager.get("resume_if_exists") else None
     if newest is None or checkpoint_step(newest) < cfg.trainer.max_steps:
         return False
     if not cfg.validation_steps:
         return True
-    log = folder / VALIDATION_LOG
+    log = Path(cfg.output_dir) / VALIDATION_LOG
     return log.is_file() and any(row["step"] >= cfg.trainer.max_steps for row in read_train_log(log))
 
 
@@ -74,10 +77,6 @@ def what_next(cfg: Config) -> str:
         lines.append(f"  hybridprune evaluate checkpoint={run}")
     lines.append(f"  hybridprune export --checkpoint {run} --out {run}/hf")
     return "\n".join(lines)
-
-
-def _nothing(_line: str) -> None:
-    """One rank speaks."""
 
 
 @one_line_errors("finetune")

@@ -16,17 +16,25 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridprune_megatron.config.json_text import read_json, texts
 from hybridprune_megatron.config.legacy import is_flat, nested
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
 from hybridprune_megatron.plugins import from_a_file
 
+if TYPE_CHECKING:
+    from hybridprune_megatron.config.schema import Config
+
 RUN_FILE = "run.json"
 INCOMPLETE = ".incomplete"
 _METADATA = "metadata.json"
 _NAME = re.compile(r"step_(\d+)")
+
+
+def checkpoint_folder(cfg: Config) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(cfg.output_dir) / "checkpoints"
 
 
 def checkpoint_name(step: int) -> str:

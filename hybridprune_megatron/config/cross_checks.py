@@ -193,7 +193,7 @@ def check_length(cfg: RunConfig) -> None:
 def check_offsets(cfg: RunConfig) -> None:
     """mamba_ssm's kernels address what a rank's Mamba layer computes with 32 bits."""
     model, parallel = cfg.model, cfg.parallel
-    if model.spec == "torch" or not any(KINDS[symbol].name == "mamba" for stage in model.stages for symbol in stage):
+    if model.spec == "torch" or not model.has_layers("mamba"):
         return
     length = cfg.data.sequence_length
     width = model.mamba_num_heads * model.mamba_head_dim // (parallel.tensor * parallel.context)

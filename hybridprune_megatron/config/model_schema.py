@@ -260,6 +260,10 @@ class ModelConfig:
         """Layer symbols of each pipeline stage."""
         return self.hybrid_pattern.split("|")
 
+    def has_layers(self, kind: str) -> bool:
+        """Whether the pattern has layers of a kind, by its name ("mamba", "attention", ...)."""
+        return any(KINDS[symbol].name == kind for stage in self.stages for symbol in stage)
+
     @property
     def num_layers(self) -> int:
         """Layers of the language model over all stages."""

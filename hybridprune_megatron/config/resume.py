@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from hybridprune_megatron.checks import ConfigError
-from hybridprune_megatron.config.checkpoint_folder import latest_checkpoint, saved_config
+from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, latest_checkpoint, saved_config
 from hybridprune_megatron.config.flat import config_values, leaves
 from hybridprune_megatron.config.schema import Config
 
@@ -29,7 +27,7 @@ def check_resume(cfg: Config) -> None:
     Raises:
         ConfigError: naming the first setting that differs from the newest checkpoint below ``output_dir``.
     """
-    newest = latest_checkpoint(Path(cfg.output_dir) / "checkpoints")
+    newest = latest_checkpoint(checkpoint_folder(cfg))
     if newest is None:
         return
     distillation = cfg.tuning.distillation

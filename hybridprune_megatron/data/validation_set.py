@@ -1,4 +1,4 @@
-"""The held-out samples that a run validates on: planned once, then read anew at every validation.
+"""The held-out samples that a run validates on: planned once, then read again at every validation.
 
 Only where samples lie and how long they are is kept in between: the frames of some hundred videos fill too much memory.
 """
@@ -82,7 +82,7 @@ class ValidationSet:
             for held_out in islice(self._usable(each), count):
                 found += held_out
         if not found:
-            raise ConfigError(f"{self._where}: none of its samples can be used; the log names them, or write it anew")
+            raise ConfigError(f"{self._where}: none of its samples can be used; the log names them, or write it again")
         packs = samples_by_pack([sample.tokens for sample in found], self._capacity)
         return [[found[number] for number in each] for each in packs]
 

@@ -49,6 +49,7 @@ from hybridprune_megatron.config.checkpoint_folder import (
 )
 from hybridprune_megatron.engine.checkpoint_index import read_index
 from hybridprune_megatron.engine.optimization import TrainState, allocate_state, load_optimizer_state
+from hybridprune_megatron.engine.parallel import from_rank_0
 from hybridprune_megatron.engine.rng_state import rng_state
 
 SHARDED_FORMAT = {
@@ -292,15 +293,7 @@ class CheckpointSaver:
 
 def _check_stored(path: Path) -> None:
     """Refuses a checkpoint that could run code when it is unpickled; one rank looks for all."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            read_index(path).check_objects()
-        except ValueError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise ValueError(problem[0])
+    from_rank_0(lambda: read_index(path).check_objects())
 
 
 def load_checkpoint(path: Path, state: TrainState, streams: Iterable[int] = ()) -> dict[str, Any]:

@@ -21,7 +21,7 @@ _FIX = "`nvidia-smi` must show them here (driver, `--nv`, `--gpus all`); export 
 
 
 def check_gpus() -> None:
-    """Refuses to go on where this process was given GPUs and cannot use one.
+    """Raises if this process was given GPUs and cannot use one.
 
     Raises:
         ValueError: one line that says who gave them and why they cannot be used.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from megatron.core import parallel_state, tensor_parallel
 
+from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.engine import ensure_device_backend
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.watch import end_watch
@@ -168,6 +171,24 @@ class DataRank:
 
     rank: int
     size: int
+
+
+def from_rank_0(make: Callable[[], Any]) -> Any:
+    """What rank 0 makes, on every rank.
+
+    Raises:
+        ConfigError: with rank 0's line, on every rank, where that was a ValueError or an OSError.
+    """
+    said: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            said[0] = make()
+        except (ValueError, OSError) as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0)
+    if said[1] is not None:
+        raise ConfigError(said[1])
+    return said[0]
 
 
 def data_rank() -> DataRank:

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridprune_megatron.checks import ConfigError
-from hybridprune_megatron.config.checkpoint_folder import resume_point
+from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, resume_point
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal, Validation
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
@@ -20,11 +20,6 @@ from hybridprune_megatron.engine.strategy import MegatronStrategy
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
     from hybridprune_megatron.engine.validation import Samples
-
-
-def checkpoint_folder(cfg: Config) -> Path:
-    """Where a run keeps its checkpoints."""
-    return Path(cfg.output_dir) / "checkpoints"
 
 
 def build_trainer(cfg: Config, launch: Launch, held_out: Callable[[], Samples] | None = None) -> Trainer:

@@ -6,20 +6,18 @@ it does not matter which rank had it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.data.batch import IGNORE_LABEL, PackedBatch, sums_by_sample
-from hybridprune_megatron.engine.parallel import data_rank
+from hybridprune_megatron.engine.parallel import data_rank, from_rank_0
 from hybridprune_megatron.engine.rng_state import restore_rng_state, rng_state
 from hybridprune_megatron.engine.train_step import Recorder, run_schedule, sum_over_job
 
@@ -134,24 +132,6 @@ class Validator:
         for _ in range(count - len(own)):
             read.append([])
             yield self._samples.filler()
-
-
-def from_rank_0(make: Callable[[], Any]) -> Any:
-    """What rank 0 makes, on every rank.
-
-    Raises:
-        ConfigError: with rank 0's line, on every rank.
-    """
-    said: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            said[0] = make()
-        except (ValueError, OSError) as error:
-            said[1] = str(error)
-    dist.broadcast_object_list(said, src=0)
-    if said[1] is not None:
-        raise ConfigError(said[1])
-    return said[0]
 
 
 def _judging_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:

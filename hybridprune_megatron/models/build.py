@@ -40,8 +40,7 @@ def fp32_line(cfg: Config, on_gpu: bool) -> str | None:
     Raises:
         ConfigError: sequences are too long for it.
     """
-    attention = any(symbol == "*" for symbol in layer_symbols(cfg.model.hybrid_pattern))
-    if not on_gpu or cfg.trainer.precision != "fp32" or not attention:
+    if not on_gpu or cfg.trainer.precision != "fp32" or not cfg.model.has_layers("attention"):
         return None
     length = cfg.data.sequence_length
     if length > LONGEST_FP32:

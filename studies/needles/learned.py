@@ -168,6 +168,7 @@ def soft_loss(
     """
     from hybridprune_megatron.analysis.damage import answer_logits
     from hybridprune_megatron.data.batch import IGNORE_LABEL
+    from hybridprune_megatron.method.smoothing import with_frame
 
     rows = torch.nonzero(batch.labels != IGNORE_LABEL).flatten()
     gates.tokens = None
@@ -187,7 +188,7 @@ def soft_loss(
             continue
         weights = logs[layer].exp()
         score = heads.last[0] @ (weights / weights.sum())
-        score = score + reduction.select.frame_share * _frame_best(score, layout)
+        score = with_frame(score, layout, reduction.select.frame_share)
         z = (score - score.mean()) / score.std().clamp(min=1e-6)
         keep = max(1, round(reduction.retention[layer + 1] * visual))
         soft = soft_gates(z, tokens[layout.visual_index], keep, temperature)
@@ -198,11 +199,6 @@ def soft_loss(
         gates.tokens = tokens
     logits = model.language_model.row_logits(decoder.finished(hidden), layout, rows)[0].squeeze(1)
     return (reference.exp() * (reference - logits.float().log_softmax(-1))).sum(-1).mean()
-
-
-def _frame_best(score: Tensor, layout: TokenLayout) -> Tensor:
-    best = score.new_full((len(layout.frame_videos),), -torch.inf)
-    return best.scatter_reduce(0, layout.visual_frame, score, "amax")[layout.visual_frame]
 
 
 def learn(model: Any, samples: Sequence[Any], reduction: Reduction, steps: int, per_step: int) -> dict[int, Tensor]:

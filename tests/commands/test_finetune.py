@@ -51,7 +51,7 @@ def test_a_finished_run_says_so_before_anything_slow(monkeypatch, tmp_path, caps
         f"  hybridprune evaluate checkpoint={tmp_path}",
         f"  hybridprune export --checkpoint {tmp_path} --out {tmp_path}/hf",
     ]
-    # Other ranks are silent, and a run with steps left goes on to what is slow.
+    # Other ranks are silent, and a run with steps left continues to what is slow.
     finetune.finetune(cfg, Launch(rank=1, world_size=2))
     assert not capsys.readouterr().out
     for more in ("trainer.max_steps=51", "trainer.eval_every_n_steps=25"):

@@ -105,6 +105,6 @@ def test_how_a_run_is_watched_may_change_when_it_goes_on(tmp_path: Path) -> None
     check_resume(load_config([*ON, f"output_dir={tmp_path}", *given]))
     for name in changes:
         del saved["trainer"][name]
-    # A run of before these keys goes on too.
+    # A run from before these keys can be resumed too.
     (checkpoint / "run.json").write_text(json.dumps({"step": 50, "config": saved}))
     check_resume(load_config([*ON, f"output_dir={tmp_path}", *given]))

@@ -39,26 +39,13 @@ def step(
     from megatron.core import dist_checkpointing
 
     from hybridprune_megatron.engine.checkpoint import SHARDED_FORMAT
-    from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.optimization import build_train_state, model_chunks
-    from hybridprune_megatron.engine.parallel import data_rank, init_model_parallel
+    from hybridprune_megatron.engine.parallel import data_rank
     from hybridprune_megatron.engine.train_step import Recorder, summed_losses
-    from hybridprune_megatron.engine.weights import load_initial_weights
-    from hybridprune_megatron.models.build import build_model
     from hybridprune_megatron.models.stack import ReductionStack
 
     cfg = config_of(sizes, overrides, pattern)
-    parallel = cfg.parallel
-    init_model_parallel(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        seed=1,
-        virtual_pipeline=parallel.virtual_pipeline,
-        expert=parallel.expert,
-    )
-    model = HybridPruneModule(cfg, partial(build_model, cfg), lambda *_: None).build_stage()
-    load_initial_weights(model, weights)
+    model = built(cfg, weights)
     if local_chunks:
         # One process in the place of ranks that each hold two chunks.
         ReductionStack.local_chunks = local_chunks
@@ -81,6 +68,27 @@ def step(
     sharded = model.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
     dist_checkpointing.save(sharded, gradients, content_metadata=dict(SHARDED_FORMAT))
     return total / tokens, seen
+
+
+def built(cfg: Any, weights: str) -> Any:
+    """What this rank holds of the model of a configuration, with the weights of a file."""
+    from hybridprune_megatron.engine.module import HybridPruneModule
+    from hybridprune_megatron.engine.parallel import init_model_parallel
+    from hybridprune_megatron.engine.weights import load_initial_weights
+    from hybridprune_megatron.models.build import build_model
+
+    parallel = cfg.parallel
+    init_model_parallel(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        seed=1,
+        virtual_pipeline=parallel.virtual_pipeline,
+        expert=parallel.expert,
+    )
+    model = HybridPruneModule(cfg, partial(build_model, cfg), lambda *_: None).build_stage()
+    load_initial_weights(model, weights)
+    return model
 
 
 def config_of(sizes: dict[str, int], overrides: list[str], pattern: str) -> Any:

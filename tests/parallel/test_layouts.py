@@ -32,13 +32,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("weights") / "model.safetensors")
-    run_world(1, write_weights, path, [])
-    return path
-
-
 def run(
     folder: Path,
     weights: str,

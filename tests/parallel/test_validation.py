@@ -26,13 +26,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("weights") / "model.safetensors")
-    run_world(1, write_weights, path, [])
-    return path
-
-
-@pytest.fixture(scope="module")
 def answers(weights: str) -> dict[int, list[int]]:
     return run_world(1, likeliest, weights, [])[0]
 

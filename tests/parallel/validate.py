@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.engine.held_out import FewSamples
 from tests.models.tiny import tiny_sample
-from tests.parallel.run import MULTIPLE_OF, PATTERN, config_of
+from tests.parallel.run import MULTIPLE_OF, PATTERN, built, config_of
 
 #: Frames of the held-out samples, two of which make a packed sequence: five of them, and one that cannot be decoded.
 FRAMES = (17, 25, 9, 12, 40, 15, 0, 23, 8, 31, 5)
@@ -26,29 +26,12 @@ def held_out(answers: dict[int, list[int]], multiple_of: int = MULTIPLE_OF) -> F
 
 def _state(weights: str, sizes: dict[str, int], overrides: list[str], pattern: str) -> tuple[Any, Any]:
     """Configuration and model in training."""
-    from functools import partial
-
     import torch
 
-    from hybridprune_megatron.engine.module import HybridPruneModule
     from hybridprune_megatron.engine.optimization import build_train_state
-    from hybridprune_megatron.engine.parallel import init_model_parallel
-    from hybridprune_megatron.engine.weights import load_initial_weights
-    from hybridprune_megatron.models.build import build_model
 
     cfg = config_of(sizes, overrides, pattern)
-    parallel = cfg.parallel
-    init_model_parallel(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        seed=1,
-        virtual_pipeline=parallel.virtual_pipeline,
-        expert=parallel.expert,
-    )
-    model = HybridPruneModule(cfg, partial(build_model, cfg), lambda *_: None).build_stage()
-    load_initial_weights(model, weights)
-    return cfg, build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
+    return cfg, build_train_state(built(cfg, weights), cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
 
 
 def figures(

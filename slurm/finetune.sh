@@ -69,8 +69,9 @@ trap warn USR1
 # a preemption signals the ranks alone (TERM), they save and stop as well.
 
 # An array starts the same command many times: every task gets a folder of its own, unless the overrides use its number.
+# In a sweep (-m) every run has one already.
 overrides=("$@")
-if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+if [[ -n "${SLURM_ARRAY_TASK_ID:-}" && " $* " != *" -m "* && " $* " != *" --multirun "* ]]; then
   folder='runs/${name}' name=""
   overrides=()
   for override in "$@"; do

@@ -2,6 +2,7 @@
 
     hybridprune finetune experiment=demo reduction.budget=0.35 trainer.max_steps=50
     torchrun --nproc_per_node 2 recipes/finetune.py experiment=demo parallel=tp2
+    hybridprune finetune -m experiment=demo reduction.budget=0.5,0.25    # a sweep: a run for every combination
 
 The same command again continues from the newest complete checkpoint in ``<output_dir>/checkpoints``. SIGTERM, SIGUSR1,
 Ctrl-C and a lost terminal make it save after the running step and exit with status 75; a second Ctrl-C ends it at once.
@@ -13,9 +14,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from hybridprune_megatron.commands.sweep import array_task, overrides_of_task, sweep
 from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, checkpoint_step, latest_checkpoint
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
+from hybridprune_megatron.config.sweep import OPTIONS
 from hybridprune_megatron.engine.gpus import check_gpus
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
 from hybridprune_megatron.engine.preemption import hold_stop_signals
@@ -88,6 +91,11 @@ def main(argv: list[str] | None = None) -> None:
     """
     launch = read_launch()
     overrides = sys.argv[1:] if argv is None else argv
+    if any(option in overrides for option in OPTIONS):
+        swept, task = [each for each in overrides if each not in OPTIONS], array_task()
+        if task is None:
+            sys.exit(sweep(swept, launch))
+        overrides = overrides_of_task(swept, task)
     overrides = [*overrides, *launch_overrides(launch, overrides)]
     cfg = parse_command_line(overrides)
     check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)

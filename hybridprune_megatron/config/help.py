@@ -42,7 +42,7 @@ def usage(composed: DictConfig, conf_dir: Path, everything: bool = False) -> str
         composed: configuration whose values are shown as the current ones.
         everything: show every key instead of the most used.
     """
-    lines = ["usage: hybridprune finetune [group=option] [key=value] ... [--help | --help-all | --cfg job]", ""]
+    lines = ["usage: hybridprune finetune [group=option] [key=value] ... [-m | --help | --help-all | --cfg job]", ""]
     lines += ["Groups and their options (files in conf/):"]
     for group in GROUPS:
         options = ", ".join(group_options(conf_dir, group))
@@ -53,7 +53,8 @@ def usage(composed: DictConfig, conf_dir: Path, everything: bool = False) -> str
     if everything:
         lines += _part_lines(composed)
     else:
-        lines += ["", "--help-all lists every key, --cfg job prints the resolved configuration; both take overrides."]
+        lines += ["", "-m sweeps: key=1,2,3 becomes a run for every value, and lists of several keys for every combination."]
+        lines += ["--help-all lists every key, --cfg job prints the resolved configuration; both take overrides."]
     return "\n".join([*lines, "", "Examples:", *(f"  {example}" for example in EXAMPLES)])
 
 

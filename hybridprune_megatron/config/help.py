@@ -53,7 +53,7 @@ def usage(composed: DictConfig, conf_dir: Path, everything: bool = False) -> str
     if everything:
         lines += _part_lines(composed)
     else:
-        lines += ["", "-m sweeps: key=1,2,3 becomes a run for every value, and lists of several keys for every combination."]
+        lines += ["", "-m sweeps: key=1,2,3 is a run for every value, lists of several keys one for every combination."]
         lines += ["--help-all lists every key, --cfg job prints the resolved configuration; both take overrides."]
     return "\n".join([*lines, "", "Examples:", *(f"  {example}" for example in EXAMPLES)])
 

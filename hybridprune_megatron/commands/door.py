@@ -16,6 +16,7 @@ COMMANDS = {
     "import": ("import_hf", "makes a Hugging Face checkpoint one that training starts from"),
     "plan": ("plan", "finds the budget that reaches a speedup or fits a memory"),
     "finetune": ("finetune", "finetunes a model under token reduction"),
+    "plot": ("plot", "draws what runs have logged: loss, validation, tokens per second"),
     "evaluate": ("evaluate", "accuracy of a checkpoint on held-out questions, full and reduced"),
     "analyze": ("analyze", "looks into a checkpoint: its scores, what it keeps, and what a drop loses"),
     "solve": ("solve", "finds the share of visual tokens per layer that costs the answers least"),

@@ -21,7 +21,7 @@ from typing import Any
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.sweep import SweepRun, chosen, sweep_runs
 from hybridprune_megatron.engine.launch import Launch
-from hybridprune_megatron.engine.train_log import VALIDATION_LOG, read_train_log
+from hybridprune_megatron.engine.train_log import TRAIN_LOG, VALIDATION_LOG, read_train_log
 from hybridprune_megatron.evaluation.report import text_table
 
 _DOOR = "hybridprune_megatron.commands.door"
@@ -115,7 +115,7 @@ def table(runs: Sequence[SweepRun], statuses: dict[str, int]) -> list[tuple[str,
 
 def _figures(folder: str) -> dict[str, Any]:
     """Steps, mean loss of the last tenth of them, median seconds, and the last validation."""
-    log = Path(folder) / "train_log.jsonl"
+    log = Path(folder) / TRAIN_LOG
     rows = read_train_log(log) if log.is_file() else []
     if not rows:
         return {}

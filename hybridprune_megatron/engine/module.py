@@ -16,7 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from hybridprune_megatron.engine.optimization import ModelChunks, TrainState, build_train_state, micro_batches_per_step
 from hybridprune_megatron.engine.parallel import data_rank, seed_generators
 from hybridprune_megatron.engine.rng_state import restore_rng_state
-from hybridprune_megatron.engine.train_log import TrainLog
+from hybridprune_megatron.engine.train_log import TRAIN_LOG, TrainLog
 from hybridprune_megatron.engine.train_step import StepResult, train_step
 from hybridprune_megatron.engine.weights import load_initial_weights
 from hybridprune_megatron.method.budgets import budget_levels, draw_budget
@@ -99,7 +99,7 @@ class HybridPruneModule(LightningModule):
         self._model_factory = model_factory
         self._loader_factory = loader_factory
         self._budgets = BudgetSampler(cfg) if cfg.tuning.budget.distribution != "fixed" else None
-        self._log_path = log_path or Path(cfg.output_dir) / "train_log.jsonl"
+        self._log_path = log_path or Path(cfg.output_dir) / TRAIN_LOG
         self._log: TrainLog | None = None
         self._resumed: dict[str, Any] | None = None
         self.loader: TrainLoader | None = None

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-#: In a run's folder, beside train_log.jsonl: a row per validation.
+#: In a run's folder: a row per step, and a row per validation.
+TRAIN_LOG = "train_log.jsonl"
 VALIDATION_LOG = "validation_log.jsonl"
 
 

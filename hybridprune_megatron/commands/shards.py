@@ -22,44 +22,31 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.data.left_out import LeftOut
 from hybridprune_megatron.data.rows import BadRowError, check_row, known_of, open_rows, raw_rows, read_row, unique_key
 from hybridprune_megatron.data.shards import ShardWriter
 from hybridprune_megatron.data.video_folder import VideoFolder
 
 REPORT_FILE = "report.json"
-#: Rows that the report lists one by one, and rows that are printed; all are counted.
-MAX_LISTED = 100
-MAX_PRINTED = 5
 
 
 @dataclass
-class Report:
+class Report(LeftOut):
     """What became of the rows.
 
     Attributes:
         samples: rows that became a sample.
-        left_out: number of the others, by reason.
-        rows: the first of them, a line each.
     """
 
     samples: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    rows: list[str] = field(default_factory=list)
-
-    def leave_out(self, number: int, error: BadRowError) -> None:
-        """Counts a row, and lists it if it is among the first."""
-        self.left_out[error.reason] += 1
-        if len(self.rows) < MAX_LISTED:
-            self.rows.append(" ".join(f"row {number}: {error}".split()))
 
     def content(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -67,9 +54,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """For whoever waits: the counts, and the first rows that were left out."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
-        counts = f"{self.samples} samples, {self.left_out.total()} rows left out" + f" ({reasons})" * bool(reasons)
-        return [counts, *(f"  {row}" for row in self.rows[:MAX_PRINTED])]
+        return [f"{self.samples} samples, {self.words('rows')}", *self.first()]
 
 
 @one_line_errors("shards")
@@ -112,7 +97,7 @@ def write_dataset(conversations: Path, videos: Path, out: Path, split: str, samp
                     known = known_of(row, conversation.answers[-1])
                     files = folder.read(row.videos)
                 except BadRowError as error:
-                    report.leave_out(number, error)
+                    report.leave_out(error.reason, f"row {number}: {error}")
                 else:
                     keys.add(key := unique_key(row.id, number, keys))
                     about = {} if row.id is None else {"id": row.id}

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from hybridprune_megatron.bounds import read_value
 from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.config.data_sets import read_data_sets
 from hybridprune_megatron.config.fields import field_help
 from hybridprune_megatron.config.files import check_dataset
 from hybridprune_megatron.config.schema import Config
@@ -142,6 +143,20 @@ def data_folder(data: str | None, otherwise: str | None) -> Path:
         raise ConfigError(f"data={folder}: is not a folder (looked from {Path.cwd()}); give data=<folder with shards>")
     check_dataset("data", Path(folder))
     return Path(folder)
+
+
+def data_path(data: str | None, otherwise: str | None) -> Path:
+    """As ``data_folder``, and the .yaml of a blend too.
+
+    Raises:
+        ConfigError: there is none, or one of its parts cannot be read.
+    """
+    path = data or otherwise
+    if path is None or not Path(path).is_file():
+        return data_folder(data, otherwise)
+    check_dataset("data", Path(path))
+    read_data_sets(path, "val", "data")
+    return Path(path)
 
 
 def _fields(kind: Any) -> dict[str, Any]:

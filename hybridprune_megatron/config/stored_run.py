@@ -13,8 +13,8 @@ from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.schema import Config, ParallelConfig
 from hybridprune_megatron.config.weight_files import holds_tensors
 
-#: How a run was spread over machines, and in what its products were rounded, says nothing about its weights; one process
-#: on a CPU holds them all.
+#: How a run was spread over machines, and in what its products were rounded, says nothing about its weights; one
+#: process on a CPU holds them all.
 ONE_PROCESS: dict[str, Any] = {
     "parallel": asdict(ParallelConfig(distributed_optimizer=False)),
     "trainer": {"num_nodes": 1, "devices": 1, "global_batch_size": 1},

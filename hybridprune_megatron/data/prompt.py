@@ -83,6 +83,11 @@ class PromptEncoder:
         # Frame texts and role names repeat in every sample; tokenizing them again would dominate short samples.
         self._repeated = lru_cache(maxsize=4096)(self._text_ids)
 
+    @property
+    def end_id(self) -> int:
+        """Token that ends an answer."""
+        return self._special[END_TOKEN]
+
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return self._repeated(text) if len(text) <= _MOST_REPEATED else self._text_ids(text)
 

@@ -238,12 +238,12 @@ def _message(message: Any) -> Any:
 def _videos(row: dict[str, Any]) -> list[str]:
     """Paths under ``video`` or ``videos``, each a path or a list of them; null, empty and absent mean none."""
     found = []
-    for field in ("video", "videos"):
-        value = row.get(field)
-        names = [name for name in (value if isinstance(value, list) else [value]) if name not in (None, "")]
-        if not all(isinstance(name, str) for name in names):
-            raise BadRowError("video", f"{field} {short(value)}: expected paths")
-        found.append(names)
+    for name in ("video", "videos"):
+        value = row.get(name)
+        paths = [path for path in (value if isinstance(value, list) else [value]) if path not in (None, "")]
+        if not all(isinstance(path, str) for path in paths):
+            raise BadRowError("video", f"{name} {short(value)}: expected paths")
+        found.append(paths)
     if all(found) and found[0] != found[1]:
         raise BadRowError("video", f"video {short(found[0])} and videos {short(found[1])}: give one of the two")
     return found[0] or found[1]

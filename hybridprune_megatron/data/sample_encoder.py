@@ -113,6 +113,11 @@ class SampleEncoder:
         """Token of padding, which no loss and no other sample ever sees."""
         return int(self.tokenizer.pad_token_id or 0)
 
+    @property
+    def end_id(self) -> int:
+        """Token that ends an answer."""
+        return self.prompts.end_id
+
     def draft(
         self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes | StoredFeatures]
     ) -> list[SampleDraft]:
@@ -136,9 +141,7 @@ class SampleEncoder:
             drafts.append(SampleDraft(part_key, conversation, part, prompt, seconds, tuple(videos)))
         return drafts
 
-    def prompt(
-        self, key: str, conversation: Conversation, videos: Sequence[bytes | StoredFeatures]
-    ) -> EncodedSample:
+    def prompt(self, key: str, conversation: Conversation, videos: Sequence[bytes | StoredFeatures]) -> EncodedSample:
         """A conversation that waits for its last answer, as training shows it; without labels.
 
         Args:

@@ -10,11 +10,12 @@ A row is one conversation; ``<video>`` stands where a video is shown, and paths 
     {"video": "cat.mp4", "question": "What is it?", "answer": "cat", "choices": ["cat", "dog"], "kind": "animal"}
 
 Rows are the lines of a JSONL file or the elements of a JSON array. Several videos are a list under "videos".
-{"from": "human" | "gpt", "value": ...} is read as well. "answer" (the right one, if it is not what the assistant says
-last), "choices" and "kind" are for evaluations; any row may have them, and they are kept in the sample's meta. Every row becomes a sample, whatever its id, which is kept in
-the sample's meta. A row that training would always leave out, as one whose video does not decode to its end, is left
-out, counted and listed in ``<out>/report.json``, or in ``<out>.report.json`` where no row can be used. The data set
-appears under its name only when complete.
+{"from": "human" | "gpt", "value": ...} is read as well. Any row may say the right "answer" (if it is not what the
+assistant says last), the "choices" it is one of, and the "kind" of the question: hybridprune evaluate reads them from
+the sample's meta. Every row becomes a sample, whatever its id, which is kept in the meta too. A row that training would
+always leave out, as one whose video does not decode to its end, is left out, counted and listed in
+``<out>/report.json``, or in ``<out>.report.json`` where no row can be used. The data set appears under its name only
+when complete.
 """
 
 from __future__ import annotations

@@ -123,4 +123,6 @@ def _line(axes: Any, at: Sequence[float], values: Sequence[Interval], colour: st
     means = [each.mean for each in values]
     below = [max(0.0, each.mean - each.low) for each in values]
     above = [max(0.0, each.high - each.mean) for each in values]
-    axes.errorbar(at, means, yerr=[below, above], color=colour, marker=marker, capsize=3, label=label)
+    # Squares are open and dashed, so that circles below them show where both say the same.
+    style = {"linestyle": "--", "markerfacecolor": "none", "markersize": 9} if marker == "s" else {}
+    axes.errorbar(at, means, yerr=[below, above], color=colour, marker=marker, capsize=3, label=label, **style)

@@ -98,9 +98,8 @@ def main(argv: list[str]) -> None:
         limits = (settings.batch_size, settings.max_new_tokens)
         outcomes = judge(model, questions, reductions, encoder.tokenizer, encoder.end_id, *limits, bar.update)
     if not any(outcomes.values()):
-        raise ValueError(
-            f"data={data}: none of its samples can be used; {left_out.words('samples')}: {left_out.rows[0]}"
-        )
+        first = f"; the first one: {left_out.rows[0]}" if left_out.rows else ""
+        raise ValueError(f"data={data}: none of its samples can be used, {left_out.words('samples')}{first}")
     found = {name: figures(each) for name, each in outcomes.items()}
     print(text_table(table_rows(found, budgets)))
     if left_out.rows:

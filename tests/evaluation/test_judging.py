@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -94,14 +95,15 @@ def test_the_question_that_is_asked(
 
 
 def test_table_and_picture_have_every_budget(tmp_path: Path) -> None:
-    found = {"1": figures(OUTCOMES), "0.25": figures(OUTCOMES[:2])}
+    worse = [replace(each, prediction="what?", loss=2 * each.loss) for each in OUTCOMES]
+    found = {"1": figures(OUTCOMES), "0.25": figures(worse)}
     budgets = {"1": 1.0, "0.25": 0.25}
     rows = table_rows(found, budgets)
     assert rows[0] == ("budget", "1", "0.25", "")
     cells = {row[0]: row[1:] for row in rows}
-    assert cells["exact match"] == ("50.0 %", "50.0 %", "4 questions")
-    assert cells["multiple choice"] == ("66.7 %", "100.0 %", "likeliest of the choices of 3 questions, chance 44.4 %")
-    assert cells["loss"][:2] == ("0.6222", "0.5833")
+    assert cells["exact match"] == ("50.0 %", "0.0 %", "4 questions")
+    assert cells["multiple choice"] == ("66.7 %", "66.7 %", "likeliest of the choices of 3 questions, chance 44.4 %")
+    assert cells["loss"][:2] == ("0.6222", "1.2444")
     assert cells["visual tokens kept"] == ("80.0 %", "80.0 %", "mean over layers")
     assert all(len(row) == 4 for row in rows)
     plain = table_rows({"full": figures(OUTCOMES[3:])}, {"full": 1.0})

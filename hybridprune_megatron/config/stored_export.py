@@ -8,6 +8,7 @@ from typing import Any
 
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.compose import change_config
+from hybridprune_megatron.config.inside import file_inside
 from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.config.legacy import nested
 from hybridprune_megatron.config.schema import Config
@@ -40,6 +41,8 @@ _OTHER_NAMES = {
     "experts": "experts",
     "vision": "vision",
 }
+_INDEX = "model.safetensors.index.json"
+_FILES = ("config.json", "processor_config.json", "generation_config.json", "model.safetensors", _INDEX)
 #: Of processor_config.json: how conversations and videos become tokens.
 _DATA_KEYS = ("sampling", "num_frames", "fps", "max_frames", "frame_text", "conversation")
 
@@ -63,8 +66,9 @@ def export_config(folder: Path, overrides: Sequence[str]) -> Config:
         overrides: ``key=value`` changes.
 
     Raises:
-        ValueError: a file lacks what is read of it, or a key or value the schema refuses.
+        ValueError: a file lacks what is read of it or lies elsewhere, or a key or value the schema refuses.
     """
+    check_own_files(folder)
     settings, processor = (_read_object(folder / name) for name in ("config.json", "processor_config.json"))
     try:
         saved = _as_run(settings, processor, folder)
@@ -81,6 +85,24 @@ def export_config(folder: Path, overrides: Sequence[str]) -> Config:
     except (ValueError, TypeError) as error:
         raise ValueError(f"configuration of {folder}: {error}") from error
     return cfg
+
+
+def check_own_files(folder: Path) -> None:
+    """What is read of an export lies in its folder, weights too.
+
+    Raises:
+        ValueError: naming the first file that does not.
+    """
+    for name in _FILES:
+        file_inside(folder, name)
+    index = folder / _INDEX
+    if index.is_file():
+        named = read_json(index)
+        shards = named.get("weight_map") if isinstance(named, dict) else None
+        if not isinstance(shards, dict):
+            raise _unusable(folder, f"{_INDEX} has no weight_map")
+        for name in shards.values():
+            file_inside(folder, name)
 
 
 def _as_run(settings: Mapping[str, Any], processor: Mapping[str, Any], folder: Path) -> dict[str, Any]:

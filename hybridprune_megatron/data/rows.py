@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -121,13 +121,14 @@ def known_of(row: Row, said: str | None) -> Known:
     """What a row says about the right answer.
 
     Args:
-        said: the answer of its conversation, if it has one.
+        said: the answer of its conversation, which is right where the row has choices and does not say which is.
 
     Raises:
         BadRowError: it is malformed.
     """
     try:
-        return Known.of(row.known, said)
+        known = Known.of(row.known, said)
+        return replace(known, answer=said) if known.choices and known.answer is None else known
     except ValueError as error:
         raise BadRowError("answer", str(error)) from error
 

@@ -101,7 +101,7 @@ def test_shards_keep_what_rows_say(tmp_path: Path) -> None:
     samples = list(read_samples(tmp_path / "set"))
     assert [sample.meta for sample in samples] == [
         {},
-        {"id": 7, "kind": "shade", "choices": CHOICES},
+        {"id": 7, "answer": "dark", "kind": "shade", "choices": CHOICES},
         {"id": "q", "answer": "light", "choices": CHOICES},
     ]
     assert samples[2].messages == [SAID[0], {"role": "assistant", "content": "light"}]

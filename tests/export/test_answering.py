@@ -192,6 +192,24 @@ def test_a_broken_export_is_one_line(world: SimpleNamespace, tmp_path: Path, nam
     assert str(tmp_path / "hf") in str(caught.value)
 
 
+def test_only_files_of_the_folder_are_read(world: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(world.folder, tmp_path / "hf")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps({"weight_map": content["weight_map"] | {"one": "../other.safetensors"}}))
+    with pytest.raises(ValueError, match=r"names the file '\.\./other\.safetensors'"):
+        export_config(tmp_path / "hf", [])
+    index.write_text(json.dumps({"weight_map": []}))
+    with pytest.raises(ValueError, match="has no weight_map"):
+        export_config(tmp_path / "hf", [])
+    index.unlink()
+    (tmp_path / "elsewhere").write_text("{}")
+    (tmp_path / "hf" / "processor_config.json").unlink()
+    (tmp_path / "hf" / "processor_config.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="outside of the folder"):
+        export_config(tmp_path / "hf", [])
+
+
 def test_weights_that_lack_one_are_refused(world: SimpleNamespace, tmp_path: Path) -> None:
     shutil.copytree(world.folder, tmp_path / "hf")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())

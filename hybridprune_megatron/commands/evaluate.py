@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
 
 COMMAND = "hybridprune evaluate"
+#: The column of the model's own budget.
+OWN = "reduced"
 
 
 @dataclass
@@ -91,7 +93,7 @@ def main(argv: list[str]) -> None:
     from hybridprune_megatron.evaluation.evaluation_page import table_rows, write_evaluation
     from hybridprune_megatron.evaluation.judging import figures, judge, reduction_at
 
-    reductions = {name: reduction_at(cfg, budget) for name, budget in budgets.items()}
+    reductions = {name: reduction_at(cfg, None if name == OWN else budget) for name, budget in budgets.items()}
     encoder, left_out = SampleEncoder(cfg), LeftOut()
     with answering(source, cfg, is_export) as model, tqdm(desc="  asked", unit="sample", leave=False) as bar:
         questions = read_questions(data, encoder, settings.samples, left_out)
@@ -122,7 +124,7 @@ def columns(cfg: Config, budgets: Sequence[float] | None) -> dict[str, float]:
         ConfigError: one of them cannot be met.
     """
     if budgets is None:
-        return {"full": 1.0} | ({"reduced": cfg.reduction.budget} if cfg.drops else {})
+        return {"full": 1.0} | ({OWN: cfg.reduction.budget} if cfg.drops else {})
     for budget in budgets:
         if budget < 1:
             cfg.retention_at(budget)

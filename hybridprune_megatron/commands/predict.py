@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     else:
         assert settings.rows is not None, "neither question nor rows"
         rows = list(rows_of_file(Path(settings.rows)))
-    encoder, left_out, reduction = SampleEncoder(cfg), LeftOut(), reduction_at(cfg, budget)
+    encoder, left_out, reduction = SampleEncoder(cfg), LeftOut(), reduction_at(cfg)
     questions = Questions(settings.folder, encoder, left_out)
     with AnswersFile(out, how) as file, answering(source, cfg, is_export) as model:
         before = len(file.asked)

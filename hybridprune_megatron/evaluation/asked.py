@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hybridprune_megatron.config.data_sets import read_data_sets
 from hybridprune_megatron.data.batch import EncodedSample
-from hybridprune_megatron.data.conversation import VIDEO_TOKEN, Conversation, read_conversation
+from hybridprune_megatron.data.conversation import VIDEO_TOKEN, Conversation, check_videos, read_conversation
 from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.left_out import LeftOut
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
@@ -80,9 +80,10 @@ def read_asked(stored: StoredSample, encoder: SampleEncoder) -> Asked:
     key = stored.key
     try:
         conversation = read_conversation(stored.messages)
+        check_videos(conversation, len(stored.videos))
         # An answer that a list of choices must hold may be the conversation's own.
-        own = conversation.answers[-1] if conversation.answers else None
-        known = Known.of(stored.meta, own)
+        answered = len(conversation.answers) == len(conversation.questions)
+        known = Known.of(stored.meta, conversation.answers[-1] if answered else None)
     except ValueError as error:
         raise BadSampleError("malformed", key, str(error)) from error
     conversation, own = asked_turn(conversation, known)

@@ -100,8 +100,11 @@ class Figures:
     samples: int
 
 
-def reduction_at(cfg: Config, budget: float) -> Reduction | None:
-    """What the configured reduction drops at a budget, as an export of it does: every sample by itself.
+def reduction_at(cfg: Config, budget: float | None = None) -> Reduction | None:
+    """What the configured reduction does at a budget, as an export of it does: to every sample by itself.
+
+    Args:
+        budget: 1 is the model without reduction; None: the configured budget, and all that is configured with it.
 
     Raises:
         ConfigError: the budget cannot be met.
@@ -109,7 +112,8 @@ def reduction_at(cfg: Config, budget: float) -> Reduction | None:
     if budget == 1:
         return None
     select = replace(cfg.reduction.select, multiple_of=1, local_choice=False)
-    return replace(cfg.reduction, budget=budget, select=select).policy(cfg.model.hybrid_pattern)
+    settings = replace(cfg.reduction, budget=cfg.reduction.budget if budget is None else budget, select=select)
+    return settings.policy(cfg.model.hybrid_pattern)
 
 
 def judge(

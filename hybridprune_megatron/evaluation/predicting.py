@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.data.batch import EncodedSample
-from hybridprune_megatron.data.conversation import VIDEO_TOKEN, read_conversation
+from hybridprune_megatron.data.conversation import VIDEO_TOKEN, check_videos, read_conversation
 from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.left_out import LeftOut
 from hybridprune_megatron.data.rows import BadRowError, Row, open_rows, raw_rows, read_row, unique_key
@@ -108,15 +108,18 @@ class Questions:
             conversation = read_conversation(row.messages)
         except ValueError as error:
             raise BadRowError("conversation", str(error)) from error
+        try:
+            check_videos(conversation, len(row.videos))
+        except ValueError as error:
+            raise BadRowError("video", str(error)) from error
         answer = row.known.get("answer")
         right = answer if isinstance(answer, str) else None
         conversation, own = asked_turn(conversation, Known(right))
         question = question_text(conversation)
         if (key, tuple(row.videos), question) in asked:
             return None
-        if conversation.num_videos > len(row.videos):
-            raise BadRowError("video", f"{conversation.num_videos} {VIDEO_TOKEN} and {len(row.videos)} videos")
-        files = [data for _, data in self._videos.read(row.videos)]
+        # Of a conversation that was cut, later videos are not shown.
+        files = [data for _, data in self._videos.read(row.videos[: conversation.num_videos])]
         prompt = self._encoder.prompt(key, conversation, files)
         return Waiting(key, row, question, own if right is None else right, prompt)
 

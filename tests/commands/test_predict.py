@@ -97,7 +97,7 @@ def _predict(folder: Path, data: Path) -> None:
     assert [row["key"] for row in found] == ["row-00000001", "a", "a-00000003", "b"]
     assert [row["answer"] for row in found] == [None, "grey", "grey", None]
     assert [row["videos"] for row in found] == [["0.mp4"], ["1.mp4"], ["3.mp4"], ["more/2.MP4"]]
-    assert printed[0].endswith("4 answers, 5 rows left out (1 conversation, 1 json, 2 malformed, 1 video)")
+    assert printed[0].endswith("4 answers, 5 rows left out (1 conversation, 1 json, 1 malformed, 2 video)")
     # A finished file is left as it is; other settings do not continue it.
     before = (folder / "rows.jsonl").read_bytes()
     _predicted(folder / "rows.jsonl", *export)

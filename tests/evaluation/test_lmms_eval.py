@@ -94,7 +94,7 @@ def their_scores(folder: Path, runs: list[dict[str, object]]) -> list[list[tuple
         files = list((folder / str(run["output_path"])).rglob(f"*_samples_{TASK}.jsonl"))
         assert len(files) == 1, done.stdout[-3000:] + done.stderr[-3000:]
         samples = sorted(map(json.loads, files[0].read_text().splitlines()), key=lambda sample: sample["doc_id"])
-        scores.append([(sample["filtered_resps"][0].strip(), sample["exact_match"] == 1.0) for sample in samples])
+        scores.append([(sample["filtered_resps"].strip(), sample["exact_match"] == 1.0) for sample in samples])
         (total,) = (folder / str(run["output_path"])).rglob("*_results.json")
         accuracy = json.loads(total.read_text())["results"][TASK]["exact_match,none"]
         assert accuracy == pytest.approx(sum(right for _, right in scores[-1]) / len(samples))

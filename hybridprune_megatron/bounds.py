@@ -150,7 +150,7 @@ def read_value(key: str, text: str, owner: type, name: str) -> Any:
 
     Args:
         key: what to call the field in an error.
-        text: right of the equals sign.
+        text: right of the equals sign; of a list its items with commas between them, in brackets or without.
         owner: a dataclass with plain fields.
 
     Raises:
@@ -162,6 +162,10 @@ def read_value(key: str, text: str, owner: type, name: str) -> Any:
     if rule.kind is str:
         return text
     try:
+        if rule.kind in (list, tuple):
+            assert rule.item is not None, name
+            inner = text.strip().removeprefix("[").removesuffix("]")
+            return rule.kind(rule.item.kind(item) for item in inner.split(",") if inner.strip())
         return rule.kind(text)
     except ValueError:
         example = getattr(rule.bound, "example", None) or default

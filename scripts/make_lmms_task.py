@@ -1,31 +1,35 @@
-"""Makes a task of lmms-eval from held-out clips: what our own evaluation asks, for lmms-eval's command line.
+"""Makes a task of lmms-eval from a data set: what hybridprune evaluate asks, for lmms-eval's command line.
 
     python scripts/make_lmms_task.py --data runs/demo/data/validation --out runs/demo/lmms_task
     python -m lmms_eval --model huggingface --tasks hybridprune_needle --include_path runs/demo/lmms_task \\
         --model_args pretrained=runs/demo/hf,trust_remote_code=True,device=cpu,device_map=cpu
 
 Writes ``questions.jsonl``, ``videos/`` and the task's own files (``recipes/lmms_eval``) into one folder, which needs
-nothing of this project. The data are shards with one video, one question and its known answer a sample, as
-``scripts/make_demo_data.py`` and ``studies/base/make_bench_data.py`` write them.
+nothing of this project. The data are shards with one video, one question and its answer a sample, as hybridprune shards
+and ``scripts/make_demo_data.py`` write them; the right answer is the meta's, else the conversation's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.config.one_line import one_line_errors
+from hybridprune_megatron.config.one_line import one_line_errors, whole
 
 if TYPE_CHECKING:
-    from hybridprune_megatron.evaluation.held_out import Clip
+    from hybridprune_megatron.data.known import Known
+    from hybridprune_megatron.data.stored_samples import StoredSample
 
 COMMAND = "scripts/make_lmms_task.py"
 TASK_FILES = Path(__file__).resolve().parents[1] / "recipes" / "lmms_eval"
 QUESTIONS_FILE = "questions.jsonl"
+TASK_FILE = "hybridprune_needle.yaml"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -33,6 +37,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Energon data set of held-out clips")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; an earlier task there is replaced")
+    parser.add_argument(
+        "--max-new-tokens", type=whole(1, 2**20), default=32, help="longest prediction (default %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -40,12 +47,15 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Writes the task; what is wrong ends it with one line and code 2."""
     options = parse_arguments(argv)
-    count = write_task(options.data, options.out)
+    count = write_task(options.data, options.out, options.max_new_tokens)
     print(f"{count} questions; for lmms-eval: --tasks hybridprune_needle --include_path {options.out}")
 
 
-def write_task(data: Path, out: Path) -> int:
+def write_task(data: Path, out: Path, max_new_tokens: int) -> int:
     """Writes the folder, whole or not at all, and returns the number of questions.
+
+    Args:
+        max_new_tokens: of a prediction.
 
     Raises:
         ValueError: no shards, a sample that lmms-eval would ask in another way than our evaluation, or a folder that
@@ -55,42 +65,56 @@ def write_task(data: Path, out: Path) -> int:
 
     check_output(out, COMMAND, [data, TASK_FILES])
     # After the arguments are checked: this takes seconds to import.
-    from hybridprune_megatron.evaluation.held_out import read_clips
+    from hybridprune_megatron.data.stored_samples import read_samples
 
     with whole_folder(out, COMMAND, [data, TASK_FILES]) as folder:
         shutil.copytree(TASK_FILES, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        task = folder / TASK_FILE
+        text, count = re.subn(r"(max_new_tokens: )\d+", rf"\g<1>{max_new_tokens}", task.read_text())
+        assert count == 1, f"{TASK_FILE} says {count} times how long a prediction is"
+        task.write_text(text)
         (folder / "videos").mkdir()
         lines = []
-        for index, clip in enumerate(read_clips(data)):
-            question = question_of(clip)
-            if not isinstance(clip.video, bytes):
-                raise ValueError(f"sample {clip.key} has features in place of its video: give --data with videos")
+        for index, sample in enumerate(read_samples(data)):
+            asked, known = question_of(sample)
+            (clip,) = sample.videos
+            if not isinstance(clip, bytes):
+                raise ValueError(f"sample {sample.key} has features in place of its video: give --data with videos")
             # Whatever the container: readers look into the file, and lmms-eval takes this name for a video.
             video = f"videos/{index:06d}.mp4"
-            (folder / video).write_bytes(clip.video)
-            known = {"key": clip.key, "kind": clip.kind, "question": question, "answer": clip.answer}
-            lines.append(json.dumps({"video": video, **known}) + "\n")
+            (folder / video).write_bytes(clip)
+            about = {"key": sample.key, "kind": known.kind or "", "question": asked, "answer": known.answer}
+            lines.append(json.dumps({"video": video, **about}) + "\n")
         (folder / QUESTIONS_FILE).write_text("".join(lines), encoding="ascii")
     return len(lines)
 
 
-def question_of(clip: Clip) -> str:
-    """The text after the video, from which lmms-eval's messages become the exact prompt of our evaluation.
+def question_of(sample: StoredSample) -> tuple[str, Known]:
+    """The text after the video, from which lmms-eval's messages become the exact prompt of our evaluation, and what is
+    known about its answer, which is the conversation's where the meta has none.
 
     Raises:
-        ValueError: the conversation is more than a video, a question and the answer.
+        ValueError: the sample is more than a video, a question and an answer, or its meta is malformed.
     """
-    from hybridprune_megatron.data.conversation import VIDEO_TOKEN
+    from hybridprune_megatron.data.conversation import VIDEO_TOKEN, read_conversation
+    from hybridprune_megatron.data.known import Known
 
-    roles = [message["role"] for message in clip.messages]
-    asked, answered = clip.messages[0]["content"], clip.messages[-1]["content"]
-    plain = isinstance(asked, str) and asked.startswith(VIDEO_TOKEN) and asked.count(VIDEO_TOKEN) == 1
-    if roles != ["user", "assistant"] or not plain or answered != clip.answer:
+    conversation = read_conversation(sample.messages)
+    asked, said = conversation.questions[0], conversation.answers[0] if conversation.answers else None
+    alone = conversation.system is None and len(conversation.questions) == len(sample.videos) == 1
+    if not alone or not asked.startswith(VIDEO_TOKEN) or asked.count(VIDEO_TOKEN) != 1:
         raise ValueError(
-            f"sample {clip.key}: lmms-eval asks {VIDEO_TOKEN}, a question, and compares with the answer; "
-            f"this conversation is {clip.messages!r:.80}"
+            f"sample {sample.key}: lmms-eval asks {VIDEO_TOKEN}, then a question, once; "
+            f"this conversation is {sample.messages!r:.80}"
         )
-    return str(asked).removeprefix(VIDEO_TOKEN).removeprefix("\n")
+    try:
+        known = Known.of(sample.meta, said)
+    except ValueError as error:
+        raise ValueError(f"sample {sample.key}: {error}") from None
+    right = said if known.answer is None else known.answer
+    if right is None or not right.strip():
+        raise ValueError(f"sample {sample.key} has no answer, in its conversation or under meta")
+    return asked.removeprefix(VIDEO_TOKEN).removeprefix("\n"), replace(known, answer=right.strip())
 
 
 if __name__ == "__main__":

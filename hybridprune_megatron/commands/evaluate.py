@@ -1,32 +1,44 @@
-"""Answers held-out questions with a checkpoint, nothing dropped and reduced, and prints the shares of exact answers.
+"""Asks a checkpoint or an export the questions of a data set at several budgets, and says how good its answers are.
 
     hybridprune evaluate checkpoint=runs/demo
-    hybridprune evaluate checkpoint=runs/demo data=my/validation samples=64 reduction.budget=0.35
+    hybridprune evaluate checkpoint=runs/demo budgets=[1,0.5,0.25] out=runs/demo/evaluation
+    hybridprune evaluate checkpoint=runs/demo/hf data=my/validation samples=64 reduction.budget=0.35
     hybridprune evaluate checkpoint=assets/demo/base.safetensors experiment=demo
 
-The data set says in each sample's meta which answer is right ("answer"), of which "choices", and the "kind" of the
-question. Keys of its own:
+Of every conversation the last question is asked. Reported are exact match (what greedy decoding writes is the right
+answer), multiple choice (the likeliest of the question's choices is) and the loss of the conversation's own answer,
+with bootstrap intervals over the samples. Right is what a sample's meta says under "answer", else what its conversation
+says; "choices" and the "kind" of the question are in its meta too, where the data set knows them (hybridprune shards
+writes them). Samples that cannot be used are left out and counted. Keys of its own:
 
 {keys}
 
-Every other key=value changes the checkpoint's configuration; with bare weights (a .safetensors file, a Hugging Face
-folder) they compose it.
+Every other key=value changes the configuration; with bare weights (a .safetensors file, a Hugging Face folder that is
+no export) they compose it. No code of an export's folder is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridprune_megatron.bounds import Count, check_bounds
+from hybridprune_megatron.bounds import Count, PositiveShare, check_bounds
+from hybridprune_megatron.checks import fail
+from hybridprune_megatron.config.features import check_folder
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.config.own_keys import check_paths, read_checkpoint_command
+from hybridprune_megatron.config.outputs import check_output, whole_folder
+from hybridprune_megatron.config.own_keys import check_paths, checkpoint_or_export, data_path, read_command_line
 from hybridprune_megatron.engine.quiet import quiet_libraries
-from hybridprune_megatron.evaluation.report import percent, text_table
+from hybridprune_megatron.evaluation.report import text_table
 
 if TYPE_CHECKING:
-    from hybridprune_megatron.evaluation.accuracy import Evaluation
+    from hybridprune_megatron.config.schema import Config
+
+COMMAND = "hybridprune evaluate"
+#: The column of the model's own budget.
+OWN = "reduced"
 
 
 @dataclass
@@ -34,57 +46,91 @@ class EvaluationSettings:
     """The keys of ``hybridprune evaluate``; the line on each is also what ``--help`` prints.
 
     Attributes:
-        checkpoint: folder of a run (newest checkpoint), of one checkpoint, or a .safetensors file with experiment=...
-        data: folder of a data set with known answers; null = data.validation of the run.
+        checkpoint: a run (newest checkpoint), a checkpoint, an export, or a .safetensors file with experiment=...
+        data: folder or blend (.yaml) of samples with their answers; null = data.validation of the run.
         samples: questions, the first ones of the data set.
+        budgets: shares of visual tokens, e.g. [1,0.5,0.25]; null = every token and the model's own budget.
+        out: folder for predictions.jsonl, evaluation.json, table.txt, evaluation.png; null = the table is printed.
+        batch_size: questions that are asked together.
+        max_new_tokens: longest prediction; it may be as long as the right answer in any case.
     """
 
     checkpoint: str
     data: str | None = None
     samples: Count = 256
+    budgets: list[PositiveShare] | None = None
+    out: str | None = None
+    batch_size: Count = 8
+    max_new_tokens: Count = 32
 
     def __post_init__(self) -> None:
         check_bounds("", self)
         check_paths(checkpoint=self.checkpoint, data=self.data)
+        if self.budgets is not None and (not self.budgets or len(set(self.budgets)) < len(self.budgets)):
+            raise fail("budgets", self.budgets, "must be one or more, each once", "set e.g. budgets=[1,0.5,0.25]")
 
 
 @one_line_errors("evaluate")
 def main(argv: list[str]) -> None:
     """Reads the command line; a wrong setting ends it with one line and code 2."""
     # Before the slow imports, which take half a minute.
-    settings, checkpoint, cfg, data = read_checkpoint_command("evaluate", __doc__, EvaluationSettings, argv)
-    cfg = replace(cfg, data=replace(cfg.data, validation=str(data)))
+    settings, overrides = read_command_line("evaluate", __doc__, EvaluationSettings, argv)
+    source, cfg, is_export = checkpoint_or_export(settings.checkpoint, overrides)
+    data = data_path(settings.data, cfg.data.validation)
+    if data.is_dir():
+        check_folder(cfg, f"data={data}", data)
+    inputs = [source, data]
+    if settings.out is not None:
+        check_output(settings.out, COMMAND, inputs)
+    budgets = columns(cfg, settings.budgets)
     quiet_libraries()
-    from hybridprune_megatron.engine.load import load_model
-    from hybridprune_megatron.engine.parallel import shut_down
-    from hybridprune_megatron.evaluation.accuracy import evaluate_each
-    from hybridprune_megatron.evaluation.held_out import chance, load_questions
+    from tqdm import tqdm
 
-    model = load_model(checkpoint, cfg)
-    questions = load_questions(cfg, settings.samples)
-    reductions = {"full": None} | ({"reduced": model.reduction} if model.reduction is not None else {})
-    found = evaluate_each(model, questions, reductions, 2 * cfg.data.sequence_length)
-    shut_down()
-    print(text_table(table_rows(found, chance(questions), cfg.reduction.budget)))
+    from hybridprune_megatron.data.left_out import LeftOut
+    from hybridprune_megatron.data.sample_encoder import SampleEncoder
+    from hybridprune_megatron.evaluation.answering import answering
+    from hybridprune_megatron.evaluation.asked import read_questions
+    from hybridprune_megatron.evaluation.evaluation_page import table_rows, write_evaluation
+    from hybridprune_megatron.evaluation.judging import figures, judge, reduction_at
+
+    reductions = {name: reduction_at(cfg, None if name == OWN else budget) for name, budget in budgets.items()}
+    encoder, left_out = SampleEncoder(cfg), LeftOut()
+    with answering(source, cfg, is_export) as model, tqdm(desc="  asked", unit="sample", leave=False) as bar:
+        questions = read_questions(data, encoder, settings.samples, left_out)
+        limits = (settings.batch_size, settings.max_new_tokens)
+        outcomes = judge(model, questions, reductions, encoder.tokenizer, encoder.end_id, *limits, bar.update)
+    if not any(outcomes.values()):
+        first = f"; the first one: {left_out.rows[0]}" if left_out.rows else ""
+        raise ValueError(f"data={data}: none of its samples can be used, {left_out.words('samples')}{first}")
+    found = {name: figures(each) for name, each in outcomes.items()}
+    print(text_table(table_rows(found, budgets)))
+    if left_out.rows:
+        print(left_out.words("samples"), *left_out.first(), sep="\n")
+    if settings.out is not None:
+        about = {"made_by": COMMAND, "settings": asdict(settings), "model": str(source), "data": str(data)}
+        about |= {"left_out": dict(left_out.left_out), "left_out_samples": left_out.rows}
+        with whole_folder(settings.out, COMMAND, inputs) as folder:
+            write_evaluation(folder, outcomes, found, budgets, about)
+        print(f"{Path(settings.out)}: {', '.join(written_files(budgets))}")
 
 
-def table_rows(found: Mapping[str, Evaluation], chance: float, budget: float) -> list[tuple[str, ...]]:
-    """Accuracy, the same by kind of question, and what was kept.
+def columns(cfg: Config, budgets: Sequence[float] | None) -> dict[str, float]:
+    """The budgets to evaluate at, by the name of their column.
 
     Args:
-        found: by column, on the same questions; at least one.
-        chance: expected accuracy of a guess.
+        budgets: as the user gave them; None: every token, and the model's own budget where it drops any.
+
+    Raises:
+        ConfigError: one of them cannot be met.
     """
-    first, *_ = found.values()
-    rows = [("", *found, "")]
-    rows += [
-        (
-            "accuracy",
-            *(percent(each.accuracy) for each in found.values()),
-            f"{first.num_samples} held-out questions, chance {percent(chance)}",
-        )
-    ]
-    for kind in first.by_kind:
-        rows.append((f"  {kind}", *(percent(each.by_kind[kind]) for each in found.values()), ""))
-    kept = (percent(each.retention.mean) for each in found.values())
-    return [*rows, ("visual tokens kept", *kept, f"mean over layers; budget {budget:g}")]
+    if budgets is None:
+        return {"full": 1.0} | ({OWN: cfg.reduction.budget} if cfg.drops else {})
+    for budget in budgets:
+        if budget < 1:
+            cfg.retention_at(budget)
+    return {f"{budget:g}": float(budget) for budget in budgets}
+
+
+def written_files(budgets: dict[str, float]) -> list[str]:
+    """What ``out`` holds; a picture only over several budgets."""
+    return ["predictions.jsonl", "evaluation.json", "table.txt", *["evaluation.png"] * (len(budgets) > 1)]

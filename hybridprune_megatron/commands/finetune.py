@@ -78,6 +78,7 @@ def what_next(cfg: Config) -> str:
     lines = [f"{run}: step {cfg.trainer.max_steps}, checkpoints/ and train_log.jsonl; next:"]
     if cfg.data.validation is not None:
         lines.append(f"  hybridprune evaluate checkpoint={run}")
+    lines.append(f"  hybridprune plot {run}")
     lines.append(f"  hybridprune export --checkpoint {run} --out {run}/hf")
     return "\n".join(lines)
 

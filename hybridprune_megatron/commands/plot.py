@@ -49,6 +49,5 @@ def main(argv: list[str]) -> None:
 
     with whole_file(out) as scratch:
         plot_runs(scratch, logs, COMMAND)
-    print(
-        f"{out}: {len(logs)} run{'s' if len(logs) > 1 else ''}, {max(rows[-1]['step'] for rows, _ in logs.values())} steps"
-    )
+    steps = max(rows[-1]["step"] for rows, _ in logs.values())
+    print(f"{out}: {len(logs)} run{'s' if len(logs) > 1 else ''}, {steps} steps")

@@ -7,60 +7,47 @@ A row is one conversation; ``<video>`` stands where a video is shown, and paths 
 
     {"id": "a1", "video": "cat.mp4", "conversations": [{"role": "user", "content": "<video>\\nWhat is it?"}, {"role":
     "assistant", "content": "A cat."}]}
+    {"video": "cat.mp4", "question": "What is it?", "answer": "cat", "choices": ["cat", "dog"], "kind": "animal"}
 
 Rows are the lines of a JSONL file or the elements of a JSON array. Several videos are a list under "videos".
-{"from": "human" | "gpt", "value": ...} is read as well. Every row becomes a sample, whatever its id, which is kept in
-the sample's meta. A row that training would always leave out, as one whose video does not decode to its end, is left
-out, counted and listed in ``<out>/report.json``, or in ``<out>.report.json`` where no row can be used. The data set
-appears under its name only when complete.
+{"from": "human" | "gpt", "value": ...} is read as well. Any row may say the right "answer" (if it is not what the
+assistant says last), the "choices" it is one of, and the "kind" of the question: hybridprune evaluate reads them from
+the sample's meta. Every row becomes a sample, whatever its id, which is kept in the meta too. A row that training would
+always leave out, as one whose video does not decode to its end, is left out, counted and listed in
+``<out>/report.json``, or in ``<out>.report.json`` where no row can be used. The data set appears under its name only
+when complete.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from hybridprune_megatron.config.json_text import is_plain, short
 from hybridprune_megatron.config.one_line import one_line_errors
-from hybridprune_megatron.data.rows import BadRowError, check_row, open_rows, raw_rows, read_row, unique_key
-from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS, ShardWriter
-from hybridprune_megatron.data.tar_samples import MOST_SAMPLE_BYTES
-from hybridprune_megatron.data.video import check_video
+from hybridprune_megatron.data.left_out import LeftOut
+from hybridprune_megatron.data.rows import BadRowError, check_row, known_of, open_rows, raw_rows, read_row, unique_key
+from hybridprune_megatron.data.shards import ShardWriter
+from hybridprune_megatron.data.video_folder import VideoFolder
 
 REPORT_FILE = "report.json"
-#: Rows that the report lists one by one, and rows that are printed; all are counted.
-MAX_LISTED = 100
-MAX_PRINTED = 5
 
 
 @dataclass
-class Report:
+class Report(LeftOut):
     """What became of the rows.
 
     Attributes:
         samples: rows that became a sample.
-        left_out: number of the others, by reason.
-        rows: the first of them, a line each.
     """
 
     samples: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-    rows: list[str] = field(default_factory=list)
-
-    def leave_out(self, number: int, error: BadRowError) -> None:
-        """Counts a row, and lists it if it is among the first."""
-        self.left_out[error.reason] += 1
-        if len(self.rows) < MAX_LISTED:
-            self.rows.append(" ".join(f"row {number}: {error}".split()))
 
     def content(self) -> dict[str, Any]:
         """For a JSON file."""
@@ -68,70 +55,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """For whoever waits: the counts, and the first rows that were left out."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.left_out.items()))
-        counts = f"{self.samples} samples, {self.left_out.total()} rows left out" + f" ({reasons})" * bool(reasons)
-        return [counts, *(f"  {row}" for row in self.rows[:MAX_PRINTED])]
-
-
-class VideoFolder:
-    """The videos that rows name, read from one folder.
-
-    Args:
-        folder: paths are relative to it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._root = Path(os.path.realpath(folder))
-        # Many rows ask about the same video, and a whole decode takes a while.
-        self._checked: dict[Path, str | None] = {}
-
-    def read(self, names: Sequence[str]) -> list[tuple[str, bytes]]:
-        """Extensions and bytes of the videos of a row, which decode to their ends.
-
-        Raises:
-            BadRowError: one does not, or training reads no sample of their size.
-        """
-        paths = [self._path(name) for name in names]
-        size = sum(path.stat().st_size for path in paths)
-        if size > MOST_SAMPLE_BYTES:
-            raise BadRowError(
-                "video", f"{size} bytes of videos: training reads at most {MOST_SAMPLE_BYTES} of a sample"
-            )
-        return [self._read(path, name) for path, name in zip(paths, names)]
-
-    def _read(self, path: Path, name: str) -> tuple[str, bytes]:
-        try:
-            data = path.read_bytes()
-        except (OSError, MemoryError) as error:
-            raise BadRowError("video", f"{short(name)} cannot be read ({error})") from error
-        if path not in self._checked:
-            self._checked[path] = _why_not(data, name)
-        if self._checked[path] is not None:
-            raise BadRowError("video", str(self._checked[path]))
-        return path.suffix[1:].lower(), data
-
-    def _path(self, name: str) -> Path:
-        if not is_plain(name):
-            raise BadRowError("video", f"{short(name)} is not the name of a file")
-        path = Path(os.path.realpath(self._folder / name))
-        # A row comes from somewhere else: it may only name files below the folder that the user gave.
-        if not path.is_relative_to(self._root):
-            raise BadRowError("video", f"{short(name)} is not below {self._folder}")
-        if path.suffix[1:].lower() not in VIDEO_EXTENSIONS:
-            raise BadRowError("video", f"{short(name)}: its type is none of {', '.join(VIDEO_EXTENSIONS)}")
-        if not os.path.isfile(path):
-            raise BadRowError("video", f"{short(name)} is not a file in {self._folder}")
-        return path
-
-
-def _why_not(data: bytes, name: str) -> str | None:
-    """Why training cannot use a video, None if it can."""
-    try:
-        check_video(data, short(name))
-    except (ValueError, MemoryError) as error:
-        return str(error)
-    return None
+        return [f"{self.samples} samples, {self.words('rows')}", *self.first()]
 
 
 @one_line_errors("shards")
@@ -170,13 +94,15 @@ def write_dataset(conversations: Path, videos: Path, out: Path, split: str, samp
             for number, end, text in raw_rows(data):
                 try:
                     row = read_row(text)
-                    messages = check_row(row).messages()
+                    conversation = check_row(row)
+                    known = known_of(row, conversation.answers[-1])
                     files = folder.read(row.videos)
                 except BadRowError as error:
-                    report.leave_out(number, error)
+                    report.leave_out(error.reason, f"row {number}: {error}")
                 else:
                     keys.add(key := unique_key(row.id, number, keys))
-                    writer.add(key, messages, files, {} if row.id is None else {"id": row.id})
+                    about = {} if row.id is None else {"id": row.id}
+                    writer.add(key, conversation.messages(), files, about | known.meta())
                 bar.update(end - done)
                 done = end
             report.samples = writer.num_samples

@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 from hybridprune_megatron.bounds import read_value
 from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.config.data_sets import read_data_sets
 from hybridprune_megatron.config.fields import field_help
 from hybridprune_megatron.config.files import check_dataset
 from hybridprune_megatron.config.schema import Config
+from hybridprune_megatron.config.stored_export import export_config, is_export
 from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
 
 
@@ -68,16 +70,48 @@ def read_checkpoint_command[T: CheckpointKeys](
     Raises:
         ValueError: one line on what is wrong.
     """
+    settings, overrides = read_command_line(command, about, kind, argv)
+    checkpoint = find_checkpoint(settings.checkpoint)
+    cfg = checkpoint_config(checkpoint, overrides)
+    return settings, checkpoint, cfg, data_folder(settings.data, getattr(cfg.data, split))
+
+
+def read_command_line[T](command: str, about: str | None, kind: type[T], argv: Sequence[str]) -> tuple[T, list[str]]:
+    """Own keys of a command, and what is left for the configuration; ``--help`` prints the keys and ends.
+
+    Args:
+        about: text of ``--help``, in which {keys} stands for the own keys.
+        kind: dataclass of these.
+
+    Raises:
+        ConfigError: one line on what is wrong.
+    """
     parser = argparse.ArgumentParser(
         prog=f"hybridprune {command}",
         description=(about or "").format(keys=own_keys_help(kind)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys above, or of the configuration")
-    settings, overrides = read_own_keys(kind, parser.parse_args(argv).overrides)
-    checkpoint = find_checkpoint(settings.checkpoint)
-    cfg = checkpoint_config(checkpoint, overrides)
-    return settings, checkpoint, cfg, data_folder(settings.data, getattr(cfg.data, split))
+    return read_own_keys(kind, parser.parse_args(argv).overrides)
+
+
+def checkpoint_or_export(path: str, overrides: Sequence[str]) -> tuple[Path, Config, bool]:
+    """The model that a path means, and its configuration for one process.
+
+    Args:
+        path: a checkpoint as ``find_checkpoint`` takes it, or a folder that ``hybridprune export`` wrote.
+        overrides: changes to its configuration; with bare weights they compose it.
+
+    Returns:
+        The checkpoint or the export, its configuration, whether it is an export.
+
+    Raises:
+        ValueError: there is neither, or a key or value the schema refuses.
+    """
+    if is_export(path):
+        return Path(path), export_config(Path(path), overrides), True
+    checkpoint = find_checkpoint(path)
+    return checkpoint, checkpoint_config(checkpoint, overrides), False
 
 
 def check_paths(**paths: str | None) -> None:
@@ -109,6 +143,20 @@ def data_folder(data: str | None, otherwise: str | None) -> Path:
         raise ConfigError(f"data={folder}: is not a folder (looked from {Path.cwd()}); give data=<folder with shards>")
     check_dataset("data", Path(folder))
     return Path(folder)
+
+
+def data_path(data: str | None, otherwise: str | None) -> Path:
+    """As ``data_folder``, and the .yaml of a blend too.
+
+    Raises:
+        ConfigError: there is none, or one of its parts cannot be read.
+    """
+    path = data or otherwise
+    if path is None or not Path(path).is_file():
+        return data_folder(data, otherwise)
+    check_dataset("data", Path(path))
+    read_data_sets(path, "val", "data")
+    return Path(path)
 
 
 def _fields(kind: Any) -> dict[str, Any]:

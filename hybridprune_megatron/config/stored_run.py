@@ -13,9 +13,9 @@ from hybridprune_megatron.config.flat import plain_config
 from hybridprune_megatron.config.schema import Config, ParallelConfig
 from hybridprune_megatron.config.weight_files import holds_tensors
 
-# How a run was spread over machines, and in what its products were rounded, says nothing about its weights; one process
-# on a CPU holds them all.
-_ONE_PROCESS: dict[str, Any] = {
+#: How a run was spread over machines, and in what its products were rounded, says nothing about its weights; one
+#: process on a CPU holds them all.
+ONE_PROCESS: dict[str, Any] = {
     "parallel": asdict(ParallelConfig(distributed_optimizer=False)),
     "trainer": {"num_nodes": 1, "devices": 1, "global_batch_size": 1},
     "model": {"spec": "torch"},
@@ -65,6 +65,6 @@ def checkpoint_config(checkpoint: Path, overrides: Sequence[str]) -> Config:
             f"{checkpoint / RUN_FILE} has no model.hybrid_pattern, so it is not of a run; give another checkpoint"
         ) from None
     try:
-        return change_config(saved, overrides, _ONE_PROCESS)
+        return change_config(saved, overrides, ONE_PROCESS)
     except ValueError as error:
         raise ValueError(f"configuration of {checkpoint}: {error}") from error

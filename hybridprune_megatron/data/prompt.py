@@ -83,6 +83,11 @@ class PromptEncoder:
         # Frame texts and role names repeat in every sample; tokenizing them again would dominate short samples.
         self._repeated = lru_cache(maxsize=4096)(self._text_ids)
 
+    @property
+    def end_id(self) -> int:
+        """Token that ends an answer."""
+        return self._special[END_TOKEN]
+
     def _tokenize(self, text: str) -> tuple[int, ...]:
         return self._repeated(text) if len(text) <= _MOST_REPEATED else self._text_ids(text)
 
@@ -114,6 +119,10 @@ class PromptEncoder:
         if len(conversation.answers) != turns - 1:
             raise ValueError(f"the conversation ends with an answer ({turns} turns): a prompt ends with a question")
         return self._encode(conversation, timestamps, _scoring_turns(mode, turns), range(0))
+
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of an answer, as training writes it: its text, one newline and its end."""
+        return (*self._tokenize(text + "\n"), self._special[END_TOKEN])
 
     def encode_next_turn(self, question: str, closed: bool = True) -> list[int]:
         """What follows an answer: the next question, up to the marker of its answer.
@@ -192,8 +201,7 @@ class PromptEncoder:
             if turn < len(conversation.answers):
                 loss = turn in loss_turns
                 kind = TokenKind.ANSWER if loss else TokenKind.TEXT
-                pieces.add(self._tokenize(conversation.answers[turn] + "\n"), kind, loss=loss)
-                pieces.add((self._special[END_TOKEN],), kind, loss=loss)
+                pieces.add(self.answer_ids(conversation.answers[turn]), kind, loss=loss)
         return pieces.finish(num_videos=video)
 
     def _user_turn(

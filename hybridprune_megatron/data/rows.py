@@ -1,8 +1,9 @@
 """Conversations as users have them, one per row of a JSONL file or per element of a JSON array.
 
 ``raw_rows`` finds the rows of a file, ``read_row`` says what a row means, ``check_row`` asks the code that training
-uses. A row has an id, messages (``conversations``) and the paths of its videos (``video`` or ``videos``). It comes from
-somewhere else: whatever is wrong with it is a ``BadRowError``.
+uses. A row has an id, messages (``conversations``) and the paths of its videos (``video`` or ``videos``); instead of
+messages it may have a ``question`` about all of its videos. It may say which ``answer`` is right, of which ``choices``,
+and the ``kind`` of the question. It comes from somewhere else: whatever is wrong with it is a ``BadRowError``.
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.json_text import parse_json, short
-from hybridprune_megatron.data.conversation import RESERVED_TOKENS, Conversation, check_videos, read_conversation
+from hybridprune_megatron.data.conversation import (
+    RESERVED_TOKENS,
+    VIDEO_TOKEN,
+    Conversation,
+    check_videos,
+    read_conversation,
+)
+from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.prompt import CONVERSATION_MODES, PromptEncoder
 
 #: Bytes of a row. A longer one is not parsed.
@@ -27,13 +35,15 @@ _BLANK = b" \t\r\n"
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)|[\[\]{},]', flags=re.DOTALL)
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _MOST_KEY = 80
+#: What is said about the right answer.
+_KNOWN = ("answer", "choices", "kind")
 
 
 class BadRowError(ValueError):
     """A row that is left out.
 
     Attributes:
-        reason: what a report counts it under: json, conversation or video.
+        reason: what a report counts it under: json, conversation, video or answer.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -49,11 +59,13 @@ class Row:
         id: text or a number as the file has it, of another type as text; None where it has none.
         messages: objects with role and content.
         videos: paths as the file has them, in the order of their placeholders.
+        known: what it says about the right answer, as the file has it.
     """
 
     id: str | int | float | None
     messages: list[Any]
     videos: list[str]
+    known: dict[str, Any] = field(default_factory=dict)
 
 
 def open_rows(path: Path) -> mmap.mmap | bytes:
@@ -93,12 +105,32 @@ def read_row(text: bytes) -> Row:
         row = parse_json(text)
     except ValueError as error:
         raise BadRowError("json", f"not JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
-        raise BadRowError("conversation", 'expected an object with a list under "conversations"')
+    asks = isinstance(row, dict) and isinstance(row.get("question"), str) and "conversations" not in row
+    if not isinstance(row, dict) or not (asks or isinstance(row.get("conversations"), list)):
+        raise BadRowError("conversation", 'expected an object with a list under "conversations", or with a "question"')
     row_id = row.get("id")
     if not isinstance(row_id, str | int | float | None):
         row_id = short(row_id)
-    return Row(None if row_id == "" else row_id, [_message(each) for each in row["conversations"]], _videos(row))
+    videos = _videos(row)
+    messages = _asking(row, len(videos)) if asks else [_message(each) for each in row["conversations"]]
+    known = {name: row[name] for name in _KNOWN if name in row}
+    return Row(None if row_id == "" else row_id, messages, videos, known)
+
+
+def known_of(row: Row, said: str | None) -> Known:
+    """What a row says about the right answer.
+
+    Args:
+        said: the answer of its conversation, which is right where the row has choices and does not say which is.
+
+    Raises:
+        BadRowError: it is malformed.
+    """
+    try:
+        known = Known.of(row.known, said)
+        return replace(known, answer=said) if known.choices and known.answer is None else known
+    except ValueError as error:
+        raise BadRowError("answer", str(error)) from error
 
 
 def check_row(row: Row) -> Conversation:
@@ -187,6 +219,16 @@ def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[tuple[int, int, b
         yield number + 1, len(data), rest
 
 
+def _asking(row: dict[str, Any], num_videos: int) -> list[Any]:
+    """The messages of a row with a question: it is asked about all videos, unless it says where they stand."""
+    question = row["question"]
+    if VIDEO_TOKEN not in question:
+        question = f"{VIDEO_TOKEN}\n" * num_videos + question
+    asked = {"role": "user", "content": question}
+    answer = row.get("answer")
+    return [asked] if answer is None else [asked, {"role": "assistant", "content": answer}]
+
+
 def _message(message: Any) -> Any:
     if isinstance(message, dict) and {"from", "value"} <= set(message):
         name = message["from"]
@@ -197,12 +239,12 @@ def _message(message: Any) -> Any:
 def _videos(row: dict[str, Any]) -> list[str]:
     """Paths under ``video`` or ``videos``, each a path or a list of them; null, empty and absent mean none."""
     found = []
-    for field in ("video", "videos"):
-        value = row.get(field)
-        names = [name for name in (value if isinstance(value, list) else [value]) if name not in (None, "")]
-        if not all(isinstance(name, str) for name in names):
-            raise BadRowError("video", f"{field} {short(value)}: expected paths")
-        found.append(names)
+    for name in ("video", "videos"):
+        value = row.get(name)
+        paths = [path for path in (value if isinstance(value, list) else [value]) if path not in (None, "")]
+        if not all(isinstance(path, str) for path in paths):
+            raise BadRowError("video", f"{name} {short(value)}: expected paths")
+        found.append(paths)
     if all(found) and found[0] != found[1]:
         raise BadRowError("video", f"video {short(found[0])} and videos {short(found[1])}: give one of the two")
     return found[0] or found[1]

@@ -6,7 +6,8 @@ many times larger than the file they come from, and a packing buffer holds many 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder
 from hybridprune_megatron.data.tokenizer import load_tokenizer
 from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
+from hybridprune_megatron.method.layout import TokenKind
 
 #: Why a sample may be left out.
 BAD_REASONS = ("malformed", "video", "too_long", "shard")
@@ -44,6 +46,17 @@ class BadSampleError(ValueError):
 
 class MisfitError(BadSampleError, ConfigError):
     """A sample of features that is whole, for another model or sampling than the configured ones."""
+
+
+@contextmanager
+def _malformed(key: str) -> Iterator[None]:
+    """What is wrong inside, and not told apart, is wrong with the conversation."""
+    try:
+        yield
+    except BadSampleError:
+        raise
+    except ValueError as error:
+        raise BadSampleError("malformed", key, str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,11 @@ class SampleEncoder:
         """Token of padding, which no loss and no other sample ever sees."""
         return int(self.tokenizer.pad_token_id or 0)
 
+    @property
+    def end_id(self) -> int:
+        """Token that ends an answer."""
+        return self.prompts.end_id
+
     def draft(
         self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes | StoredFeatures]
     ) -> list[SampleDraft]:
@@ -109,25 +127,48 @@ class SampleEncoder:
             MisfitError: features are for another model, or lack frames that the sampling takes.
             BadSampleError: the conversation is malformed, a video unreadable, or a sample longer than a sequence.
         """
-        try:
+        with _malformed(key):
             conversation = read_conversation(messages)
-            self._check_size(key, conversation, len(videos))
-            check_videos(conversation, len(videos))
-            seconds = self._probe(key, videos)
+            seconds = self._seconds(key, conversation, videos)
             if self.mode == "split_turns":
                 # The last part is the whole conversation; the others are made only if that is short enough.
                 self._check_length(key, len(self.prompts.encode_samples(conversation, seconds)[0].input_ids))
             prompts = self.prompts.encode_samples(conversation, seconds, self.mode)
-        except BadSampleError:
-            raise
-        except ValueError as error:
-            raise BadSampleError("malformed", key, str(error)) from error
         drafts = []
         for part, prompt in enumerate(prompts):
             part_key = key if len(prompts) == 1 else f"{key}.{part}"
             self._check_length(part_key, len(prompt.input_ids))
             drafts.append(SampleDraft(part_key, conversation, part, prompt, seconds, tuple(videos)))
         return drafts
+
+    def prompt(self, key: str, conversation: Conversation, videos: Sequence[bytes | StoredFeatures]) -> EncodedSample:
+        """A conversation that waits for its last answer, as training shows it; without labels.
+
+        Args:
+            conversation: has one more question than answers.
+
+        Raises:
+            BadSampleError: as ``draft`` and ``finish`` do.
+        """
+        with _malformed(key):
+            seconds = self._seconds(key, conversation, videos)
+            prompt = self.prompts.encode_prompt(conversation, seconds, self.mode)
+            if videos and not prompt.layout.count(TokenKind.QUESTION):
+                raise ValueError("it shows a video but its question has no text: nothing to score frames with")
+        self._check_length(key, len(prompt.input_ids))
+        return self.finish(SampleDraft(key, conversation, 0, prompt, seconds, tuple(videos)))
+
+    def answer_ids(self, key: str, text: str) -> tuple[int, ...]:
+        """The tokens of an answer to a prompt, its end included.
+
+        Raises:
+            BadSampleError: the text holds what the prompt format reserves, or is longer than a sequence.
+        """
+        with _malformed(key):
+            self._check_characters(key, [text])
+            ids = self.prompts.answer_ids(text)
+        self._check_length(key, len(ids))
+        return ids
 
     def finish(self, draft: SampleDraft) -> EncodedSample:
         """Decodes the videos of a draft, or takes the features stored in their place.
@@ -152,8 +193,7 @@ class SampleEncoder:
             raise BadSampleError("video", draft.key, str(error)) from error
         if seconds != draft.seconds:
             # The container's index was wrong; what was decoded counts.
-            prompts = self.prompts.encode_samples(draft.conversation, seconds, self.mode)
-            prompt = prompts[draft.part]
+            prompt = self._prompts(draft.conversation, seconds)[draft.part]
         sample = EncodedSample(
             key=draft.key,
             input_ids=torch.tensor(prompt.input_ids, dtype=torch.int64),
@@ -174,6 +214,20 @@ class SampleEncoder:
             BadSampleError: as ``draft`` and ``finish`` do.
         """
         return [self.finish(draft) for draft in self.draft(key, messages, videos)]
+
+    def _prompts(self, conversation: Conversation, seconds: list[list[float]]) -> list[EncodedPrompt]:
+        """The prompts of a draft's conversation, which waits for its answer or has it."""
+        if len(conversation.answers) < len(conversation.questions):
+            return [self.prompts.encode_prompt(conversation, seconds, self.mode)]
+        return self.prompts.encode_samples(conversation, seconds, self.mode)
+
+    def _seconds(
+        self, key: str, conversation: Conversation, videos: Sequence[bytes | StoredFeatures]
+    ) -> list[list[float]]:
+        """Expected frame times of the videos of a conversation that may fit a sequence and shows all of them."""
+        self._check_size(key, conversation, len(videos))
+        check_videos(conversation, len(videos))
+        return self._probe(key, videos)
 
     def _probe(self, key: str, videos: Sequence[bytes | StoredFeatures]) -> list[list[float]]:
         if videos and self.sampling is None:
@@ -206,7 +260,11 @@ class SampleEncoder:
 
     def _check_size(self, key: str, conversation: Conversation, num_videos: int) -> None:
         """Refuses what cannot fit, before it is tokenized and its videos are opened."""
-        texts = (conversation.system or "", *conversation.questions, *conversation.answers)
+        self._check_characters(key, (conversation.system or "", *conversation.questions, *conversation.answers))
+        # A video has a frame at least.
+        self._check_length(key, num_videos * self.prompts.tokens_per_frame)
+
+    def _check_characters(self, key: str, texts: Sequence[str]) -> None:
         characters, most = sum(map(len, texts)), _MOST_CHARACTERS * self.sequence_length
         if characters > most:
             raise BadSampleError(
@@ -215,8 +273,6 @@ class SampleEncoder:
                 f"{characters} characters; {_MOST_CHARACTERS} times data.sequence_length={self.sequence_length} is the "
                 "most",
             )
-        # A video has a frame at least.
-        self._check_length(key, num_videos * self.prompts.tokens_per_frame)
 
     def _check_length(self, key: str, length: int) -> None:
         if length > self.sequence_length:

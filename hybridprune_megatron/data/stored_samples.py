@@ -7,7 +7,7 @@ shuffling, packing and state.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,24 +56,30 @@ class StoredSample:
         return StoredSample(key, messages, meta, stored_videos(parts), shard)
 
 
-def read_samples(folder: Path) -> Iterator[StoredSample]:
-    """All samples of an Energon data set that ``ShardWriter`` wrote, in order; those that cannot be read are named.
+def read_samples(
+    folder: Path, left_out: Callable[[str], object] = logger.warning, shards: Sequence[Path] | None = None
+) -> Iterator[StoredSample]:
+    """All samples of an Energon data set that ``ShardWriter`` wrote, in order.
+
+    Args:
+        left_out: is told of every sample that cannot be read.
+        shards: of the folder, in order; None: all of them.
 
     Raises:
         ValueError: the folder holds no shards of its own, or no sample can be read.
     """
-    shards = sorted(folder.glob("*.tar"))
+    shards = sorted(folder.glob("*.tar")) if shards is None else shards
     if not shards:
         raise ValueError(f"data.validation={folder}: no shards there; scripts/make_demo_data.py writes them")
     count = 0
     for shard in shards:
         if shard.is_symlink() or not shard.is_file():
             raise ValueError(f"{shard} is not a file but a link or a device: put the file itself there")
-        for key, parts in read_shard(shard):
+        for key, parts in read_shard(shard, left_out):
             try:
                 sample = StoredSample.of(key, parts, shard)
             except ValueError as error:
-                logger.warning("left out (malformed): sample %s of %s: %s", key, shard, error)
+                left_out(f"left out (malformed): sample {key} of {shard}: {error}")
                 continue
             count += 1
             yield sample

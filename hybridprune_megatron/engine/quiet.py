@@ -18,6 +18,8 @@ _LEVELS = {
     "megatron.core.distributed.distributed_data_parallel": logging.ERROR,
     "megatron.core.dist_checkpointing.strategies.torch": logging.ERROR,
     "torch.utils.cpp_extension": logging.ERROR,
+    # A tokenizer's folder that is an export's, whose configuration is of our own class.
+    "transformers.configuration_utils": logging.ERROR,
 }
 
 

@@ -1,4 +1,4 @@
-"""The picture of one run or several, from their logs: loss, validation, tokens per second. Safe for the colour-blind."""
+"""The picture of one run or several, from their logs: loss, validation, tokens per second. Colour-blind safe."""
 
 from __future__ import annotations
 

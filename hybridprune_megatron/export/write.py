@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.config.outputs import check_output, whole_folder
 from hybridprune_megatron.config.schema import Config, ModelConfig
+from hybridprune_megatron.config.stored_export import SIZE_NAMES
 from hybridprune_megatron.data.chat_template import CHAT_TEMPLATE
 from hybridprune_megatron.data.conversation import (
     END_TOKEN,
@@ -146,21 +147,8 @@ def language_settings(model: ModelConfig) -> dict[str, Any]:
 
 def language_sizes(model: ModelConfig) -> dict[str, Any]:
     """The sizes of a language model under the names of config.json: ours, the published one's and transformers'."""
-    return {
-        "hybrid_override_pattern": model.hybrid_pattern.replace("|", ""),
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.kv_channels,
-        "mamba_num_heads": model.mamba_num_heads,
-        "mamba_head_dim": model.mamba_head_dim,
-        "ssm_state_size": model.mamba_state_dim,
-        "n_groups": model.mamba_num_groups,
-        "chunk_size": model.mamba_chunk_size,
-        "layer_norm_epsilon": model.norm_epsilon,
-    }
+    sizes = {theirs: getattr(model, ours) for theirs, ours in SIZE_NAMES.items()}
+    return sizes | {"hybrid_override_pattern": model.hybrid_pattern.replace("|", "")}
 
 
 def hf_weights(model: nn.Module, cfg: Config) -> dict[str, Tensor]:

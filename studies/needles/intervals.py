@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 10_000
-LEVEL = 0.95
+from hybridprune_megatron.evaluation.intervals import bootstrap
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,5 @@ def mean_of(values: np.ndarray, seeds: int = 1) -> Estimate:
         values: [samples].
         seeds: that each number is the mean of.
     """
-    rng = np.random.default_rng(0)
-    count = len(values)
-    # Drawing how often each sample comes is the same as drawing samples, in one matrix product.
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-    means = weights @ values / count
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(float(values.mean()), float(low), float(high), seeds)
+    found = bootstrap(values)
+    return Estimate(found.mean, found.low, found.high, seeds)

@@ -49,6 +49,7 @@ def test_a_finished_run_says_so_before_anything_slow(monkeypatch, tmp_path, caps
     assert second == f"{tmp_path}: step 50, checkpoints/ and train_log.jsonl; next:"
     assert commands == [
         f"  hybridprune evaluate checkpoint={tmp_path}",
+        f"  hybridprune plot {tmp_path}",
         f"  hybridprune export --checkpoint {tmp_path} --out {tmp_path}/hf",
     ]
     # Other ranks are silent, and a run with steps left continues to what is slow.

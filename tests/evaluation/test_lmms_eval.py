@@ -62,8 +62,22 @@ def our_scores(data: Path, budget: float, export: Path) -> list[bool]:
     return [found.correct[question.sample.key] for question in questions]
 
 
-def their_scores(folder: Path, runs: list[dict[str, object]]) -> list[list[bool]]:
-    """lmms-eval's score of every sample of every run, in one start of its command."""
+def command_scores(data: Path, export: Path, out: Path) -> list[tuple[str, bool]]:
+    """What ``hybridprune evaluate`` says of every sample of an export: what it writes, and whether that is right."""
+    from hybridprune_megatron.commands.evaluate import main
+
+    main([f"checkpoint={export}", f"data={data}", f"budgets={budget_of(export)}", f"out={out}"])
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").open()]
+    return [(row["prediction"], row["correct"]) for row in rows]
+
+
+def budget_of(export: Path) -> float:
+    """The budget that an export runs at."""
+    return json.loads((export / "config.json").read_text())["reduction"]["budget"]
+
+
+def their_scores(folder: Path, runs: list[dict[str, object]]) -> list[list[tuple[str, bool]]]:
+    """lmms-eval's text and score of every sample of every run, in one start of its command."""
     (folder / "runs.yaml").write_text(yaml.safe_dump(runs))
     packages = os.pathsep.join(other_transformers())
     done = subprocess.run(
@@ -80,10 +94,10 @@ def their_scores(folder: Path, runs: list[dict[str, object]]) -> list[list[bool]
         files = list((folder / str(run["output_path"])).rglob(f"*_samples_{TASK}.jsonl"))
         assert len(files) == 1, done.stdout[-3000:] + done.stderr[-3000:]
         samples = sorted(map(json.loads, files[0].read_text().splitlines()), key=lambda sample: sample["doc_id"])
-        scores.append([sample["exact_match"] == 1.0 for sample in samples])
+        scores.append([(sample["filtered_resps"].strip(), sample["exact_match"] == 1.0) for sample in samples])
         (total,) = (folder / str(run["output_path"])).rglob("*_results.json")
         accuracy = json.loads(total.read_text())["results"][TASK]["exact_match,none"]
-        assert accuracy == pytest.approx(sum(scores[-1]) / len(samples))
+        assert accuracy == pytest.approx(sum(right for _, right in scores[-1]) / len(samples))
     return scores
 
 
@@ -104,7 +118,11 @@ def test_every_sample_scores_as_in_our_evaluation(data: Path, tmp_path: Path) ->
         }
         for budget, size in zip(BUDGETS, ("1", "4"))
     ]
-    assert their_scores(tmp_path, runs) == ours
+    theirs = their_scores(tmp_path, runs)
+    assert [[right for _, right in scores] for scores in theirs] == ours
+    # The command, on the same exports: the same text and the same score.
+    for budget, scores in zip(BUDGETS, theirs):
+        assert command_scores(data, tmp_path / f"hf_{budget}", tmp_path / f"ours_{budget}") == scores
     # Neither is right or wrong throughout, and what the reduction costs shows.
     assert all(0 < sum(scores) < SAMPLES for scores in ours)
     assert ours[0] != ours[1]
@@ -119,9 +137,9 @@ ANSWERED = {"role": "assistant", "content": "left"}
     [
         [{"role": "user", "content": "Where is <video>\nthe needle?"}, ANSWERED],
         [{"role": "system", "content": "Be brief."}, ASKED, ANSWERED],
-        [ASKED, {"role": "assistant", "content": "right"}],
+        [ASKED, ANSWERED, {"role": "user", "content": "And now?"}, ANSWERED],
     ],
-    ids=["text first", "system", "another answer"],
+    ids=["text first", "system", "two questions"],
 )
 def test_what_lmms_eval_would_ask_differently_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], messages: list[dict[str, str]]
@@ -134,3 +152,23 @@ def test_what_lmms_eval_would_ask_differently_is_refused(
     assert error.startswith("hybridprune make_lmms_task: sample one: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "task").exists()
+
+
+def test_a_task_is_made_of_any_data_set_of_questions(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "data", "val") as writer:
+        writer.add("bare", [ASKED, ANSWERED], [("webm", b"a video")])
+        writer.add(
+            "said", [ASKED, ANSWERED], [("mp4", b"another")], {"answer": "L", "choices": ["L", "R"], "kind": "place"}
+        )
+        writer.add("waits", [ASKED], [("mp4", b"a third")], {"answer": "L"})
+    out = tmp_path / "task"
+    script("make_lmms_task").main(["--data", str(tmp_path / "data"), "--out", str(out), "--max-new-tokens", "7"])
+    rows = [json.loads(line) for line in (out / "questions.jsonl").open()]
+    assert [(row["key"], row["kind"], row["question"], row["answer"]) for row in rows] == [
+        ("bare", "", "Where is the needle?", "left"),
+        ("said", "place", "Where is the needle?", "L"),
+        ("waits", "", "Where is the needle?", "L"),
+    ]
+    assert [(out / row["video"]).read_bytes() for row in rows] == [b"a video", b"another", b"a third"]
+    task = (out / f"{TASK}.yaml").read_text()
+    assert task == (ROOT / "recipes" / "lmms_eval" / f"{TASK}.yaml").read_text().replace("tokens: 32", "tokens: 7")

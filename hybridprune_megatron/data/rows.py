@@ -1,13 +1,14 @@
-"""Conversations as users have them, one per row of a JSONL file or per element of a JSON array.
+"""Conversations as users have them, one per row of a JSONL file, of a JSON array or of a table.
 
 ``raw_rows`` finds the rows of a file, ``read_row`` says what a row means, ``check_row`` asks the code that training
-uses. A row has an id, messages (``conversations``) and the paths of its videos (``video`` or ``videos``); instead of
-messages it may have a ``question`` about all of its videos. It may say which ``answer`` is right, of which ``choices``,
-and the ``kind`` of the question. It comes from somewhere else: whatever is wrong with it is a ``BadRowError``.
+uses. A row has an id, messages and the paths of its videos, in any of the forms of ``row_forms``. It may say which
+``answer`` is right, of which ``choices``, and the ``kind`` of the question. It comes from somewhere else: whatever is
+wrong with it is a ``BadRowError``.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import re
 from collections.abc import Collection, Iterator
@@ -19,13 +20,13 @@ from typing import Any
 from hybridprune_megatron.config.json_text import parse_json, short
 from hybridprune_megatron.data.conversation import (
     RESERVED_TOKENS,
-    VIDEO_TOKEN,
     Conversation,
     check_videos,
     read_conversation,
 )
 from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.prompt import CONVERSATION_MODES, PromptEncoder
+from hybridprune_megatron.data.row_forms import BadRowError, read_form
 
 #: Bytes of a row. A longer one is not parsed.
 MOST_ROW_BYTES = 2**24
@@ -33,22 +34,9 @@ _MARK = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 #: What decides where the elements of a JSON array end. A string is skipped whole, an open one up to the end.
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.?)*+(?:"|\Z)|[\[\]{},]', flags=re.DOTALL)
-_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 _MOST_KEY = 80
 #: What is said about the right answer.
 _KNOWN = ("answer", "choices", "kind")
-
-
-class BadRowError(ValueError):
-    """A row that is left out.
-
-    Attributes:
-        reason: what a report counts it under: json, conversation, video or answer.
-    """
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -105,14 +93,21 @@ def read_row(text: bytes) -> Row:
         row = parse_json(text)
     except ValueError as error:
         raise BadRowError("json", f"not JSON ({error})") from error
-    asks = isinstance(row, dict) and isinstance(row.get("question"), str) and "conversations" not in row
-    if not isinstance(row, dict) or not (asks or isinstance(row.get("conversations"), list)):
-        raise BadRowError("conversation", 'expected an object with a list under "conversations", or with a "question"')
+    return plain_row(row)
+
+
+def plain_row(row: Any) -> Row:
+    """What plain values mean, those of a row's JSON or of a row of a table.
+
+    Raises:
+        BadRowError: it cannot be told.
+    """
+    if not isinstance(row, dict):
+        raise BadRowError("conversation", f"{short(row)}: expected an object with conversations or messages")
     row_id = row.get("id")
-    if not isinstance(row_id, str | int | float | None):
+    if not isinstance(row_id, str | int | float | None) or (isinstance(row_id, float) and not math.isfinite(row_id)):
         row_id = short(row_id)
-    videos = _videos(row)
-    messages = _asking(row, len(videos)) if asks else [_message(each) for each in row["conversations"]]
+    messages, videos = read_form(row)
     known = {name: row[name] for name in _KNOWN if name in row}
     return Row(None if row_id == "" else row_id, messages, videos, known)
 
@@ -217,37 +212,6 @@ def _elements(data: mmap.mmap | bytes, start: int) -> Iterator[tuple[int, int, b
     rest = data[start:].strip(_BLANK)
     if rest:
         yield number + 1, len(data), rest
-
-
-def _asking(row: dict[str, Any], num_videos: int) -> list[Any]:
-    """The messages of a row with a question: it is asked about all videos, unless it says where they stand."""
-    question = row["question"]
-    if VIDEO_TOKEN not in question:
-        question = f"{VIDEO_TOKEN}\n" * num_videos + question
-    asked = {"role": "user", "content": question}
-    answer = row.get("answer")
-    return [asked] if answer is None else [asked, {"role": "assistant", "content": answer}]
-
-
-def _message(message: Any) -> Any:
-    if isinstance(message, dict) and {"from", "value"} <= set(message):
-        name = message["from"]
-        return {"role": _ROLES.get(name, name) if isinstance(name, str) else name, "content": message["value"]}
-    return message
-
-
-def _videos(row: dict[str, Any]) -> list[str]:
-    """Paths under ``video`` or ``videos``, each a path or a list of them; null, empty and absent mean none."""
-    found = []
-    for name in ("video", "videos"):
-        value = row.get(name)
-        paths = [path for path in (value if isinstance(value, list) else [value]) if path not in (None, "")]
-        if not all(isinstance(path, str) for path in paths):
-            raise BadRowError("video", f"{name} {short(value)}: expected paths")
-        found.append(paths)
-    if all(found) and found[0] != found[1]:
-        raise BadRowError("video", f"video {short(found[0])} and videos {short(found[1])}: give one of the two")
-    return found[0] or found[1]
 
 
 @cache

@@ -21,6 +21,7 @@ from hybridprune_megatron.data.conversation import IMAGE_TOKEN, VIDEO_TOKEN
 
 _VIDEO_KEYS = ("video", "videos")
 _TURN_KEYS = ("conversations", "messages")
+_ROW_KEYS = ("id", "question", "answer", "choices", "kind", "system", *_VIDEO_KEYS, *_TURN_KEYS)
 #: Of a part that shows less than its whole video.
 _SPAN_KEYS = ("video_start", "video_end")
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -68,6 +69,11 @@ def read_form(row: dict[str, Any]) -> tuple[list[Any], list[str]]:
         raise BadRowError("video", f"videos {short(listed)}, and its messages name {short(named)}: give one of the two")
     videos = listed or named
     return (_as_videos(messages) if videos else messages), videos
+
+
+def is_row_key(name: str) -> bool:
+    """Whether a key means something in a row; others are about it, and not looked at."""
+    return name in _ROW_KEYS or _MEDIA.fullmatch(name) is not None
 
 
 def local_path(name: Any, what: str) -> str:

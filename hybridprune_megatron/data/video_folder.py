@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 from hybridprune_megatron.config.json_text import is_plain, short
 from hybridprune_megatron.data.rows import BadRowError
@@ -14,7 +15,7 @@ from hybridprune_megatron.data.video import check_video
 
 
 class VideoFolder:
-    """The videos that rows name, read from one folder.
+    """The videos that rows name, read from one folder; threads may share it.
 
     Args:
         folder: paths are relative to it.
@@ -27,6 +28,7 @@ class VideoFolder:
         self._root = Path(os.path.realpath(folder))
         # Many rows ask about the same video, and a whole decode takes a while.
         self._checked: dict[Path, str | None] = {}
+        self._checking: dict[Path, Lock] = {}
 
     def read(self, names: Sequence[str]) -> list[tuple[str, bytes]]:
         """Extensions and bytes of the videos of a row.
@@ -47,8 +49,10 @@ class VideoFolder:
             data = path.read_bytes()
         except (OSError, MemoryError) as error:
             raise BadRowError("video", f"{short(name)} cannot be read ({error})") from error
-        if path not in self._checked:
-            self._checked[path] = _why_not(data, name) if self._whole else None
+        # One thread decodes it, others that ask about the same video wait.
+        with self._checking.setdefault(path, Lock()):
+            if path not in self._checked:
+                self._checked[path] = _why_not(data, name) if self._whole else None
         if self._checked[path] is not None:
             raise BadRowError("video", str(self._checked[path]))
         return path.suffix[1:].lower(), data

@@ -12,7 +12,8 @@ from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import VIDEO_TOKEN, check_videos, read_conversation
 from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.left_out import LeftOut
-from hybridprune_megatron.data.rows import BadRowError, Row, open_rows, raw_rows, read_row, unique_key
+from hybridprune_megatron.data.row_files import rows_at
+from hybridprune_megatron.data.rows import BadRowError, Row, unique_key
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
 from hybridprune_megatron.data.video_folder import VideoFolder, videos_below
 from hybridprune_megatron.evaluation.answering import AnsweringModel
@@ -63,11 +64,11 @@ def rows_of_videos(folder: Path, question: str) -> list[NamedRow]:
 
 
 def rows_of_file(path: Path) -> Iterator[NamedRow]:
-    """The rows of a JSONL file or of a JSON array, as ``hybridprune shards`` reads them."""
+    """The rows of a JSONL file, a JSON array or a table, as ``hybridprune shards`` reads them."""
     keys: set[str] = set()
-    for number, _, text in raw_rows(open_rows(path)):
+    for number, read in rows_at(path).each:
         try:
-            row = read_row(text)
+            row = read()
         except BadRowError as error:
             yield NamedRow("", f"row {number}", None, error)
             continue

@@ -138,10 +138,16 @@ def shard_counts(folder: Path, key: str) -> dict[str, int]:
         return _read_counts(folder.resolve())
 
 
+class _OtherSplitError(ValueError):
+    """A data set that is whole, of another part of the split."""
+
+
 @contextmanager
 def _one_error(where: str) -> Iterator[None]:
     try:
         yield
+    except _OtherSplitError as error:
+        raise ConfigError(f"{where}: {error}") from None
     except (ValueError, OSError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
         raise ConfigError(
@@ -215,8 +221,13 @@ def _read_folder(folder: Path, part: str) -> DataSet:
             wrong = "twice" if times > 1 else "which .info.json does not count"
             raise ValueError(f"{split_file} names the shard {short(name)}, {wrong}")
     if not names:
-        others = [str(name) for name, shards in parts.items() if shards]
-        raise ValueError(f"{split_file} has no shards for {part}, but for {short(others)}")
+        others = [name for name in _PARTS if name != part and parts.get(name)]
+        if not others:
+            raise ValueError(f"{split_file} has no shards for {part}")
+        raise _OtherSplitError(
+            f"{folder} has no samples for {part}, but for {', '.join(others)}: write it with hybridprune shards --split "
+            f'{part}, or name it in a blend with "split_part: {others[0]}"'
+        )
     shards = tuple((name, counts[name]) for name in names)
     return DataSet(folder, part, shards, frozenset(name for name in excluded if "/" in name))
 

@@ -225,8 +225,8 @@ def _read_folder(folder: Path, part: str) -> DataSet:
         if not others:
             raise ValueError(f"{split_file} has no shards for {part}")
         raise _OtherSplitError(
-            f"{folder} has no samples for {part}, but for {', '.join(others)}: write it with hybridprune shards --split "
-            f'{part}, or name it in a blend with "split_part: {others[0]}"'
+            f"{folder} has no samples for {part}, but for {', '.join(others)}: write it with hybridprune shards "
+            f'--split {part}, or name it in a blend with "split_part: {others[0]}"'
         )
     shards = tuple((name, counts[name]) for name in names)
     return DataSet(folder, part, shards, frozenset(name for name in excluded if "/" in name))

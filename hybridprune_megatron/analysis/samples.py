@@ -21,6 +21,7 @@ from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
+from hybridprune_megatron.data.stored_media import StoredImage
 from hybridprune_megatron.data.stored_samples import StoredSample, read_samples
 from hybridprune_megatron.data.video import FrameSampling, probe_video
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
@@ -125,7 +126,7 @@ class SampleReader:
         sample = self._encoded(stored)
         meta, video = stored.meta, stored.videos[0]
         known = len(stored.videos) == 1 and ("evidence_frames" in meta or "needles" in meta)
-        shown = self._source_frames(video) if known else []
+        shown = self._source_frames(video) if known and not isinstance(video, StoredImage) else []
         evidence = None
         if shown and "evidence_frames" in meta:
             evidence = frames_within(shown, meta["evidence_frames"])

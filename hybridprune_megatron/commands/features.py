@@ -209,10 +209,13 @@ class FeatureEncoder:
     def _decode(self, parts: dict[str, bytes]) -> dict[str, DecodedVideo]:
         """The videos of a sample by part; one that cannot be decoded stays, for training to count as bad."""
         from hybridprune_megatron.data.shards import video_parts
+        from hybridprune_megatron.data.stored_media import IMAGE_EXTENSIONS
         from hybridprune_megatron.data.video import decode_video
 
         decoded = {}
         for part in video_parts(parts):
+            if part.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                raise ValueError("a sample shows an image, of which no features are stored: use the data set as it is")
             try:
                 decoded[part] = decode_video(parts[part], self.sampling, self.info.frame_size)
             except ValueError:

@@ -10,7 +10,8 @@ A row is one conversation; ``<video>`` stands where a video is shown, and paths 
     {"video": "cat.mp4", "question": "What is it?", "answer": "cat", "choices": ["cat", "dog"], "kind": "animal"}
 
 Rows are the lines of a JSONL file, the elements of a JSON array, or the rows of a parquet or Arrow file or of a folder
-that Hugging Face datasets saved. Several videos are a list under "videos". The rows of LLaVA, LLaVA-Video, ShareGPT,
+that Hugging Face datasets saved. Several videos are a list under "videos"; images are under "image" or "images", and
+``<image>`` stands where one is shown. The rows of LLaVA, LLaVA-Video, ShareGPT,
 LLaMA-Factory and OpenAI's "messages" are read as they are (docs/data.md); what is not a local file is never fetched,
 and a row with media that are not read, as "audio", is left out. Any row may say the right "answer" (if it is not what
 the assistant says last), the "choices" it is one of, and the "kind" of the question: hybridprune evaluate reads them
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--conversations", type=Path, required=True, help="JSONL, a JSON array, a table, or a folder of tables"
     )
-    parser.add_argument("--videos", type=Path, required=True, help="folder that video paths are relative to")
+    parser.add_argument(
+        "--videos", type=Path, required=True, help="folder that paths of videos and images are relative to"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set; must not exist")
     parser.add_argument("--split", choices=("train", "val"), default="train", help="val for data.validation")
     parser.add_argument("--samples-per-shard", type=int, default=500, help="at least 1 (default %(default)s)")

@@ -9,7 +9,7 @@ video, joined by newlines, then one newline (a newline that directly follows the
 
     Frame 1 sampled at 0.00 seconds: <img><image>...<image></img>
 
-In prompts, not in training samples, ``<image>`` becomes one frame without that text.
+``<image>`` becomes one frame without that text, where a sample has images; elsewhere it is reserved.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hybridprune_megatron.config.prompt_tokens import (  # noqa: F401
     VIDEO_TOKEN,
 )
 
-#: Placeholders in a prompt, by the type of a part. Training samples have videos only.
+#: Placeholders in a prompt, by the type of a part.
 MEDIA_TOKENS = {"video": VIDEO_TOKEN, "image": IMAGE_TOKEN}
 MEDIA_PATTERN = re.compile("|".join(MEDIA_TOKENS.values()))
 #: Messages of a conversation. With ``split_turns`` every turn is a sample that begins with all earlier ones.
@@ -64,9 +64,15 @@ class Conversation:
     answers: tuple[str, ...]
 
     @property
+    def kinds(self) -> list[str]:
+        """What its placeholders stand for, in order: ``video`` or ``image``."""
+        kind = {token: name for name, token in MEDIA_TOKENS.items()}
+        return [kind[token] for question in self.questions for token in MEDIA_PATTERN.findall(question)]
+
+    @property
     def num_videos(self) -> int:
         """Videos and images."""
-        return sum(len(MEDIA_PATTERN.findall(question)) for question in self.questions)
+        return len(self.kinds)
 
     def messages(self) -> list[dict[str, str]]:
         """What ``read_conversation`` makes this of, in its shortest form."""
@@ -128,13 +134,40 @@ def _check_text(role: str, text: str, allowed: Collection[str]) -> None:
 
 
 def check_videos(conversation: Conversation, count: int) -> None:
-    """Every placeholder has its video.
+    """Every placeholder has its video or image.
 
     Raises:
-        ValueError: there are ``count`` videos and another number of placeholders.
+        ValueError: there are ``count`` of them and another number of placeholders.
     """
-    if conversation.num_videos != count:
-        raise ValueError(f"{conversation.num_videos} {VIDEO_TOKEN} placeholders but {count} videos")
+    kinds = conversation.kinds
+    if len(kinds) == count:
+        return
+    if "image" in kinds:
+        raise ValueError(f"{len(kinds)} placeholders of videos and images but {count} of these")
+    raise ValueError(f"{len(kinds)} {VIDEO_TOKEN} placeholders but {count} videos")
+
+
+def media_types(kinds: Collection[str]) -> tuple[str, ...]:
+    """The ``types`` of ``read_conversation`` for a sample with media of these kinds: without images, none is shown."""
+    return tuple(MEDIA_TOKENS) if "image" in kinds else ("video",)
+
+
+def check_media(conversation: Conversation, kinds: Sequence[str]) -> None:
+    """Every placeholder has its video or image, and a ``<video>`` a video.
+
+    Args:
+        kinds: ``video`` or ``image``, for each file of the sample.
+
+    Raises:
+        ValueError: other numbers, or another kind in its place.
+    """
+    check_videos(conversation, len(kinds))
+    for number, (shown, kind) in enumerate(zip(conversation.kinds, kinds), 1):
+        if shown != kind:
+            article = "an" if kind == "image" else "a"
+            raise ValueError(
+                f"placeholder {number} is {MEDIA_TOKENS[shown]}, and the type of its file {article} {kind}'s"
+            )
 
 
 def render_chat(conversation: Conversation) -> str:

@@ -146,13 +146,13 @@ class PromptEncoder:
         return pieces.ids
 
     def encode_samples(
-        self, conversation: Conversation, timestamps: Sequence[Sequence[float]], mode: str = "first_question"
+        self, conversation: Conversation, timestamps: Sequence[Sequence[float] | None], mode: str = "first_question"
     ) -> list[EncodedPrompt]:
         """Training samples: one, or one per turn with ``split_turns``.
 
         Args:
             conversation: every question has its answer.
-            timestamps: for every video its frame times in seconds.
+            timestamps: for every video its frame times in seconds, for every image None.
             mode: ``first_question``: the first question scores, every answer carries loss. ``split_turns``: every turn
                 is a sample whose own question scores and whose own answer carries loss, after the earlier turns as
                 plain text. ``all_turns``: every question scores, every answer carries loss. Later questions then

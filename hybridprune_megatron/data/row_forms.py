@@ -1,9 +1,10 @@
-"""The forms that rows have elsewhere, read into one: messages with ``<video>`` placeholders, and paths of videos.
+"""The forms that rows have elsewhere, read into one: messages with placeholders, and paths of videos and images.
 
-- LLaVA and ShareGPT: ``conversations`` of {"from": "human" | "gpt", "value": ...}, ``video`` or ``videos``.
+- LLaVA and ShareGPT: ``conversations`` of {"from": "human" | "gpt", "value": ...}, ``video`` or ``videos``,
+  ``image`` or ``images``.
 - LLaVA-Video: the same, and ``<image>`` stands for the video.
-- OpenAI and Qwen: ``messages`` whose content is a list of parts, some of which name their videos.
-- LLaMA-Factory: ``messages`` or ``conversations``, ``videos``, and perhaps a ``system`` text.
+- OpenAI and Qwen: ``messages`` whose content is a list of parts, some of which name their videos and images.
+- LLaMA-Factory: ``messages`` or ``conversations``, ``videos``, ``images``, and perhaps a ``system`` text.
 - A ``question`` with perhaps an ``answer``.
 
 What a row shows and nobody here reads, as sound, makes it a bad row: without it, its text says something else.
@@ -17,11 +18,13 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from hybridprune_megatron.config.json_text import short
-from hybridprune_megatron.data.conversation import IMAGE_TOKEN, VIDEO_TOKEN
+from hybridprune_megatron.data.conversation import IMAGE_TOKEN, MEDIA_PATTERN, MEDIA_TOKENS, VIDEO_TOKEN
 
-_VIDEO_KEYS = ("video", "videos")
+_LISTED_KEYS = {"video": ("video", "videos"), "image": ("image", "images")}
+_READ_KEYS = ("video", "videos", "image", "images")
+_PART_KINDS = {"video": "video", "video_url": "video", "image": "image", "image_url": "image"}
 _TURN_KEYS = ("conversations", "messages")
-_ROW_KEYS = ("id", "question", "answer", "choices", "kind", "system", *_VIDEO_KEYS, *_TURN_KEYS)
+_ROW_KEYS = ("id", "question", "answer", "choices", "kind", "system", *_READ_KEYS, *_TURN_KEYS)
 #: Of a part that shows less than its whole video.
 _SPAN_KEYS = ("video_start", "video_end")
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
@@ -46,7 +49,7 @@ class BadRowError(ValueError):
 
 
 def read_form(row: dict[str, Any]) -> tuple[list[Any], list[str]]:
-    """The messages of a row and the paths of its videos.
+    """The messages of a row and the paths of its videos and images.
 
     Args:
         row: plain values, of any form.
@@ -58,17 +61,16 @@ def read_form(row: dict[str, Any]) -> tuple[list[Any], list[str]]:
         BadRowError: it has neither messages nor a question, names no path where one is expected, or shows media that
             are not read.
     """
-    _refuse_media("", row, _VIDEO_KEYS, "a row shows videos alone, under video or videos")
-    listed = _listed_videos(row)
+    _refuse_media("", row, _READ_KEYS, "a row shows videos under video or videos, images under image or images")
+    listed = {kind: _listed(row, keys) for kind, keys in _LISTED_KEYS.items()}
     turns = _turns(row)
-    if turns is None:
-        return _asking(row, len(listed)), listed
-    messages, named = _split_parts([_message(each) for each in turns])
+    given = _asking(row, listed) if turns is None else turns
+    messages, named = _split_parts([_message(each) for each in given])
     messages = _with_system(row.get("system"), messages)
-    if listed and named and listed != named:
-        raise BadRowError("video", f"videos {short(listed)}, and its messages name {short(named)}: give one of the two")
-    videos = listed or named
-    return (_as_videos(messages) if videos else messages), videos
+    paths = {kind: _one_of(kind, listed[kind], named[kind]) for kind in listed}
+    if paths["video"] and not paths["image"]:
+        messages = _as_videos(messages)
+    return messages, _in_order(messages, paths)
 
 
 def is_row_key(name: str) -> bool:
@@ -77,7 +79,7 @@ def is_row_key(name: str) -> bool:
 
 
 def local_path(name: Any, what: str) -> str:
-    """The path that a row gives for a video, as such or as ``file://``.
+    """The path that a row gives for a video or an image, as such or as ``file://``.
 
     Args:
         what: names it in an error.
@@ -117,24 +119,25 @@ def _is_nothing(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float) or value in ("", b"")
 
 
-def _listed_videos(row: dict[str, Any]) -> list[str]:
-    """Paths under ``video`` or ``videos``, each a path or a list of them; null, empty and absent mean none."""
+def _listed(row: dict[str, Any], keys: Sequence[str]) -> list[str]:
+    """Paths under one of two keys, each a path or a list of them; null, empty and absent mean none."""
     found = []
-    for name in _VIDEO_KEYS:
+    for name in keys:
         value = row.get(name)
         entries = [_stored_path(each, name) for each in (value if isinstance(value, list) else [value])]
         found.append([local_path(each, name) for each in entries if each not in (None, "")])
     if all(found) and found[0] != found[1]:
-        raise BadRowError("video", f"video {short(found[0])} and videos {short(found[1])}: give one of the two")
+        both = " and ".join(f"{name} {short(paths)}" for name, paths in zip(keys, found))
+        raise BadRowError("video", f"{both}: give one of the two")
     return found[0] or found[1]
 
 
 def _stored_path(value: Any, name: str) -> Any:
-    """The path of a video as ``datasets`` stores one: an object with path and bytes."""
+    """The path of a video or an image as ``datasets`` stores one: an object with path and bytes."""
     if not isinstance(value, dict) or set(value) != {"bytes", "path"}:
         return value
     if value["bytes"] is not None:
-        raise BadRowError("video", f"{name} is the video itself: write it to a file, and give its path")
+        raise BadRowError("video", f"{name} is the file itself: write it to the folder of videos, and give its path")
     return value["path"]
 
 
@@ -164,15 +167,14 @@ def _as_list(value: Any) -> Any:
     return [dict(zip(value, entries)) for entries in zip(*value.values())]
 
 
-def _asking(row: dict[str, Any], num_videos: int) -> list[Any]:
-    """The messages of a row with a question: it is asked about all videos, unless it says where they stand."""
+def _asking(row: dict[str, Any], listed: dict[str, list[str]]) -> list[Any]:
+    """The messages of a row with a question: it is asked about all that it shows, unless it says where that stands."""
     question = row["question"]
-    if VIDEO_TOKEN not in question:
-        question = f"{VIDEO_TOKEN}\n" * num_videos + question
+    if not MEDIA_PATTERN.search(question):
+        question = "".join(f"{MEDIA_TOKENS[kind]}\n" * len(paths) for kind, paths in listed.items()) + question
     asked = {"role": "user", "content": question}
     answer = row.get("answer")
-    messages = [asked] if answer is None else [asked, {"role": "assistant", "content": answer}]
-    return _with_system(row.get("system"), messages)
+    return [asked] if answer is None else [asked, {"role": "assistant", "content": answer}]
 
 
 def _message(message: Any) -> Any:
@@ -190,62 +192,84 @@ def _with_system(text: Any, messages: list[Any]) -> list[Any]:
     return [{"role": "system", "content": text}, *messages]
 
 
-def _split_parts(messages: Sequence[Any]) -> tuple[list[Any], list[str]]:
-    """Messages whose parts are text or the placeholder of a video, and the paths that parts named."""
+def _one_of(kind: str, listed: list[str], named: list[str]) -> list[str]:
+    """The paths that a row lists, or that the parts of its messages name."""
+    if listed and named and listed != named:
+        raise BadRowError(
+            "video", f"{kind}s {short(listed)}, and its messages name {short(named)}: give one of the two"
+        )
+    return listed or named
+
+
+def _in_order(messages: Sequence[Any], paths: dict[str, list[str]]) -> list[str]:
+    """Paths in the order of their placeholders in what users say; what has none comes last, for a check to refuse."""
+    kinds = {token: kind for kind, token in MEDIA_TOKENS.items()}
+    left = {kind: list(reversed(each)) for kind, each in paths.items()}
+    shown = [token for each in messages if _is_user(each) for token in MEDIA_PATTERN.findall(_shown(each["content"]))]
+    found = [left[kinds[token]].pop() for token in shown if left[kinds[token]]]
+    return found + [path for each in left.values() for path in reversed(each)]
+
+
+def _split_parts(messages: Sequence[Any]) -> tuple[list[Any], dict[str, list[str]]]:
+    """Messages whose parts are texts or placeholders, and the paths of each kind that parts named."""
     plain: list[Any] = []
-    paths: list[str] = []
+    paths: dict[str, list[str]] = {kind: [] for kind in _LISTED_KEYS}
     for message in messages:
         if isinstance(message, dict):
-            _refuse_media("message with ", message, (), "name videos in the row, or in the parts of a content")
+            _refuse_media("message with ", message, (), "name files in the row, or in the parts of a content")
             if isinstance(message.get("content"), list):
                 message = {**message, "content": [_plain_part(part, paths) for part in message["content"]]}
         plain.append(message)
     return plain, paths
 
 
-def _plain_part(part: Any, paths: list[str]) -> Any:
-    """A part of a content; appends the path that it names to ``paths``."""
+def _plain_part(part: Any, paths: dict[str, list[str]]) -> Any:
+    """A part of a content; appends the path that it names to ``paths`` of its kind."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str) or not _MEDIA.fullmatch(kind):
         if isinstance(part, dict):
-            _refuse_media(f"part of type {short(kind)} with ", part, (), 'give it a part of its own, of type "video"')
+            _refuse_media(f"part of type {short(kind)} with ", part, (), "give it a part of its own, of its type")
         return part
     named = next((part[key] for key in (kind, "url", "path") if part.get(key) is not None), None)
     if isinstance(named, dict):
         named = _stored_path(named.get("url", named), f"part {kind}")
-    if kind not in ("video", "video_url"):
-        if isinstance(named, str):
-            local_path(named, kind)
-        raise BadRowError("media", f"a part of type {short(kind)} is not read: a message shows videos alone")
+    if kind not in _PART_KINDS:
+        raise BadRowError("media", f"a part of type {short(kind)} is not read: a message shows videos and images")
     if any(part.get(key) is not None for key in _SPAN_KEYS):
         raise BadRowError("media", f"part {short(part)} shows a span of a video: cut the file, and give all of it")
     if named is not None:
-        paths.append(local_path(named, kind))
-    return {"type": "video"}
+        paths[_PART_KINDS[kind]].append(local_path(named, kind))
+    return {"type": _PART_KINDS[kind]}
 
 
 def _as_videos(messages: list[Any]) -> list[Any]:
     """Messages in which every ``<image>`` of a user stands for a video, if none of them shows one by ``<video>``."""
-    if any(_is_user(each) and _shows_video(each.get("content")) for each in messages):
+    if any(_is_user(each) and VIDEO_TOKEN in _shown(each.get("content")) for each in messages):
         return messages
     return [{**each, "content": _replaced(each.get("content"))} if _is_user(each) else each for each in messages]
 
 
 def _is_user(message: Any) -> bool:
-    return isinstance(message, dict) and message.get("role") == "user"
+    return isinstance(message, dict) and message.get("role") == "user" and "content" in message
 
 
-def _shows_video(content: Any) -> bool:
+def _shown(content: Any) -> str:
+    """A content as text, as far as it is one."""
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict)]
-        return any(part.get("type") == "video" or _shows_video(part.get("text")) for part in parts)
-    return isinstance(content, str) and VIDEO_TOKEN in content
+        return "".join(MEDIA_TOKENS.get(str(part.get("type"))) or _shown(part.get("text")) for part in parts)
+    return content if isinstance(content, str) else ""
 
 
 def _replaced(content: Any) -> Any:
     if isinstance(content, list):
-        texts = [_replaced(part["text"]) if isinstance(part, dict) and "text" in part else None for part in content]
-        return [part if text is None else {**part, "text": text} for part, text in zip(content, texts)]
+        return [_replaced_part(part) if isinstance(part, dict) else part for part in content]
     return content.replace(IMAGE_TOKEN, VIDEO_TOKEN) if isinstance(content, str) else content
+
+
+def _replaced_part(part: dict[str, Any]) -> dict[str, Any]:
+    if part.get("type") == "image":
+        return {"type": "video"}
+    return {**part, "text": _replaced(part["text"])} if "text" in part else part

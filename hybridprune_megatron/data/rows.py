@@ -21,12 +21,14 @@ from hybridprune_megatron.config.json_text import parse_json, short
 from hybridprune_megatron.data.conversation import (
     RESERVED_TOKENS,
     Conversation,
-    check_videos,
+    check_media,
+    media_types,
     read_conversation,
 )
 from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.prompt import CONVERSATION_MODES, PromptEncoder
 from hybridprune_megatron.data.row_forms import BadRowError, read_form
+from hybridprune_megatron.data.stored_media import kinds_of_names
 
 #: Bytes of a row. A longer one is not parsed.
 MOST_ROW_BYTES = 2**24
@@ -46,7 +48,7 @@ class Row:
     Attributes:
         id: text or a number as the file has it, of another type as text; None where it has none.
         messages: objects with role and content.
-        videos: paths as the file has them, in the order of their placeholders.
+        videos: paths of videos and images as the file has them, in the order of their placeholders.
         known: what it says about the right answer, as the file has it.
     """
 
@@ -134,18 +136,19 @@ def check_row(row: Row) -> Conversation:
     Raises:
         BadRowError: training leaves it out always.
     """
+    kinds = kinds_of_names(row.videos)
     try:
-        conversation = read_conversation(row.messages)
+        conversation = read_conversation(row.messages, media_types(kinds))
     except ValueError as error:
         raise BadRowError("conversation", str(error)) from error
     try:
-        check_videos(conversation, len(row.videos))
+        check_media(conversation, kinds)
     except ValueError as error:
         raise BadRowError("video", str(error)) from error
     errors = []
     for mode in CONVERSATION_MODES:
         try:
-            _encoder().encode_samples(conversation, [[0.0]] * len(row.videos), mode)
+            _encoder().encode_samples(conversation, [None if kind == "image" else [0.0] for kind in kinds], mode)
         except ValueError as error:
             errors.append(error)
     if len(errors) == len(CONVERSATION_MODES):

@@ -16,11 +16,12 @@ import torch
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample, FrameFeatures, join_features, no_pixels
-from hybridprune_megatron.data.conversation import Conversation, check_videos, read_conversation
+from hybridprune_megatron.data.conversation import Conversation, check_media, media_types, read_conversation
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder
+from hybridprune_megatron.data.stored_media import StoredImage, StoredMedium, kinds_of
 from hybridprune_megatron.data.tokenizer import load_tokenizer
-from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
+from hybridprune_megatron.data.video import FrameSampling, decode_image, decode_video, probe_video
 from hybridprune_megatron.method.layout import TokenKind
 
 #: Why a sample may be left out.
@@ -68,16 +69,16 @@ class SampleDraft:
         conversation: all of it.
         part: which of the samples of this conversation it is (0 but with ``split_turns``).
         prompt: its tokens, for the expected frame times.
-        seconds: for every video of the conversation its expected frame times.
-        videos: the video files, or stored features of their frames.
+        seconds: for every video of the conversation its expected frame times, for an image None.
+        videos: the video and image files, or stored features of frames.
     """
 
     key: str
     conversation: Conversation
     part: int
     prompt: EncodedPrompt
-    seconds: list[list[float]]
-    videos: tuple[bytes | StoredFeatures, ...]
+    seconds: list[list[float] | None]
+    videos: tuple[StoredMedium, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -118,9 +119,7 @@ class SampleEncoder:
         """Token that ends an answer."""
         return self.prompts.end_id
 
-    def draft(
-        self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes | StoredFeatures]
-    ) -> list[SampleDraft]:
+    def draft(self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[StoredMedium]) -> list[SampleDraft]:
         """The samples that a conversation becomes: one, or one per turn with ``split_turns``.
 
         Raises:
@@ -128,7 +127,7 @@ class SampleEncoder:
             BadSampleError: the conversation is malformed, a video unreadable, or a sample longer than a sequence.
         """
         with _malformed(key):
-            conversation = read_conversation(messages)
+            conversation = read_conversation(messages, media_types(kinds_of(videos)))
             seconds = self._seconds(key, conversation, videos)
             if self.mode == "split_turns":
                 # The last part is the whole conversation; the others are made only if that is short enough.
@@ -141,7 +140,7 @@ class SampleEncoder:
             drafts.append(SampleDraft(part_key, conversation, part, prompt, seconds, tuple(videos)))
         return drafts
 
-    def prompt(self, key: str, conversation: Conversation, videos: Sequence[bytes | StoredFeatures]) -> EncodedSample:
+    def prompt(self, key: str, conversation: Conversation, videos: Sequence[StoredMedium]) -> EncodedSample:
         """A conversation that waits for its last answer, as training shows it; without labels.
 
         Args:
@@ -185,6 +184,9 @@ class SampleEncoder:
                 if isinstance(video, StoredFeatures):
                     features.append(self._features(video, self.sampling))
                     continue
+                if isinstance(video, StoredImage):
+                    frames.append(decode_image(video.data, self.frame_size, f"image {index}").frames)
+                    continue
                 decoded = decode_video(video, self.sampling, self.frame_size, f"video {index}")
                 frames.append(decoded.frames)
                 seconds[index] = decoded.seconds
@@ -206,7 +208,7 @@ class SampleEncoder:
         return sample
 
     def encode(
-        self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[bytes | StoredFeatures]
+        self, key: str, messages: Sequence[dict[str, Any]], videos: Sequence[StoredMedium]
     ) -> list[EncodedSample]:
         """Both steps at once.
 
@@ -215,21 +217,21 @@ class SampleEncoder:
         """
         return [self.finish(draft) for draft in self.draft(key, messages, videos)]
 
-    def _prompts(self, conversation: Conversation, seconds: list[list[float]]) -> list[EncodedPrompt]:
+    def _prompts(self, conversation: Conversation, seconds: list[list[float] | None]) -> list[EncodedPrompt]:
         """The prompts of a draft's conversation, which waits for its answer or has it."""
         if len(conversation.answers) < len(conversation.questions):
             return [self.prompts.encode_prompt(conversation, seconds, self.mode)]
         return self.prompts.encode_samples(conversation, seconds, self.mode)
 
     def _seconds(
-        self, key: str, conversation: Conversation, videos: Sequence[bytes | StoredFeatures]
-    ) -> list[list[float]]:
+        self, key: str, conversation: Conversation, videos: Sequence[StoredMedium]
+    ) -> list[list[float] | None]:
         """Expected frame times of the videos of a conversation that may fit a sequence and shows all of them."""
         self._check_size(key, conversation, len(videos))
-        check_videos(conversation, len(videos))
+        check_media(conversation, kinds_of(videos))
         return self._probe(key, videos)
 
-    def _probe(self, key: str, videos: Sequence[bytes | StoredFeatures]) -> list[list[float]]:
+    def _probe(self, key: str, videos: Sequence[StoredMedium]) -> list[list[float] | None]:
         if videos and self.sampling is None:
             raise BadSampleError(
                 "malformed", key, f"{len(videos)} videos for a model or setting (data.sampling) without"
@@ -241,8 +243,10 @@ class SampleEncoder:
         except (ValueError, MemoryError) as error:
             raise BadSampleError("video", key, str(error)) from error
 
-    def _times(self, video: bytes | StoredFeatures, sampling: FrameSampling, name: str) -> list[float]:
-        """Expected frame times of a video, or those of its features."""
+    def _times(self, video: StoredMedium, sampling: FrameSampling, name: str) -> list[float] | None:
+        """Expected frame times of a video, or those of its features; an image has none."""
+        if isinstance(video, StoredImage):
+            return None
         if not isinstance(video, StoredFeatures):
             return probe_video(video, sampling, name)
         video.info.check(self.model, name)

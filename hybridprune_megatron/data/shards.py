@@ -1,8 +1,8 @@
-"""Data sets on disk: WebDataset tar shards with conversations and videos, prepared for Energon.
+"""Data sets on disk: WebDataset tar shards with conversations, videos and images, prepared for Energon.
 
-A sample with key K is ``K.json`` ({"conversation": messages, "meta": anything}) and its videos, ``K.mp4`` or, where
-there are several, ``K.0.mp4``, ``K.1.mp4`` in the order of their placeholders. A part ``safetensors`` in the place of
-``mp4`` holds features of the video's frames (``data.features``).
+A sample with key K is ``K.json`` ({"conversation": messages, "meta": anything}) and its videos and images, ``K.mp4``
+or, where there are several, ``K.0.mp4``, ``K.1.png`` in the order of their placeholders. A part
+``safetensors`` in the place of ``mp4`` holds features of the video's frames (``data.features``).
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from megatron.energon.flavors.webdataset.indexing import DuplicateSampleKeyError
 from megatron.energon.flavors.webdataset.prepare import IndexSample, IndexSamplePart
 
 from hybridprune_megatron.data.features import FEATURES_EXTENSION, StoredFeatures
+from hybridprune_megatron.data.stored_media import IMAGE_EXTENSIONS, StoredMedium, stored
 from hybridprune_megatron.data.tar_samples import Place, Shard, index_path, read_samples, write_index
 
 logger = logging.getLogger(__name__)
 
 VIDEO_EXTENSIONS = ("mp4", "mov", "mkv", "webm", "avi", "m4v", "mpg", "mpeg", "ts", "flv", "wmv", "ogv", "gif")
+#: Types of files that samples show.
+MEDIA_EXTENSIONS = (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS)
 CONVERSATION_PART = "json"
-_VIDEO_PART = re.compile(r"(?:([0-9]{1,6})\.)?(" + "|".join((*VIDEO_EXTENSIONS, FEATURES_EXTENSION)) + ")")
+_VIDEO_PART = re.compile(r"(?:([0-9]{1,6})\.)?(" + "|".join((*MEDIA_EXTENSIONS, FEATURES_EXTENSION)) + ")")
 
 
 class ShardWriter:
@@ -87,7 +90,7 @@ class ShardWriter:
 
         Args:
             key: unique name; letters, digits, dash and underscore.
-            videos: extension and bytes of each video.
+            videos: extension and bytes of each video or image.
             meta: whatever an evaluation needs.
 
         Raises:
@@ -96,8 +99,8 @@ class ShardWriter:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", key) or key in self._keys:
             raise ValueError(f"sample key {key!r}: letters, digits, dash and underscore, each key once")
         for extension, _ in videos:
-            if extension not in VIDEO_EXTENSIONS:
-                raise ValueError(f"video of type {extension!r}: choose one of {', '.join(VIDEO_EXTENSIONS)}")
+            if extension not in MEDIA_EXTENSIONS:
+                raise ValueError(f"video of type {extension!r}: choose one of {', '.join(MEDIA_EXTENSIONS)}")
         content = json.dumps({"conversation": list(conversation), "meta": meta or {}}, ensure_ascii=False).encode()
         if self._tar is None or self.num_samples % self.samples_per_shard == 0:
             self._next_shard()
@@ -184,20 +187,23 @@ def read_shard(
 
 
 def is_sample_part(part: str) -> bool:
-    """Whether training reads a part: the conversation, a video or its features."""
+    """Whether training reads a part: the conversation, a video, an image or features."""
     return part == CONVERSATION_PART or _VIDEO_PART.fullmatch(part) is not None
 
 
 def video_parts(parts: Iterable[str]) -> list[str]:
-    """The parts of a sample that are videos or their features, in the order of their placeholders."""
+    """The parts of a sample that are videos, images or features, in the order of their placeholders."""
     found = [(int(match[1] or 0), part) for part in parts if (match := _VIDEO_PART.fullmatch(part))]
     return [part for _, part in sorted(found)]
 
 
-def stored_videos(parts: Mapping[str, Any]) -> tuple[bytes | StoredFeatures, ...]:
-    """The videos of a sample, or their features, in the order of their placeholders."""
+def stored_videos(parts: Mapping[str, Any]) -> tuple[StoredMedium, ...]:
+    """The videos of a sample, or their features, and its images, in the order of their placeholders."""
     return tuple(
-        StoredFeatures(parts[part]) if part.endswith(FEATURES_EXTENSION) else parts[part] for part in video_parts(parts)
+        StoredFeatures(parts[part])
+        if part.endswith(FEATURES_EXTENSION)
+        else stored(part.rpartition(".")[2], parts[part])
+        for part in video_parts(parts)
     )
 
 

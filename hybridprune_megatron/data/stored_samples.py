@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.json_text import parse_json, short
-from hybridprune_megatron.data.conversation import read_conversation
-from hybridprune_megatron.data.features import StoredFeatures
+from hybridprune_megatron.data.conversation import media_types, read_conversation
 from hybridprune_megatron.data.shards import CONVERSATION_PART, read_shard, stored_videos
+from hybridprune_megatron.data.stored_media import StoredMedium, kinds_of
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +28,14 @@ class StoredSample:
         key: its name.
         messages: the conversation.
         meta: what the data set says about it; empty where it says nothing.
-        videos: bytes of its video files, or features of their frames, in the order of their placeholders.
+        videos: its video and image files, or features of their frames, in the order of their placeholders.
         shard: the file it comes from.
     """
 
     key: str
     messages: list[dict[str, Any]]
     meta: dict[str, Any]
-    videos: tuple[bytes | StoredFeatures, ...]
+    videos: tuple[StoredMedium, ...]
     shard: Path
 
     @staticmethod
@@ -48,12 +48,13 @@ class StoredSample:
         try:
             content = parse_json(parts.get(CONVERSATION_PART, b""))
             messages, meta = content["conversation"], content.get("meta", {})
-            read_conversation(messages)
+            videos = stored_videos(parts)
+            read_conversation(messages, media_types(kinds_of(videos)))
             if not isinstance(meta, dict):
                 raise ValueError(f"its meta is {short(meta)}")
         except (KeyError, TypeError) as error:
             raise ValueError(str(error)) from error
-        return StoredSample(key, messages, meta, stored_videos(parts), shard)
+        return StoredSample(key, messages, meta, videos, shard)
 
 
 def read_samples(

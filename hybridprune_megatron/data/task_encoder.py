@@ -38,6 +38,7 @@ from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.loader_state import from_plain, to_plain
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleDraft, SampleEncoder
 from hybridprune_megatron.data.shards import CONVERSATION_PART, stored_videos
+from hybridprune_megatron.data.stored_media import StoredMedium
 from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.data.worker_signals import obey_parent_only
 
@@ -79,7 +80,7 @@ class RawSample(Sample):
     """Bytes of a tar sample: conversation, and videos or their features in order."""
 
     conversation: bytes
-    videos: tuple[bytes | StoredFeatures, ...]
+    videos: tuple[StoredMedium, ...]
 
 
 @edataclass
@@ -372,7 +373,7 @@ def _read_messages(sample: RawSample) -> list[dict[str, Any]]:
         raise BadSampleError("malformed", sample.__key__, message) from error
 
 
-def check_kind(key: str, videos: Sequence[bytes | StoredFeatures], features: FeaturesInfo | None) -> None:
+def check_kind(key: str, videos: Sequence[StoredMedium], features: FeaturesInfo | None) -> None:
     """A packed sequence shows either frames or features of one tower: those that its data set is said to hold.
 
     Args:
@@ -384,7 +385,7 @@ def check_kind(key: str, videos: Sequence[bytes | StoredFeatures], features: Fea
         BadSampleError: the sample has others.
     """
     for video in videos:
-        if isinstance(video, bytes) != (features is None):
+        if isinstance(video, StoredFeatures) == (features is None):
             kinds = ("a video", "features") if features is not None else ("features", "videos")
             raise BadSampleError("video", key, f"{kinds[0]} in a data set of {kinds[1]}")
         try:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.data.frame_times import listed_seconds, seconds, timed_packets
-from hybridprune_megatron.data.images import to_square, turned
+from hybridprune_megatron.data.images import read_image, to_square, turned
 from hybridprune_megatron.data.media import MAX_FRAME_PIXELS, MAX_FRAMES, MIN_SIDE, MediaError, check_size, open_video
 
 SAMPLING_MODES = ("uniform", "fps")
@@ -140,6 +140,20 @@ def sample_frames(
         raise ValueError(f"frames up to {times[-1]} s: times must be finite")
     chosen = sampling.choose(times)
     return _decoded([to_square(frames[index], frame_size) for index in chosen], chosen, times)
+
+
+def decode_image(source: bytes | str | Path, frame_size: int, name: str = "image") -> DecodedVideo:
+    """An image as a video of one frame, so that both are scaled alike.
+
+    Args:
+        source: the bytes of an image file, or its path.
+        frame_size: side of the frame, in pixels.
+        name: what to call the image in an error.
+
+    Raises:
+        ValueError: it cannot be read, or is larger or smaller than images that are read.
+    """
+    return sample_frames([read_image(source, name)], [0.0], FrameSampling("uniform", num_frames=1), frame_size)
 
 
 def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str = "video") -> list[float]:

@@ -1,4 +1,4 @@
-"""The videos that rows name, as files below one folder."""
+"""The videos and images that rows name, as files below one folder."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 from threading import Lock
 
 from hybridprune_megatron.config.json_text import is_plain, short
+from hybridprune_megatron.data.media import MIN_SIDE
 from hybridprune_megatron.data.rows import BadRowError
-from hybridprune_megatron.data.shards import VIDEO_EXTENSIONS
+from hybridprune_megatron.data.shards import MEDIA_EXTENSIONS, VIDEO_EXTENSIONS
+from hybridprune_megatron.data.stored_media import kinds_of_names
 from hybridprune_megatron.data.tar_samples import MOST_SAMPLE_BYTES
-from hybridprune_megatron.data.video import check_video
+from hybridprune_megatron.data.video import check_video, decode_image
 
 
 class VideoFolder:
-    """The videos that rows name, read from one folder; threads may share it.
+    """The videos and images that rows name, read from one folder; threads may share it.
 
     Args:
         folder: paths are relative to it.
-        whole: videos are decoded to their ends before they are taken.
+        whole: videos are decoded to their ends, and images read, before they are taken.
     """
 
     def __init__(self, folder: Path, whole: bool = True) -> None:
@@ -31,7 +33,7 @@ class VideoFolder:
         self._checking: dict[Path, Lock] = {}
 
     def read(self, names: Sequence[str]) -> list[tuple[str, bytes]]:
-        """Extensions and bytes of the videos of a row.
+        """Extensions and bytes of the videos and images of a row.
 
         Raises:
             BadRowError: one is not there or does not decode to its end, or training reads no sample of their size.
@@ -64,17 +66,20 @@ class VideoFolder:
         # A row comes from somewhere else: it may only name files below the folder that the user gave.
         if not path.is_relative_to(self._root):
             raise BadRowError("video", f"{short(name)} is not below {self._folder}")
-        if path.suffix[1:].lower() not in VIDEO_EXTENSIONS:
-            raise BadRowError("video", f"{short(name)}: its type is none of {', '.join(VIDEO_EXTENSIONS)}")
+        if path.suffix[1:].lower() not in MEDIA_EXTENSIONS:
+            raise BadRowError("video", f"{short(name)}: its type is none of {', '.join(MEDIA_EXTENSIONS)}")
         if not os.path.isfile(path):
             raise BadRowError("video", f"{short(name)} is not a file in {self._folder}")
         return path
 
 
 def _why_not(data: bytes, name: str) -> str | None:
-    """Why training cannot use a video, None if it can."""
+    """Why training cannot use a video or an image, None if it can."""
     try:
-        check_video(data, short(name))
+        if kinds_of_names([name]) == ["image"]:
+            decode_image(data, MIN_SIDE, short(name))
+        else:
+            check_video(data, short(name))
     except (ValueError, MemoryError) as error:
         return str(error)
     return None

@@ -9,10 +9,17 @@ from pathlib import Path
 
 from hybridprune_megatron.config.data_sets import read_data_sets
 from hybridprune_megatron.data.batch import EncodedSample
-from hybridprune_megatron.data.conversation import VIDEO_TOKEN, Conversation, check_videos, read_conversation
+from hybridprune_megatron.data.conversation import (
+    MEDIA_PATTERN,
+    Conversation,
+    check_media,
+    media_types,
+    read_conversation,
+)
 from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.left_out import LeftOut
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
+from hybridprune_megatron.data.stored_media import kinds_of
 from hybridprune_megatron.data.stored_samples import StoredSample, read_samples
 from hybridprune_megatron.data.validation_set import shares_of
 
@@ -67,8 +74,8 @@ def asked_turn(conversation: Conversation, known: Known) -> tuple[Conversation, 
 
 
 def question_text(conversation: Conversation) -> str:
-    """The last question without the placeholders of videos."""
-    return conversation.questions[-1].replace(VIDEO_TOKEN, "").strip()
+    """The last question without the placeholders of videos and images."""
+    return MEDIA_PATTERN.sub("", conversation.questions[-1]).strip()
 
 
 def read_asked(stored: StoredSample, encoder: SampleEncoder) -> Asked:
@@ -79,8 +86,9 @@ def read_asked(stored: StoredSample, encoder: SampleEncoder) -> Asked:
     """
     key = stored.key
     try:
-        conversation = read_conversation(stored.messages)
-        check_videos(conversation, len(stored.videos))
+        kinds = kinds_of(stored.videos)
+        conversation = read_conversation(stored.messages, media_types(kinds))
+        check_media(conversation, kinds)
         # An answer that a list of choices must hold may be the conversation's own.
         answered = len(conversation.answers) == len(conversation.questions)
         known = Known.of(stored.meta, conversation.answers[-1] if answered else None)

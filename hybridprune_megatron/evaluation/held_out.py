@@ -18,6 +18,7 @@ from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.features import StoredFeatures
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
+from hybridprune_megatron.data.stored_media import StoredImage
 from hybridprune_megatron.data.stored_samples import read_samples
 
 
@@ -87,11 +88,14 @@ def read_clips(folder: Path) -> Iterator[Clip]:
         where, meta = f"{sample.shard}: sample {sample.key}", sample.meta
         if len(sample.videos) != 1:
             raise ValueError(f"{where} has {len(sample.videos)} videos; {needs}")
+        (video,) = sample.videos
+        if isinstance(video, StoredImage):
+            raise ValueError(f"{where} has an image; {needs}")
         try:
             known = (meta["answer"], meta["kind"], tuple(meta["choices"]))
         except KeyError as error:
             raise ValueError(f"{where} has no {error}; {needs}") from None
-        yield Clip(sample.key, sample.videos[0], sample.messages, *known)
+        yield Clip(sample.key, video, sample.messages, *known)
 
 
 def load_questions(cfg: Config, count: int) -> list[Question]:

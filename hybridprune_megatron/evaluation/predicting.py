@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.data.batch import EncodedSample
-from hybridprune_megatron.data.conversation import VIDEO_TOKEN, check_videos, read_conversation
+from hybridprune_megatron.data.conversation import VIDEO_TOKEN, check_media, media_types, read_conversation
 from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.left_out import LeftOut
 from hybridprune_megatron.data.row_files import rows_at
 from hybridprune_megatron.data.rows import BadRowError, Row, unique_key
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
+from hybridprune_megatron.data.stored_media import kinds_of_names, stored
 from hybridprune_megatron.data.video_folder import VideoFolder, videos_below
 from hybridprune_megatron.evaluation.answering import AnsweringModel
 from hybridprune_megatron.evaluation.answers_file import Answer, AnswersFile
@@ -105,12 +106,13 @@ class Questions:
             return None
 
     def _waiting(self, key: str, row: Row, asked: set[tuple[Any, ...]]) -> Waiting | None:
+        kinds = kinds_of_names(row.videos)
         try:
-            conversation = read_conversation(row.messages)
+            conversation = read_conversation(row.messages, media_types(kinds))
         except ValueError as error:
             raise BadRowError("conversation", str(error)) from error
         try:
-            check_videos(conversation, len(row.videos))
+            check_media(conversation, kinds)
         except ValueError as error:
             raise BadRowError("video", str(error)) from error
         answer = row.known.get("answer")
@@ -120,7 +122,7 @@ class Questions:
         if (key, tuple(row.videos), question) in asked:
             return None
         # Of a conversation that was cut, later videos are not shown.
-        files = [data for _, data in self._videos.read(row.videos[: conversation.num_videos])]
+        files = [stored(*file) for file in self._videos.read(row.videos[: conversation.num_videos])]
         prompt = self._encoder.prompt(key, conversation, files)
         return Waiting(key, row, question, own if right is None else right, prompt)
 

@@ -111,9 +111,11 @@ def test_only_what_a_row_says_is_read(tmp_path: Path) -> None:
 
 
 def test_media_in_a_table_are_bad_rows(tmp_path: Path) -> None:
-    images = [None, {"bytes": b"png", "path": None}, {"bytes": None, "path": None}]
-    parquet(tmp_path / "rows.parquet", [row(number, image=image) for number, image in enumerate(images)])
+    sounds = [None, {"bytes": b"wav", "path": None}, {"bytes": None, "path": None}]
+    parquet(tmp_path / "rows.parquet", [row(number, audio=sound) for number, sound in enumerate(sounds)])
     assert ids(tmp_path / "rows.parquet") == ["r0", "media", "r2"]
+    parquet(tmp_path / "image.parquet", [row(0, image={"bytes": b"png", "path": None})])
+    assert ids(tmp_path / "image.parquet") == ["video"]
     parquet(tmp_path / "video.parquet", [row(0, video={"bytes": b"mp4", "path": "grey.mp4"})])
     assert ids(tmp_path / "video.parquet") == ["video"]
 

@@ -96,6 +96,31 @@ READ: dict[str, tuple[dict[str, Any], str, list[str]]] = {
         "What?",
         [],
     ),
+    "llava, an image": ({"image": "a.jpg", "conversations": human("<image>\nWhat?")}, "<image>\nWhat?", ["a.jpg"]),
+    "llama-factory, images": (
+        {"images": ["a.PNG", "b.webp"], "messages": [{"role": "user", "content": "<image> or <image>?"}, SAID]},
+        "<image> or <image>?",
+        ["a.PNG", "b.webp"],
+    ),
+    "openai, an image": (
+        user({"type": "image_url", "image_url": {"url": "file:///a.jpg"}}, {"type": "image", "path": "b.jpg"}, "?"),
+        "<image><image>?",
+        ["/a.jpg", "b.jpg"],
+    ),
+    "videos and images": (
+        {"videos": ["a.mp4", "b.mp4"], "images": "c.jpg", "conversations": human("<video><image><video>Which?")},
+        "<video><image><video>Which?",
+        ["a.mp4", "c.jpg", "b.mp4"],
+    ),
+    "some in the row, some in parts": (
+        {
+            **user({"type": "image"}, {"type": "video", "video": "a.mp4"}, {"type": "image"}, "?"),
+            "images": ["b.jpg", "c.jpg"],
+        },
+        "<image><video><image>?",
+        ["b.jpg", "a.mp4", "c.jpg"],
+    ),
+    "an image's part for a video": ({**user({"type": "image"}, "?"), "video": "a.mp4"}, "<video>?", ["a.mp4"]),
     "media that are not there": (
         {"conversations": human("What?"), "image": None, "audio": {"bytes": None, "path": None}, "num_frames": 8},
         "What?",
@@ -117,6 +142,14 @@ def test_a_system_text_beside_the_messages_comes_first() -> None:
     assert read({"question": "What?", "answer": "Red.", "system": "Be short."})[0][0]["content"] == "Be short."
 
 
+def test_a_question_is_asked_about_all_that_the_row_shows() -> None:
+    row = {"question": "Which?", "answer": "Red.", "image": "a.jpg", "videos": ["b.mp4", "c.mp4"]}
+    messages, videos = read(row)
+    assert messages[0]["content"] == "<video>\n<video>\n<image>\nWhich?"
+    assert videos == ["b.mp4", "c.mp4", "a.jpg"]
+    assert read({"question": "<image> is?", "answer": "Red.", "image": "a.jpg"})[0][0]["content"] == "<image> is?"
+
+
 def test_videos_of_several_turns_keep_their_order() -> None:
     first, second = (
         user({"type": "video", "video": "b.mp4"}, text("What?")),
@@ -134,14 +167,24 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "media",
         "audios",
     ),
-    "an image": ({"image": "a.jpg", "conversations": human("<image>\nWhat?")}, "media", "a row shows videos alone"),
-    "images": ({"images": ["a.jpg"], "conversations": human("What?")}, "media", "images"),
-    "a stored image": ({"image": {"bytes": "x", "path": None}, "conversations": human("What?")}, "media", "image"),
-    "an image beside a video": (
-        {"video": "a.mp4", "image": "a.jpg", "conversations": human("<image>\nWhat?")},
-        "media",
-        "image",
+    "a stored image": ({"image": {"bytes": "x", "path": None}, "conversations": human("<image>?")}, "video", "itself"),
+    "an image that nothing shows": ({"image": "a.jpg", "conversations": human("What?")}, "video", "0 <video>"),
+    "fewer images": (
+        {"images": ["a.jpg"], "conversations": human("<image><image>?")},
+        "video",
+        "2 placeholders of videos and images but 1",
     ),
+    "a video in an image's place": (
+        {"image": "a.mp4", "images": None, "video": "b.jpg", "conversations": human("<image><video>?")},
+        "video",
+        "placeholder 1 is <image>, and the type of its file a video's",
+    ),
+    "an image of the answer": (
+        {"image": "a.jpg", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "<image>"}]},
+        "conversation",
+        "<image>: reserved",
+    ),
+    "two lists of images": ({"image": "a.jpg", "images": ["b.jpg"], "conversations": human("?")}, "video", "give one"),
     "a video under another key": ({"video_path": "a.mp4", "conversations": human("What?")}, "media", "under video or"),
     "a key of another case": ({"Video": "a.mp4", "conversations": human("What?")}, "media", "Video"),
     "media of a message": (
@@ -150,7 +193,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "message with 'images'",
     ),
     "a sound's part": (user({"type": "input_audio", "input_audio": {"data": "x"}}, "?"), "media", "input_audio"),
-    "an image's part": (user({"type": "image_url", "image_url": {"url": "a.png"}}, "?"), "media", "shows videos alone"),
     "media of a text part": (user({"type": "text", "text": "What?", "image": "a.png"}), "media", "part of type 'text'"),
     "a span": (user({"type": "video", "video": "a.mp4", "video_start": 2.0}, "?"), "media", "span of a video"),
     "a web address": ({"video": "https://x.org/a.mp4", "conversations": human(ASKED)}, "video", "is not fetched"),
@@ -184,7 +226,7 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "bytes in place of a path": (
         {"video": {"bytes": "x", "path": "a"}, "conversations": human(ASKED)},
         "video",
-        "video itself",
+        "is the file itself",
     ),
     "two names": (
         {**user({"type": "video", "video": "a.mp4"}, "?"), "videos": ["b.mp4"]},

@@ -6,16 +6,20 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hybridprune_megatron.config.features import FeaturesInfo
 from hybridprune_megatron.config.stored_export import export_config, is_export
 from hybridprune_megatron.data.batch import EncodedSample, pack
-from hybridprune_megatron.data.conversation import read_conversation
+from hybridprune_megatron.data.conversation import read_conversation, render_chat
 from hybridprune_megatron.data.features import StoredFeatures, features_part
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
+from hybridprune_megatron.data.stored_media import StoredImage
 from hybridprune_megatron.evaluation.answering import AnsweringModel
 from hybridprune_megatron.evaluation.decoding import exported_model
 from hybridprune_megatron.evaluation.forward import measuring
@@ -71,6 +75,23 @@ def test_a_prompt_is_a_training_sample_up_to_its_answer(encoder: SampleEncoder, 
         encoder.answer_ids("two", "<image>")
     with pytest.raises(BadSampleError, match=r"data\.sequence_length=512"):
         encoder.answer_ids("two", "x" * 600)
+
+
+def test_images_are_shown_as_the_processor_shows_them(
+    world: SimpleNamespace, encoder: SampleEncoder, clips: list[Path], tmp_path: Path
+) -> None:
+    """What is trained on images is what an export is asked about them."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    image = StoredImage((tmp_path / "a.png").read_bytes())
+    content = "<image>\nWhat is it?", "<video> or <image>?"
+    media: list[list[Any]] = [[image], [clips[0].read_bytes(), image]]
+    for question, shown, videos in zip(content, media, ([], [str(clips[0])])):
+        conversation = read_conversation([{"role": "user", "content": question}], ("video", "image"))
+        prompt = encoder.prompt("one", conversation, shown)
+        given = world.processor(text=[render_chat(conversation)], images=[str(tmp_path / "a.png")], videos=videos)
+        assert prompt.input_ids.tolist() == given["input_ids"][0].tolist()
+        assert torch.equal(prompt.pixel_values, given["pixel_values"])
+        assert prompt.layout.kinds() == given["token_kinds"][0].tolist()
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -227,6 +227,10 @@ def test_a_killed_run_goes_on_behind_its_last_finished_shard(
 def test_what_cannot_be_precomputed_is_refused(demo_config: MakeConfig, odd_set: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not an Energon data set"):
         source_shards(tmp_path)
+    with ShardWriter(tmp_path / "images", "train") as writer:
+        writer.add("a", turns("<image>?"), [("png", b"")])
+    with pytest.raises(ValueError, match="shows an image, of which no features are stored"):
+        write(tmp_path / "images", tmp_path / "none", demo_config())
     write(odd_set, tmp_path / "features", demo_config())
     with pytest.raises(ValueError, match="holds features already"):
         source_shards(tmp_path / "features")

@@ -179,6 +179,11 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
         "video",
         "placeholder 1 is <image>, and the type of its file a video's",
     ),
+    "an image's place for a video beside an image": (
+        {"image": "a.jpg", "video": "b.mp4", "conversations": human("<image><image>?")},
+        "video",
+        "placeholder 2 is <image>",
+    ),
     "an image of the answer": (
         {"image": "a.jpg", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "<image>"}]},
         "conversation",

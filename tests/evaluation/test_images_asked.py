@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from hybridprune_megatron.data.left_out import LeftOut
 from hybridprune_megatron.data.sample_encoder import SampleEncoder
 from hybridprune_megatron.data.shards import ShardWriter
 from hybridprune_megatron.evaluation.asked import read_questions
+from hybridprune_megatron.evaluation.held_out import read_clips
 from hybridprune_megatron.evaluation.predicting import Questions, rows_of_file
 from tests.data.test_stored_images import picture, said
 from tests.hostile.folders import config
@@ -21,6 +24,8 @@ def test_a_stored_question_shows_its_images(tmp_path: Path) -> None:
             "two", [*said("<image>?"), *said("And <image>?")], [("png", picture(0)), ("jpg", picture(1, "JPEG"))]
         )
         writer.add("bad", said("<image>?"), [("png", b"no image")])
+    with pytest.raises(ValueError, match="has an image; an evaluation needs one video"):
+        next(read_clips(tmp_path / "set"))
     left_out = LeftOut()
     encoder = SampleEncoder(config(Path("none")))
     one, two = read_questions(tmp_path / "set", encoder, 5, left_out)

@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "videos" / "broken.mp4").write_bytes(b"\0" * 1000)
     broken = {"id": "c", "video": "broken.mp4", "conversations": rows()[0]["conversations"]}
     (home / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows() * 4, broken]))
-    held_out = {"video": "four.mp4", "question": QUESTION, "answer": "red", "choices": ["red", "blue"], "kind": "colour"}
+    held_out = {**rows()[2], "video": "four.mp4"}
     (home / "held_out.json").write_text(json.dumps([held_out]))
     return home
 

@@ -1,4 +1,4 @@
-"""``trainer.deterministic``: the same digits in every run of one layout on GPUs; CPUs have them anyway. Light: no torch."""
+"""``trainer.deterministic``: the same digits in every run of one layout, on GPUs (CPUs have them). Light: no torch."""
 
 from __future__ import annotations
 

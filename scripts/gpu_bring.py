@@ -26,7 +26,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from hybridprune_megatron.config.one_line import one_line_errors
-from scripts.gpu_resume import CLIPS
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "gpu_day_one.tar.xz"
@@ -203,8 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         setup.write_text(only_archs(setup.read_text(), [arch.replace(".", "") for arch in options.archs.split(";")]))
         install(source, site, {"CAUSAL_CONV1D_FORCE_BUILD": "TRUE"})
         shutil.rmtree(source)
-    clips = ["scripts/make_demo_data.py", "--out", str(folder / "data"), "--train", str(CLIPS), "--validation", "0"]
-    subprocess.run([sys.executable, *clips], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "scripts.gpu_resume", str(folder), "data"], cwd=ROOT, check=True)
     size = pack(folder, options.out)
     shutil.rmtree(folder)
     print(f"{options.out}: {size / 2**20:.1f} MiB; scripts/gpu_day_one.sh unpacks it where it lies in build/")

@@ -1,6 +1,7 @@
 """A short finetuning of the demo, undisturbed, and stopped by SIGTERM and resumed: ``-m scripts.gpu_resume FOLDER``.
 
-On a GPU in bf16, over nccl, with ``trainer.deterministic``; the losses are to be the same digits.
+On a GPU in bf16, over nccl, with ``trainer.deterministic``; the losses are to be the same digits. ``FOLDER data`` makes
+the clips and nothing else.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ CLIPS = 24
 
 def data_folder(folder: Path) -> Path:
     """The demo's clips: brought along, or made here."""
-    if BROUGHT.is_dir():
-        return BROUGHT
+    return BROUGHT if BROUGHT.is_dir() else make_data(folder)
+
+
+def make_data(folder: Path) -> Path:
+    """Renders the clips into a folder ``data`` of this one."""
     made = ["scripts/make_demo_data.py", "--out", str(folder / "data"), "--train", str(CLIPS), "--validation", "0"]
     subprocess.run([sys.executable, *made], cwd=ROOT, check=True)
     return folder / "data"
@@ -100,4 +104,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (make_data if sys.argv[2:] == ["data"] else main)(Path(sys.argv[1]))

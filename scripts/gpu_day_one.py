@@ -126,7 +126,7 @@ STEPS: tuple[Step, ...] = (
     ),
     Step(
         "training, stopped and resumed",
-        110,
+        150,
         (Command(("-m", "scripts.gpu_resume"), report="resume.json"),),
         (Command(("-m", "scripts.gpu_resume"), report="resume.json"),),
     ),

@@ -26,6 +26,7 @@ import numpy as np
 
 from hybridprune_megatron.config.compose import load_config
 from hybridprune_megatron.config.one_line import one_line_errors, whole
+from hybridprune_megatron.config.stored_run import find_checkpoint
 from studies.demo.report import markdown_table
 from studies.needles.intervals import Estimate, mean_of
 
@@ -106,7 +107,8 @@ def measure_all(options: argparse.Namespace, names: Sequence[str], keep: Callabl
     from studies.needles.oracles import oracle
 
     cfg = load_config(_overrides(options, "reduction=none"))
-    model = load_model(Path(options.weights), cfg)
+    weights = Path(options.weights)
+    model = load_model(find_checkpoint(weights) if weights.is_dir() else weights, cfg)
     rows = read_asked(cfg, options.clips)
     full = list(tqdm(references(model, rows), desc="references", total=len(rows), unit="clip"))
     for name in names:

@@ -77,7 +77,7 @@ def smoothed(values: Sequence[float], width: int) -> np.ndarray:
         return (sums - before) / (counts - past)
 
 
-def _look(number: int) -> dict[str, str]:
+def _look(number: int) -> dict[str, Any]:
     """Colour and style of a run's lines."""
     style = _STYLES[number // len(_COLOURS) % len(_STYLES)]
     return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": style}
@@ -93,13 +93,13 @@ def _settled(rows: Sequence[Mapping[str, Any]]) -> float:
     return float(np.nanmax(losses)) if np.isfinite(losses).any() else 1.0
 
 
-def _draw_loss(axes: Axes, log: tuple[Sequence[Mapping[str, Any]], Any], look: dict[str, str]) -> None:
+def _draw_loss(axes: Axes, log: tuple[Sequence[Mapping[str, Any]], Any], look: dict[str, Any]) -> None:
     steps, losses = [row["step"] for row in log[0]], [row["loss"] for row in log[0]]
     axes.plot(steps, losses, color=look["color"], alpha=0.25, linewidth=0.8)
     axes.plot(steps, smoothed(losses, _width(steps)), **look)
 
 
-def _draw_speed(axes: Axes, log: tuple[Sequence[Mapping[str, Any]], Any], look: dict[str, str]) -> None:
+def _draw_speed(axes: Axes, log: tuple[Sequence[Mapping[str, Any]], Any], look: dict[str, Any]) -> None:
     speeds = [row["tokens"] / row["seconds"] if row["seconds"] else float("nan") for row in log[0]]
     axes.plot([row["step"] for row in log[0]], smoothed(speeds, _width(speeds)), **look)
 
@@ -107,7 +107,7 @@ def _draw_speed(axes: Axes, log: tuple[Sequence[Mapping[str, Any]], Any], look: 
 def _drawing(names: Sequence[str]) -> Any:
     """Draws some figures of validations: under the model's reduction filled, with every token (``_full``) open."""
 
-    def draw(axes: Axes, log: tuple[Any, Sequence[Mapping[str, Any]]], look: dict[str, str]) -> None:
+    def draw(axes: Axes, log: tuple[Any, Sequence[Mapping[str, Any]]], look: dict[str, Any]) -> None:
         for name in names:
             found = [(row["step"], row[name]) for row in log[1] if isinstance(row.get(name), int | float)]
             if not found:

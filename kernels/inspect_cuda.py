@@ -1,6 +1,6 @@
 """Compiles the CUDA kernels and prints what each needs: registers, shared memory, spills. No GPU is needed.
 
-python kernels/inspect_cuda.py            # sm_80 and sm_90; fails where a kernel spills registers to memory
+python kernels/inspect_cuda.py            # sm_80, sm_90 and sm_100; fails where a kernel spills registers to memory
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "csrc" / "cuda"
-ARCHS = ("80", "90")
+ARCHS = ("80", "90", "100")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers")
@@ -65,12 +65,22 @@ def _readable(mangled: list[str]) -> list[str]:
     return [re.sub(r"\(anonymous namespace\)::|hybridprune::cuda::|^void |\(.*", "", line) for line in lines]
 
 
-def compiled(source: Path, nvcc: str, archs: tuple[str, ...] = ARCHS) -> list[Kernel]:
+def known_archs(nvcc: str) -> tuple[str, ...]:
+    """Those of ``ARCHS`` that an nvcc can compile for: sm_100 came with CUDA 12.8."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return tuple(arch for arch in ARCHS if f"sm_{arch}" in listed)
+
+
+def compiled(source: Path, nvcc: str, archs: tuple[str, ...] | None = None) -> list[Kernel]:
     """The kernels of one source.
+
+    Args:
+        archs: to compile for; None: all that this nvcc knows of ``ARCHS``.
 
     Raises:
         RuntimeError: it does not compile; the message is the compiler's.
     """
+    archs = known_archs(nvcc) if archs is None else archs
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, "-O3", *codes, "--ptxas-options=-v", "-Werror=all-warnings", "-c", str(source)]

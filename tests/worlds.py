@@ -1,4 +1,7 @@
-"""Runs a function in a world of processes over gloo, quickly: torch and megatron are imported once, in a forkserver."""
+"""Runs a function in a world of processes over gloo, quickly: torch and megatron are imported once, in a forkserver.
+
+Or over nccl, a GPU a process (``run_gpu_world``): each then imports for itself, for a forked process cannot use a GPU.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,8 @@ def _worker(
         from hybridprune_megatron.engine.parallel import init_distributed, shut_down
 
         torch.set_num_threads(1)
+        # Numbers of a layout are compared with those of one process: in full float32 on a GPU too.
+        torch.backends.cudnn.allow_tf32 = False
         start_save_helper()
         init_distributed(
             Launch(rank, size, rank, size), timeout_minutes=HANG_SECONDS / 60, init_method=f"file://{store}"
@@ -94,7 +99,15 @@ def run_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = HA
         AssertionError: with the traceback of the first rank that failed, or if the world did not finish in
             time.
     """
-    context = _start_context()
+    return _run(_start_context(), size, fn, args, timeout)
+
+
+def run_gpu_world(size: int, fn: Callable[..., Any], *args: Any, timeout: float = 5 * HANG_SECONDS) -> list[Any]:
+    """``run_world`` over nccl, on the first ``size`` GPUs; arguments, results and errors as there."""
+    return _run(multiprocessing.get_context("spawn"), size, fn, args, timeout)
+
+
+def _run(context: Any, size: int, fn: Callable[..., Any], args: tuple, timeout: float) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="world-") as folder:
         ends, workers = [], []
         for rank in range(size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from hybridprune_megatron.analysis.samples import AnalysisSample
 from hybridprune_megatron.analysis.statistics import evenly_spread
 
 _COLUMNS = 12
+#: Columns for frames that need not keep anything.
+_OTHERS = 2
 _ROWS = 6
 _SIDE = 64
 _GAP = 4
@@ -29,9 +32,10 @@ def plot_strip(path: Path, sample: AnalysisSample, kept: Tensor, symbols: str) -
         sample: with frames; one whose data set stores features has grey squares instead of pictures.
         kept: bool [K, V], see ``measures.kept_tokens``.
     """
-    frames = chosen_frames(sample)
     layers = chosen_layers(kept)
     numbers = sample.frame_numbers()
+    left = torch.bincount(numbers[kept[layers[-1]].cpu()], minlength=int(numbers.max()) + 1)
+    frames = chosen_frames(left.tolist(), sample.evidence or ())
     pictures = [_picture(sample, frame) for frame in frames]
     step = _SIDE + _GAP
     canvas = np.full((len(layers) * step - _GAP, len(frames) * step - _GAP, 3), 255, dtype=np.uint8)
@@ -53,7 +57,7 @@ def plot_strip(path: Path, sample: AnalysisSample, kept: Tensor, symbols: str) -
         axes.add_patch(outline)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_xlabel("frame" + (" (framed: the answer needs it)" if needed else ""))
+    axes.set_xlabel(shown_words(frames, left.tolist()) + (" (framed: the answer needs it)" if needed else ""))
     axes.set_ylabel("enters layer, share of all visual tokens")
     title = sample.question + (f" ({sample.answer})" if sample.answer else "")
     axes.set_title("\n".join(textwrap.wrap(title, 100)))
@@ -61,12 +65,27 @@ def plot_strip(path: Path, sample: AnalysisSample, kept: Tensor, symbols: str) -
     figure.savefig(path)
 
 
-def chosen_frames(sample: AnalysisSample) -> list[int]:
-    """At most twelve frames, evenly spread, half of them from those that the answer needs where these are known."""
-    count = int(sample.frame_numbers().max()) + 1
-    needed = evenly_spread(list(sample.evidence or ()), _COLUMNS // 2)
-    others = [frame for frame in range(count) if frame not in (sample.evidence or ())]
-    return sorted(needed + evenly_spread(others, _COLUMNS - len(needed)))
+def chosen_frames(left: Sequence[int], needed: Sequence[int]) -> list[int]:
+    """At most twelve frames: half of those that the answer needs, then those that keep most, two evenly spread others.
+
+    Args:
+        left: by frame, tokens that are left at the last depth shown.
+        needed: frames that the answer needs, where these are known.
+    """
+    shown = evenly_spread(list(needed), _COLUMNS // 2)
+    others = [frame for frame in range(len(left)) if frame not in needed]
+    keeping = sorted((frame for frame in others if left[frame]), key=lambda frame: left[frame], reverse=True)
+    keeping = keeping[: max(_COLUMNS - len(shown) - _OTHERS, 0)]
+    rest = [frame for frame in others if frame not in keeping]
+    return sorted([*shown, *keeping, *evenly_spread(rest, _COLUMNS - len(shown) - len(keeping))])
+
+
+def shown_words(frames: Sequence[int], left: Sequence[int]) -> str:
+    """What the axis says of frames that are not shown."""
+    if len(frames) == len(left):
+        return "frame"
+    share = sum(left[frame] for frame in frames) / max(sum(left), 1)
+    return f"frame; {len(frames)} of {len(left)}, with {share:.0%} of what is left at the end"
 
 
 def chosen_layers(kept: Tensor) -> list[int]:

@@ -10,6 +10,7 @@ Ctrl-C and a lost terminal make it save after the running step and exit with sta
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, checkpoint_step, latest_checkpoint
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
 from hybridprune_megatron.config.sweep import OPTIONS
+from hybridprune_megatron.engine.deterministic import prepare
 from hybridprune_megatron.engine.gpus import check_gpus
 from hybridprune_megatron.engine.launch import Launch, check_launch, launch_overrides, read_launch
 from hybridprune_megatron.engine.preemption import hold_stop_signals
@@ -101,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = parse_command_line(overrides)
     check_launch(launch, cfg.trainer.num_nodes, cfg.trainer.devices)
     check_gpus()
+    prepare(cfg.trainer.deterministic, os.environ)
     if launch.rank == 0:
         hold_folder(Path(cfg.output_dir))
     hold_stop_signals(say=launch.rank == 0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.json_text import read_json, texts
+from hybridprune_megatron.config.one_line import COMPILED
 from hybridprune_megatron.config.prompt_tokens import RESERVED_TOKENS
 from hybridprune_megatron.config.weight_files import check_weights
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
 
 #: What the layer set "te" is made of.
-GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
+GPU_PACKAGES = COMPILED
 _META = ".nv-meta"
 #: One of these makes a folder a tokenizer's.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")

@@ -166,6 +166,7 @@ class TrainerConfig:
             and attention's core) or full (whole layers).
         async_save: write checkpoints in the background while training continues.
         nonfinite: what a loss or gradient that is not finite does; stop or skip (no update, logged with its samples).
+        deterministic: on GPUs the same digits in every run of one layout, at a cost in speed; CPUs have them anyway.
         timeout_minutes: how long a process waits for the others before the job fails.
     """
 
@@ -187,6 +188,7 @@ class TrainerConfig:
     recompute: Annotated[str, OneOf("none", "selective", "full")] = "none"
     async_save: bool = False
     nonfinite: Annotated[str, OneOf("stop", "skip")] = "stop"
+    deterministic: bool = False
     # Up to a year: what is longer overflows in the libraries' counters.
     timeout_minutes: Annotated[float, Range(0, 525600, above=True)] = 30.0
 

@@ -17,6 +17,8 @@ TRACEBACK = "HYBRIDPRUNE_TRACEBACK"
 #: Exit status of a program that a user or a file has given something wrong; every other failure is 1.
 USER_ERROR = 2
 INTERRUPTED = 130
+#: Packages of the GPU's layers; compiled for one torch, they fail as they are imported beside another.
+COMPILED = ("transformer_engine", "mamba_ssm", "causal_conv1d")
 #: Characters of a line that are shown of its begin and its end.
 _LONGEST = (1200, 400)
 _ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +55,8 @@ def one_line_errors(command: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             except BaseException as error:
                 if os.environ.get(TRACEBACK):
                     raise
+                if package := broken_package(error):
+                    _end(f"{prefix}: {not_importable(package, error)}", USER_ERROR)
                 _end(f"{prefix}: {one_line(error)}", USER_ERROR if isinstance(error, ValueError | OSError) else 1)
 
         return run
@@ -101,6 +105,26 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, _SPEAKING) and text:
         return text
     return f"{type(error).__name__}{': ' * bool(text)}{text}{_place(error)}"
+
+
+def broken_package(error: BaseException) -> str | None:
+    """The compiled package of a GPU while whose import an exception was raised; None: it comes from elsewhere."""
+    for frame in traceback.extract_tb(error.__traceback__):
+        folders = Path(frame.filename).parts
+        found = [package for package in COMPILED if package in folders]
+        if found and frame.name == "<module>":
+            return found[0]
+    return None
+
+
+def not_importable(package: str, error: BaseException) -> str:
+    """One line on a package that is there and cannot be imported, with the fix."""
+    reason = " ".join(str(error).split())[: _LONGEST[1]]
+    uninstall = package.replace("_", "-")
+    return (
+        f"{package} is installed and cannot be imported ({type(error).__name__}: {reason}): `make setup-gpu` compiles "
+        f"it for the torch that is here, `pip uninstall {uninstall}` leaves plain torch (model.spec=torch)"
+    )
 
 
 def keep_traceback(folder: Path, rank: int) -> None:

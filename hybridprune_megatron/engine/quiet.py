@@ -14,6 +14,13 @@ _LEVELS = {
     "megatron": logging.WARNING,
     "lightning": logging.WARNING,
     "nemo_logger": logging.WARNING,
+    # Below "lightning", whose level its import sets.
+    "lightning.pytorch.utilities.rank_zero": logging.WARNING,
+    "lightning.fabric.utilities.rank_zero": logging.WARNING,
+    # NeMo's telemetry, which is off.
+    "nv_one_logger": logging.ERROR,
+    "nv_one_logger.api.config": logging.ERROR,
+    "nv_one_logger.training_telemetry.api.training_telemetry_provider": logging.ERROR,
     # Advice to megatron's own callers that this project cannot follow on a CPU.
     "megatron.core.distributed.distributed_data_parallel": logging.ERROR,
     "megatron.core.dist_checkpointing.strategies.torch": logging.ERROR,

@@ -22,6 +22,7 @@ from hybridprune_megatron.config.checkpoint_folder import checkpoint_step, compl
 from hybridprune_megatron.config.flat import config_values, plain_config
 from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint, start_save_helper
+from hybridprune_megatron.engine.deterministic import choose_algorithms
 from hybridprune_megatron.engine.launch import Launch, check_launch
 from hybridprune_megatron.engine.module import HybridPruneModule
 from hybridprune_megatron.engine.parallel import LaunchedEnvironment, data_rank, init_distributed, init_model_parallel
@@ -80,6 +81,7 @@ class MegatronStrategy(DDPStrategy):
         check_launch(self._launch, cfg.trainer.num_nodes, cfg.trainer.devices)
         start_save_helper()
         self._device = init_distributed(self._launch, cfg.trainer.timeout_minutes)
+        choose_algorithms(cfg.trainer.deterministic, self._device)
         check_agreement(cfg, versions())
         start_watch(self._launch)
         assert self.accelerator is not None

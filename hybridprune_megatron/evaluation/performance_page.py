@@ -21,7 +21,8 @@ _HEAD = """# Performance
 The language model alone, random weights and embeddings, one sample; medians, candidates measured in turn. *Limit* is
 the ratio of counted operations ([analysis.md](analysis.md#what-is-counted)). Before anything is timed, logits are
 compared: with transformers', and the reduced model's with its own layers run one by one.
-
+"""
+_NO_GPU = """
 Not measured on a GPU: none was available. `make bench` on one measures prefill at the 12B model's dimensions, FP8
 against bf16, and every operator's share of the copy bandwidth.
 """
@@ -53,11 +54,31 @@ def headline(report: Report) -> list[str]:
 
 def write_page(page: Path, folder: Path) -> None:
     """docs/performance.md from all kept reports."""
-    parts = [_HEAD]
-    for path in sorted(folder.glob("*.json")):
-        report = json.loads(path.read_text())
-        parts += _operators(path.stem, report) if "rows" in report else _section(path.stem, report)
+    reports = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    parts = [_HEAD if any("steps" in report for report in reports.values()) else _HEAD + _NO_GPU]
+    for name, report in reports.items():
+        shown = _day_one if "steps" in report else _operators if "rows" in report else _section
+        parts += shown(name, report)
     page.write_text("\n".join(parts) + "\n", encoding="ascii")
+
+
+def _day_one(name: str, report: Report) -> Iterable[str]:
+    """The steps of scripts/gpu_day_one.sh, and what those of them measured that time something."""
+    versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
+    yield f"## {name}\n"
+    yield f"{report['device']}; {versions}. `{report['command']}`, {report['date']}\n"
+    yield from _table_head("step", "result", "seconds", "")
+    figures: dict[str, Any] = {}
+    for step in report["steps"]:
+        said = step["said"].replace("|", "/")
+        yield f"| {step['name']} | {step['status']} | {step['seconds']:.0f} | {said} |"
+        figures |= step["figures"]
+    yield ""
+    # Under this section, with the machine that measured them.
+    if "kernels" in figures:
+        yield from _operators(f"{name}: operators", figures["kernels"])
+    if "report" in figures:
+        yield from _section(f"{name}: prefill", figures["report"])
 
 
 def _operators(name: str, report: Report) -> Iterable[str]:

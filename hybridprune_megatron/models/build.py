@@ -209,6 +209,8 @@ def transformer_config(cfg: Config, *, meta: bool = False, fused_gradients: bool
         batch_p2p_sync=False,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
+        # On a CPU there is nothing to choose.
+        deterministic_mode=cfg.trainer.deterministic and on_gpu,
         use_cpu_initialization=not on_gpu,
         init_model_with_meta_device=meta,
         perform_initialization=not meta,

@@ -7,12 +7,14 @@ other and into stock.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
@@ -27,6 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import nn
 
 from hybridprune_megatron.config.files import missing_gpu_packages
+from hybridprune_megatron.config.one_line import not_importable
 from hybridprune_megatron.config.tuning_schema import LoraConfig
 from hybridprune_megatron.models.experts import backend_experts_spec, torch_experts_spec
 from hybridprune_megatron.models.lora import adapted
@@ -40,14 +43,20 @@ def resolve_spec(name: str) -> str:
     """ "auto" becomes "te" where a GPU and its packages are there, else "torch".
 
     Raises:
-        ValueError: "te" is asked for and not available.
+        ValueError: "te" is asked for and not available, or its packages are there and cannot be imported.
     """
     missing = missing_gpu_packages()
     if name == "te" and (missing or not torch.cuda.is_available()):
         reason = f"{', '.join(missing)} not installed" if missing else "no CUDA device"
         raise ValueError(f"model.spec=te: {reason}; install the gpu extra on a GPU machine or set model.spec=torch")
     if name == "auto":
-        return "torch" if missing or not torch.cuda.is_available() else "te"
+        name = "torch" if missing or not torch.cuda.is_available() else "te"
+    if name == "te" and not HAVE_TE:
+        # Megatron takes an ImportError for "not installed".
+        try:
+            importlib.import_module("transformer_engine.pytorch.fp8")
+        except Exception as error:
+            raise ValueError(f"model.spec=te: {not_importable('transformer_engine', error)}") from error
     return name
 
 

@@ -15,7 +15,7 @@ GIGA = 1e9
 SOURCES = {
     "device": "NVIDIA's H100 SXM data sheet",
     "fp8_flops": "NVIDIA's H100 SXM data sheet, dense",
-    "memory_gib": "NVIDIA's H100 SXM data sheet",
+    "memory_gib": "chosen: of the 80 of the data sheet an H100 offers about so many to a process",
     "usable_memory": "chosen: the CUDA context, NCCL's buffers and the allocator's slack take the rest",
     "linear": "chosen; large bf16 products alone reach about 0.8 of the peak, shards of a model less",
     "attention": "chosen; FlashAttention-3 (arXiv:2407.08608) reports 0.75 at best, causal and backward less",
@@ -59,7 +59,7 @@ class Assumptions:
 
     device: Device = DEVICES["h100"]
     fp8_flops: float = 1979e12
-    memory_gib: float = 80.0
+    memory_gib: float = 78.0
     usable_memory: float = 0.9
     linear: float = 0.65
     attention: float = 0.5

@@ -121,5 +121,15 @@ def test_the_page_shows_every_report(tmp_path: Path) -> None:
     assert "## here" in page
     assert "| 8,192 | 2.00 | 1.00 | 2.00 | not measured |" in page
     assert "not measured" in headline(report)[2]
+    assert "Not measured on a GPU" in page
+    rows = [{"name": "speed", "status": "failed", "seconds": 61.2, "said": "a|b", "figures": {"report": report}}]
+    gpu = {"device": "NVIDIA H100", "versions": {"torch": "2.13.0"}, "command": "it", "date": "today", "steps": rows}
+    (tmp_path / "h100.json").write_text(json.dumps(gpu))
+    write_page(tmp_path / "page.md", tmp_path)
+    page = (tmp_path / "page.md").read_text()
+    assert "Not measured on a GPU" not in page
+    assert "## h100\n\nNVIDIA H100; torch 2.13.0. `it`, today\n" in page
+    assert "| speed | failed | 61 | a/b |" in page
+    assert "## h100: prefill" in page
     plot_prefill(tmp_path / "plot.png", report)
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -3,7 +3,8 @@
 The path over these packages cannot run without a GPU. With ``install`` it can be executed and compared: constructors
 and calls have the real ones' names, order and defaults, so an argument that does not exist fails; what the real kernels
 check (dtypes, strides, shapes, mask types, rows in FP8) is asserted. They compute with the reference of ``ops/`` and
-round nothing to FP8. Read in Transformer Engine 2.x, mamba_ssm 2.2 and causal-conv1d 1.5; one tensor-parallel rank.
+round nothing to FP8. One tensor-parallel rank. Where `make setup` has laid the sources of the real packages, every call
+is held to the real signature too (``signatures``).
 
 ``install`` must come before megatron is imported, which looks for Transformer Engine once.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from tests.gpu_packages import engine, kernels
 from tests.gpu_packages.engine import STATE, Product
+from tests.gpu_packages.signatures import REAL, held_to, real_signature, recipe_signature
 
 __all__ = ["STATE", "Product", "install"]
 
@@ -35,12 +37,38 @@ def _module(name: str, **members: Any) -> None:
     sys.modules[name] = module
 
 
+#: Of which the stand-ins are; megatron asks for it before it gives this or that argument.
+ENGINE_VERSION = "2.20.2"
+
+
+def stand_in(name: str) -> tuple[Any, str]:
+    """What has a function of ``signatures.REAL``, and its name there."""
+    owner, _, member = name.partition(".")
+    module = engine if hasattr(engine, owner) else kernels
+    return (getattr(module, owner), member) if member else (module, owner)
+
+
+def hold_to_signatures() -> None:
+    """From now on a call of a stand-in that the original would refuse is a TypeError, where its source is there."""
+    for name in REAL:
+        real = real_signature(name)
+        if real is not None:
+            owner, member = stand_in(name)
+            setattr(owner, member, held_to(getattr(owner, member), real, name))
+    for name, recipe in engine.RECIPES.items():
+        # The real ones ignore what they do not know.
+        real = recipe_signature(name)
+        if real is not None:
+            recipe.__init__ = held_to(recipe.__init__, real, name)  # type: ignore[misc]
+
+
 def install() -> None:
     """Puts the packages where ``import`` finds them."""
+    hold_to_signatures()
     fp8 = {name: getattr(engine, name) for name in ("FP8GlobalStateManager", "fp8_autocast", "fp8_model_init")}
     modules = ("Linear", "LayerNormLinear", "GroupedLinear", "RMSNorm", "DotProductAttention", "Fp8Padding")
     te = "transformer_engine"
-    _module(te, __version__="2.9.0")
+    _module(te, __version__=ENGINE_VERSION)
     _module(f"{te}.common")
     _module(f"{te}.common.recipe", Format=engine.Format, **engine.RECIPES)
     _module(

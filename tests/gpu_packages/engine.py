@@ -260,10 +260,13 @@ class GroupedLinear(_Base):
         ub_name: str | None = None,
         delay_wgrad_compute: bool = False,
         save_original_input: bool = False,
+        single_grouped_weight: bool = False,
+        single_grouped_bias: bool = False,
     ) -> None:
         super().__init__()
         assert tp_size == 1, "one rank"
         assert bias is return_bias is fuse_wgrad_accumulation is False
+        assert single_grouped_weight is single_grouped_bias is False, "weights are stored one by one"
         self.num_gemms, self.use_bias = num_gemms, bias
         self.fp8 = self.fp8_calibration = False
         self.fp8_meta = {"fp8_checkpoint": False}
@@ -294,7 +297,7 @@ class RMSNorm(_Base):
         zero_centered_gamma: bool = False,
         hidden_size: int | None = None,
         *,
-        device: Any = "cuda",
+        device: Any = None,
     ) -> None:
         super().__init__()
         assert not zero_centered_gamma

@@ -50,14 +50,15 @@ def step(
         # One process in the place of ranks that each hold two chunks.
         ReductionStack.local_chunks = local_chunks
     seen = _watch(model_chunks(model))
-    state = build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
+    device = own_device()
+    state = build_train_state(model, cfg.optim, cfg.trainer, cfg.parallel, device)
     where = data_rank()
     batches = [tiny_batch(*frames, pad_to_multiple_of=MULTIPLE_OF) for frames in BATCHES[where.rank :: where.size]]
     for chunk in state.ddp:
         chunk.train()
         chunk.zero_grad_buffer()
     total, tokens, *_ = summed_losses(
-        state.ddp, Recorder(iter(batches), torch.device("cpu")), len(batches), cfg.data.sequence_length, False
+        state.ddp, Recorder(iter(batches), device), len(batches), cfg.data.sequence_length, False
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,6 +69,13 @@ def step(
     sharded = model.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
     dist_checkpointing.save(sharded, gradients, content_metadata=dict(SHARDED_FORMAT))
     return total / tokens, seen
+
+
+def own_device() -> Any:
+    """This rank's GPU in a world over nccl, else the CPU."""
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def built(cfg: Any, weights: str) -> Any:
@@ -163,4 +171,4 @@ def read(folder: str, overrides: list[str], pattern: str = PATTERN) -> dict[str,
     init_model_parallel(seed=1)
     model = build_model(config_of({}, overrides, pattern))
     load_initial_weights(model, folder)
-    return {name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().cpu().numpy().copy() for name, parameter in model.named_parameters()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.engine.held_out import FewSamples
 from tests.models.tiny import tiny_sample
-from tests.parallel.run import MULTIPLE_OF, PATTERN, built, config_of
+from tests.parallel.run import MULTIPLE_OF, PATTERN, built, config_of, own_device
 
 #: Frames of the held-out samples, two of which make a packed sequence: five of them, and one that cannot be decoded.
 FRAMES = (17, 25, 9, 12, 40, 15, 0, 23, 8, 31, 5)
@@ -26,12 +26,10 @@ def held_out(answers: dict[int, list[int]], multiple_of: int = MULTIPLE_OF) -> F
 
 def _state(weights: str, sizes: dict[str, int], overrides: list[str], pattern: str) -> tuple[Any, Any]:
     """Configuration and model in training."""
-    import torch
-
     from hybridprune_megatron.engine.optimization import build_train_state
 
     cfg = config_of(sizes, overrides, pattern)
-    return cfg, build_train_state(built(cfg, weights), cfg.optim, cfg.trainer, cfg.parallel, torch.device("cpu"))
+    return cfg, build_train_state(built(cfg, weights), cfg.optim, cfg.trainer, cfg.parallel, own_device())
 
 
 def figures(
@@ -76,6 +74,7 @@ def likeliest(weights: str, overrides: list[str], pattern: str = PATTERN) -> dic
         batch, present = samples.read(planned)
         if batch is None:
             continue
+        batch = batch.to(own_device())
         with torch.no_grad():
             best = model.logits(batch, torch.nonzero(batch.labels != IGNORE_LABEL).flatten())[0].argmax(-1).tolist()
         for each, there in zip(planned, present):

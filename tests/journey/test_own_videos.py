@@ -43,7 +43,7 @@ def rows() -> list[dict[str, object]]:
     return [
         {"id": "a", "video": "one.mp4", "conversations": [
             {"from": "human", "value": f"<video>\n{QUESTION}"}, {"from": "gpt", "value": "red"}]},
-        {"id": "b", "videos": ["two.mp4"], "conversations": [
+        {"id": "b", "videos": ["two.mp4"], "messages": [
             {"role": "user", "content": f"<video>{QUESTION}"}, {"role": "assistant", "content": "blue"}]},
         {"video": "three.mp4", "question": QUESTION, "answer": "red", "choices": ["red", "blue"], "kind": "colour"},
     ]  # fmt: skip

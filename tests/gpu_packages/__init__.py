@@ -56,7 +56,6 @@ def hold_to_signatures() -> None:
             owner, member = stand_in(name)
             setattr(owner, member, held_to(getattr(owner, member), real, name))
     for name, recipe in engine.RECIPES.items():
-        # The real ones ignore what they do not know.
         real = recipe_signature(name)
         if real is not None:
             recipe.__init__ = held_to(recipe.__init__, real, name)  # type: ignore[misc]

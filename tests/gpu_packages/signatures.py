@@ -100,9 +100,9 @@ def recipe_signature(name: str, folder: Path | None = None) -> Signature | None:
     tree = ast.parse((folder / RECIPES).read_text(encoding="utf-8"))
     fields = [node for node in _member(tree, name).body if isinstance(node, ast.AnnAssign)]
     named = [Parameter("self", Parameter.POSITIONAL_ONLY)]
-    return Signature(
-        named + [_parameter(ast.arg(ast.unparse(f.target)), Parameter.KEYWORD_ONLY, f.value) for f in fields]
-    )
+    named += [_parameter(ast.arg(ast.unparse(f.target)), Parameter.KEYWORD_ONLY, f.value) for f in fields]
+    # Recipes are pydantic's data classes, which ignore what they do not know; megatron gives one such argument.
+    return Signature([*named, Parameter("ignored", Parameter.VAR_KEYWORD)])
 
 
 def differences(ours: Signature, real: Signature) -> list[str]:

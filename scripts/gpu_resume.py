@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 ROOT = Path(__file__).resolve().parents[1]
 #: What `gpu_day_one.sh prepare` has brought along, where rendering clips needs packages that are not there.
 BROUGHT = ROOT / "build" / "gpu_day_one" / "data"
@@ -75,7 +77,14 @@ def stopped(arguments: list[str], out: Path) -> int:
         process.kill()
 
 
-def main(folder: Path) -> None:
+@one_line_errors("gpu_resume")
+def main(argv: list[str]) -> None:
+    """Both runs in a folder; with the word "data" after it, their data alone."""
+    folder, *words = argv
+    (make_data if words == ["data"] else compare)(Path(folder))
+
+
+def compare(folder: Path) -> None:
     """Both runs.
 
     Raises:
@@ -104,4 +113,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    (make_data if sys.argv[2:] == ["data"] else main)(Path(sys.argv[1]))
+    main(sys.argv[1:])

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.config.one_line import one_line_errors
+
 PACKAGES = ("torch", "triton", "megatron-core", "transformers", "transformer-engine", "mamba-ssm", "causal-conv1d")
 
 
@@ -67,7 +69,13 @@ def report() -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
+@one_line_errors("gpu_versions")
+def main(argv: list[str]) -> None:
+    """Writes the report into a folder, and prints it."""
     text = json.dumps(report(), indent=1)
-    (Path(sys.argv[1]) / "versions.json").write_text(text + "\n", encoding="ascii")
+    (Path(argv[0]) / "versions.json").write_text(text + "\n", encoding="ascii")
     print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -15,7 +15,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from hybridprune_megatron.commands.sweep import array_task, overrides_of_task, sweep
 from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, checkpoint_step, latest_checkpoint
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
@@ -27,6 +26,7 @@ from hybridprune_megatron.engine.preemption import hold_stop_signals
 from hybridprune_megatron.engine.quiet import quiet_libraries
 from hybridprune_megatron.engine.run_lock import hold_folder
 from hybridprune_megatron.engine.train_log import VALIDATION_LOG, read_train_log
+from hybridprune_megatron.evaluation.sweep import array_task, overrides_of_task, sweep
 
 
 def finetune(cfg: Config, launch: Launch) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from hybridprune_megatron.checks import ConfigError
-from hybridprune_megatron.commands import sweep as command
 from hybridprune_megatron.config import compose, sweep
 from hybridprune_megatron.engine.launch import Launch
+from hybridprune_megatron.evaluation import sweep as command
 
 #: Stands for a run: writes its logs, and ends with the status that the second argument gives.
 RUN = """

@@ -18,7 +18,7 @@ from tests.own_time import run_timed
 
 ROOT = CONF_DIR.parent
 #: One asks an export and does without the package, one calls the others.
-OWN_WAY = {"__init__.py", "ask.py", "door.py"}
+OWN_WAY = {"__init__.py", "ask.py", "door.py", "gpu_day_one.py"}
 BASE = ["checkpoint=assets/demo/base.safetensors", "experiment=demo"]
 
 

@@ -286,7 +286,9 @@ def test_the_recipe_refuses_before_anything_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start_holder: StartHolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = start_holder(tmp_path)
-    cfg = SimpleNamespace(output_dir=str(tmp_path), trainer=SimpleNamespace(num_nodes=1, devices=2))
+    cfg = SimpleNamespace(
+        output_dir=str(tmp_path), trainer=SimpleNamespace(num_nodes=1, devices=2, deterministic=False)
+    )
     monkeypatch.setattr(finetune, "parse_command_line", lambda argv: cfg)
     monkeypatch.setattr(sys, "argv", ["finetune.py"])
     reached = RuntimeError("where the imports begin")

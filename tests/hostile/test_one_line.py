@@ -17,7 +17,7 @@ from studies.scaling.assumptions import Assumptions, changed
 from tests.own_time import run_timed
 
 ROOT = CONF_DIR.parent
-#: One asks an export and does without the package, one calls the others.
+#: One asks an export and does without the package, one calls the others, one starts where nothing may be importable.
 OWN_WAY = {"__init__.py", "ask.py", "door.py", "gpu_day_one.py"}
 BASE = ["checkpoint=assets/demo/base.safetensors", "experiment=demo"]
 

@@ -1,6 +1,6 @@
 """Builds what a GPU machine without network lacks, into one archive; for `scripts/gpu_day_one.sh prepare`.
 
-    scripts/gpu_day_one.sh prepare --there packages.txt     # names that are there, one a line, as pip list prints
+    scripts/gpu_day_one.sh prepare --there packages.txt     # names that are there, one per line, as pip list prints
     scripts/gpu_day_one.sh prepare --archs "9.0;10.0" --convolution
 
 The native operators for its GPU, mamba_ssm's Python (its kernels are Triton's), causal-conv1d's kernels if asked for
@@ -138,7 +138,7 @@ def only_archs(setup: str, archs: Sequence[str]) -> str:
 
 
 def install(source: Path, site: Path, environment: dict[str, str]) -> None:
-    """Compiles a package into a folder; says in one line that it failed, behind the compiler's lines.
+    """Compiles a package into a folder; says in one line that it failed, after the compiler's lines.
 
     Raises:
         ValueError: it does not compile.
@@ -179,7 +179,7 @@ def _bytes(path: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Builds and packs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--there", type=Path, help="names of packages that the machine has, one a line")
+    parser.add_argument("--there", type=Path, help="names of packages that the machine has, one per line")
     parser.add_argument("--archs", default="9.0", help='of its GPU, such as "9.0" (default, H100 and H200)')
     parser.add_argument("--convolution", action="store_true", help="compile causal-conv1d too")
     parser.add_argument("--out", type=Path, default=OUT, help="archive (default build/gpu_day_one.tar.xz)")

@@ -42,7 +42,7 @@ class Command:
     Attributes:
         arguments: of Python, or a whole command line with ``program``.
         program: what runs instead of Python; the step says so where it is not there.
-        checks: it is a program of ``tests.programs``: its folder comes behind the module's name, and what failed is in
+        checks: it is a program of ``tests.programs``: its folder comes after the module's name, and what failed is in
             ``results.json`` there.
         report: a JSON file in that folder whose content is a figure.
     """

@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def importable() -> dict[str, str]:
-    """Whether compiled packages load beside the torch that is here: "yes", or the line that they end with."""
+    """Whether compiled packages load with the torch that is here: "yes", or the line that they end with."""
     found = {}
     for name in (
         "hybridprune_kernels",

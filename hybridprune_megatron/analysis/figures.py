@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hybridprune_megatron.analysis.probe import IN_FRONT
+from hybridprune_megatron.evaluation.figure import new_figure
 from hybridprune_megatron.layers.kinds import KINDS
 
 TYPE_COLOURS = {kind.name: kind.colour for kind in KINDS.values() if kind.scores}
@@ -34,14 +34,6 @@ CONTENT_NAMES = {
     "feature": ("mean feature of the dropped tokens", "R\N{SUPERSCRIPT TWO} on unseen clips"),
     "label": ("label of the needle", "accuracy on unseen clips"),
 }
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
-    # Not pyplot: it keeps figures in a global list and picks a backend for the whole process.
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def layer_name(layer: int, symbols: str, between: str = " ") -> str:

@@ -12,9 +12,10 @@ import torch
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from hybridprune_megatron.analysis.figures import layer_name, new_figure
+from hybridprune_megatron.analysis.figures import layer_name
 from hybridprune_megatron.analysis.samples import AnalysisSample
 from hybridprune_megatron.analysis.statistics import evenly_spread
+from hybridprune_megatron.evaluation.figure import new_figure
 
 _COLUMNS = 12
 #: Columns for frames that need not keep anything.

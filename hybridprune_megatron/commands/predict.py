@@ -7,7 +7,7 @@ Either every video below a folder is asked one question, or every row of a file 
 reads them, e.g. {{"video": "cat.mp4", "question": "What is it?"}}, of whose conversations the last question is asked.
 A line of the answers has the row's key, its videos, question, right answer (if the row says it) and the prediction.
 
-Answers are written batch by batch. If the command is killed, the same one goes on where it was: what has an answer is
+Answers are written batch by batch. If the command is killed, the same one resumes where it was: what has an answer is
 not asked again. Videos and rows that cannot be used are left out and counted. Keys of its own:
 
 {keys}

@@ -17,7 +17,7 @@ TRACEBACK = "HYBRIDPRUNE_TRACEBACK"
 #: Exit status of a program that a user or a file has given something wrong; every other failure is 1.
 USER_ERROR = 2
 INTERRUPTED = 130
-#: Packages of the GPU's layers; compiled for one torch, they fail as they are imported beside another.
+#: Packages of the GPU's layers; compiled for one torch, they fail to import with another.
 COMPILED = ("transformer_engine", "mamba_ssm", "causal_conv1d")
 #: Characters of a line that are shown of its begin and its end.
 _LONGEST = (1200, 400)

@@ -130,11 +130,11 @@ def known_of(row: Row, said: str | None) -> Known:
         raise BadRowError("answer", str(error)) from error
 
 
-def check_row(row: Row) -> Conversation:
-    """The conversation of a row that training does not leave out, however it is configured.
+def row_conversation(row: Row) -> Conversation:
+    """The conversation of a row, which shows the videos and images that the row names.
 
     Raises:
-        BadRowError: training leaves it out always.
+        BadRowError: it is malformed, or shows others.
     """
     kinds = kinds_of_names(row.videos)
     try:
@@ -145,6 +145,16 @@ def check_row(row: Row) -> Conversation:
         check_media(conversation, kinds)
     except ValueError as error:
         raise BadRowError("video", str(error)) from error
+    return conversation
+
+
+def check_row(row: Row) -> Conversation:
+    """The conversation of a row that training does not leave out, however it is configured.
+
+    Raises:
+        BadRowError: training leaves it out always.
+    """
+    conversation, kinds = row_conversation(row), kinds_of_names(row.videos)
     errors = []
     for mode in CONVERSATION_MODES:
         try:

@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from hybridprune_megatron.evaluation.figure import new_figure
 from hybridprune_megatron.evaluation.intervals import Interval
 from hybridprune_megatron.evaluation.judging import Figures, Outcome, Share
 from hybridprune_megatron.evaluation.report import percent, text_table
@@ -40,7 +38,7 @@ def table_rows(found: Mapping[str, Figures], budgets: Mapping[str, float]) -> li
         which = "" if everywhere else f" of {shares[0].samples} questions"
         rows += _share_rows("multiple choice", f"likeliest of the choices{which}, {chance}", shares)
     rows += [
-        ("loss", *(f"{each.loss.mean:.4f}" for each in found.values()), "nats a token of the answers"),
+        ("loss", *(f"{each.loss.mean:.4f}" for each in found.values()), "nats per token of the answers"),
         ("  95 % interval", *(_span(each.loss, _number) for each in found.values()), ""),
     ]
     kept = (percent(each.retention.mean) for each in found.values())
@@ -94,9 +92,7 @@ def write_evaluation(
 
 def plot_budgets(path: Path, found: Mapping[str, Figures], budgets: Mapping[str, float]) -> None:
     """Writes one PNG: right answers and loss over the budget, with their intervals."""
-    # Not pyplot: it keeps figures in a global list and picks a backend for the whole process.
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4, dpi=120)
     left, right = figure.subplots(1, 2)
     names = sorted(found, key=lambda name: budgets[name])
     ordered, at = [found[name] for name in names], [budgets[name] for name in names]
@@ -109,7 +105,7 @@ def plot_budgets(path: Path, found: Mapping[str, Figures], budgets: Mapping[str,
         left.axhline(chance, color=_GREY, linestyle=":", linewidth=1, label="chance")
     left.set(title="Right answers", ylabel="share", ylim=(0, 1.02))
     _line(right, at, [each.loss for each in ordered], _LOSS, "o", "loss")
-    right.set(title="Loss", ylabel="nats a token of the answers", ylim=(0, None))
+    right.set(title="Loss", ylabel="nats per token of the answers", ylim=(0, None))
     for axes in (left, right):
         axes.set_xlabel("budget: mean share of visual tokens over all layers")
         axes.set_xticks(at, [f"{budget:g}" for budget in at])

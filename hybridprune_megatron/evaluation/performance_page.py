@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+
+from hybridprune_megatron.evaluation.figure import new_figure
 
 Report = Mapping[str, Any]
 
@@ -163,8 +163,7 @@ def _table_head(*columns: str) -> Iterable[str]:
 
 def plot_prefill(path: Path, report: Report) -> None:
     """Seconds of a prefill over the visual tokens, and how many times as fast the reduced one is."""
-    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4, dpi=120)
     left, right = figure.subplots(1, 2)
     rows: Sequence[Report] = report["prefill"]
     tokens = [row["visual_tokens"] for row in rows]

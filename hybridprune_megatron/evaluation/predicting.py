@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.data.batch import EncodedSample
-from hybridprune_megatron.data.conversation import VIDEO_TOKEN, check_media, media_types, read_conversation
+from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.known import Known
 from hybridprune_megatron.data.left_out import LeftOut
 from hybridprune_megatron.data.row_files import rows_at
-from hybridprune_megatron.data.rows import BadRowError, Row, unique_key
+from hybridprune_megatron.data.rows import BadRowError, Row, row_conversation, unique_key
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
-from hybridprune_megatron.data.stored_media import kinds_of_names, stored
+from hybridprune_megatron.data.stored_media import stored
 from hybridprune_megatron.data.video_folder import VideoFolder, videos_below
 from hybridprune_megatron.evaluation.answering import AnsweringModel
 from hybridprune_megatron.evaluation.answers_file import Answer, AnswersFile
@@ -106,18 +106,9 @@ class Questions:
             return None
 
     def _waiting(self, key: str, row: Row, asked: set[tuple[Any, ...]]) -> Waiting | None:
-        kinds = kinds_of_names(row.videos)
-        try:
-            conversation = read_conversation(row.messages, media_types(kinds))
-        except ValueError as error:
-            raise BadRowError("conversation", str(error)) from error
-        try:
-            check_media(conversation, kinds)
-        except ValueError as error:
-            raise BadRowError("video", str(error)) from error
         answer = row.known.get("answer")
         right = answer if isinstance(answer, str) else None
-        conversation, own = asked_turn(conversation, Known(right))
+        conversation, own = asked_turn(row_conversation(row), Known(right))
         question = question_text(conversation)
         if (key, tuple(row.videos), question) in asked:
             return None

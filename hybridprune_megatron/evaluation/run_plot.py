@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from hybridprune_megatron.evaluation.figure import new_figure
 
 #: Okabe and Ito, without yellow; with a line style each, more runs than colours can be told apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -34,11 +34,9 @@ def plot_runs(path: Path, logs: Logs, creator: str) -> None:
     panels = [("training loss (nats per answer token)", _draw_loss), ("tokens per second", _draw_speed)]
     panels += [("validation loss (nats per answer token)", _drawing(losses))] if losses else []
     panels += [("validation, share of exact answers", _drawing(shares))] if shares else []
-    # Not pyplot: it keeps figures in a global list and picks a backend for the whole process.
     rows = 1 if len(panels) < 4 else 2
     columns = -(-len(panels) // rows)
-    figure = Figure(figsize=(5.6 * columns, 3.8 * rows + 0.22 * len(logs)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.6 * columns, 3.8 * rows + 0.22 * len(logs))
     for axes, (title, draw) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")

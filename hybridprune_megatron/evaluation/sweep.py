@@ -64,7 +64,7 @@ def sweep(overrides: Sequence[str], launch: Launch) -> int:
         print(f"run {number} of {len(runs)}: {run.cfg.output_dir}", flush=True)
         statuses[run.name] = _run(command(run))
         if statuses[run.name] == STOPPED:
-            print("stopped; the same command goes on")
+            print("stopped; the same command resumes it")
             return STOPPED
     print(text_table(table(runs, statuses)))
     return 1 if any(statuses.values()) else 0

@@ -11,7 +11,7 @@ from typing import Any
 from hybridprune_megatron.config.checkpoint_folder import RUN_FILE, read_run_file
 from hybridprune_megatron.config.json_text import read_json
 from hybridprune_megatron.config.schema import Config
-from hybridprune_megatron.engine.train_log import read_train_log
+from hybridprune_megatron.engine.train_log import TRAIN_LOG, read_train_log
 from hybridprune_megatron.export.transformers_range import TRANSFORMERS_RANGE
 
 _LOSSES = 10
@@ -48,7 +48,7 @@ def read_facts(checkpoint: Path) -> RunFacts:
         return RunFacts()
     header, run = read_run_file(checkpoint), checkpoint.parent.parent
     step = header.get("step")
-    log, report = run / "train_log.jsonl", run / "report.json"
+    log, report = run / TRAIN_LOG, run / "report.json"
     rows = read_train_log(log) if log.is_file() and _is_number(step) else []
     losses = [row["loss"] for row in rows if _is_number(row.get("loss")) and row.get("step", math.inf) <= step]
     found = read_json(report) if report.is_file() else {}

@@ -23,19 +23,14 @@ class Asked:
 
     Attributes:
         sample: encoded, with labels on the answer.
-        meta: of the data set. ``kind``, ``answer`` and ``choices`` are there; ``background`` names a cluster of clips
-            that are not independent; ``others`` are more questions about the clip, none about the same needle.
+        meta: of the data set. ``kind``, ``answer`` and ``choices`` are there; ``others`` are more questions about the
+            clip, none about the same needle.
         other: the same clip with the first of the others in the place of the question; None: it has none.
     """
 
     sample: EncodedSample
     meta: dict[str, Any]
     other: EncodedSample | None = None
-
-    @property
-    def cluster(self) -> str:
-        """What is drawn together in an interval."""
-        return str(self.meta.get("background", self.sample.key))
 
     @property
     def num_visual(self) -> int:

@@ -133,6 +133,22 @@ class Needle:
     first_frame: int
     num_frames: int
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """Its first frame, and the one after its last."""
+        return self.first_frame, self.first_frame + self.num_frames
+
+    def draw(self, rng: np.random.Generator, frames: np.ndarray, size: int, opacity: float = 1.0) -> None:
+        """Draws it on a clip, where and when it is seen.
+
+        Args:
+            rng: decides its size, and where in its quadrant it is.
+            frames: uint8 [F, size, size, 3].
+            opacity: 0 to 1.
+        """
+        picture, alpha, x, y = placed_needle(rng, self.shape, self.colour, self.digit, self.place, size)
+        draw_on(frames[slice(*self.span)], picture, alpha * opacity, x, y)
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -205,12 +221,7 @@ class BenchPlan:
         rng = np.random.default_rng(self.seed)
         frames = background_frames(rng, task.frames, task.size, held_out)
         for needle in (*self.needles, self.ghost):
-            opacity = task.ghost_opacity if needle is self.ghost else 1.0
-            picture, alpha, x, y = placed_needle(
-                rng, needle.shape, needle.colour, needle.digit, needle.place, task.size
-            )
-            stop = needle.first_frame + needle.num_frames
-            draw_on(frames[needle.first_frame : stop], picture, alpha * opacity, x, y)
+            needle.draw(rng, frames, task.size, task.ghost_opacity if needle is self.ghost else 1.0)
         return encode_clip(frames, Fraction(task.frames, task.seconds))
 
 
@@ -245,7 +256,7 @@ def _first_turn(
     rng: np.random.Generator, kind: str, needles: tuple[Needle, ...], ghost: Needle, first_named: Deck
 ) -> Turn:
     if kind == "order":
-        return _order_turn(needles[0], needles[1], first_named.take() == "first")
+        return order_turn(needles[0], needles[1], first_named.take() == "first")
     if kind == "what":
         return _what_turn(needles[0], by_moment=bool(rng.random() < 0.5))
     return _turn(kind, needles, needles[0], ghost)
@@ -262,7 +273,7 @@ def _more_turns(
     for index, one in enumerate(needles):
         for other in needles[index + 1 :]:
             early, late = sorted((one, other), key=lambda needle: needle.first_frame)
-            turns.append(_order_turn(early, late, bool(rng.random() < 0.5)))
+            turns.append(order_turn(early, late, bool(rng.random() < 0.5)))
     asked = {first.question}
     others = [turns[index] for index in rng.permutation(len(turns)) if turns[index].question not in asked]
     return others[:number]
@@ -270,26 +281,33 @@ def _more_turns(
 
 def _turn(kind: str, needles: tuple[Needle, ...], needle: Needle, ghost: Needle) -> Turn:
     if kind == "where":
-        return Turn(kind, f"Where is the {needle.colour} needle?", needle.place, (_span(needle),), PLACES)
+        return where_turn(needle)
     if kind == "when":
-        return Turn(kind, f"When is the {needle.colour} needle shown?", needle.moment, (_span(needle),), MOMENTS)
+        return when_turn(needle)
     if kind == "count":
-        spans = tuple(_span(each) for each in needles)
+        spans = tuple(each.span for each in needles)
         return Turn(kind, "How many needles are shown?", str(len(needles)), spans, COUNTS)
     assert kind == "ghost", kind
-    return Turn(kind, "Where is the ghost?", ghost.place, (_span(ghost),), PLACES)
+    return Turn(kind, "Where is the ghost?", ghost.place, (ghost.span,), PLACES)
 
 
 def _what_turn(needle: Needle, by_moment: bool) -> Turn:
     name = f"shown at {needle.moment}" if by_moment else f"at the {needle.place}"
-    return Turn("what", f"What colour is the needle {name}?", needle.colour, (_span(needle),), tuple(COLOURS))
+    return Turn("what", f"What colour is the needle {name}?", needle.colour, (needle.span,), tuple(COLOURS))
 
 
-def _order_turn(early: Needle, late: Needle, early_named_first: bool) -> Turn:
+def where_turn(needle: Needle) -> Turn:
+    """Asks for the place of the needle of a colour."""
+    return Turn("where", f"Where is the {needle.colour} needle?", needle.place, (needle.span,), PLACES)
+
+
+def when_turn(needle: Needle) -> Turn:
+    """Asks for the moment of the needle of a colour."""
+    return Turn("when", f"When is the {needle.colour} needle shown?", needle.moment, (needle.span,), MOMENTS)
+
+
+def order_turn(early: Needle, late: Needle, early_named_first: bool) -> Turn:
+    """Asks which of two needles is shown first."""
     names = (early.colour, late.colour) if early_named_first else (late.colour, early.colour)
     question = f"Which is shown first, {names[0]} or {names[1]}?"
-    return Turn("order", question, early.colour, (_span(early), _span(late)), names)
-
-
-def _span(needle: Needle) -> tuple[int, int]:
-    return needle.first_frame, needle.first_frame + needle.num_frames
+    return Turn("order", question, early.colour, (early.span, late.span), names)

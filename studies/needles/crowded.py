@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from hybridprune_megatron.config.one_line import one_line_errors, whole
-from studies.needles.bench import Needle, Turn
+from studies.needles.bench import Needle, Turn, order_turn, when_turn, where_turn
 from studies.needles.needle_shards import write_split
 from studies.needles.needles import (
     COLOURS,
@@ -36,10 +36,8 @@ from studies.needles.needles import (
     SHAPES,
     Deck,
     background_frames,
-    draw_on,
     encode_clip,
     moment_frames,
-    placed_needle,
 )
 
 FRAMES, SECONDS, SIZE = 128, 64, 128
@@ -89,7 +87,7 @@ class CrowdedPlan:
         }
 
     def _tokens_at(self, span: tuple[int, int]) -> list[tuple[int, int]]:
-        (needle,) = [needle for needle in self.needles if _span(needle) == span]
+        (needle,) = [needle for needle in self.needles if needle.span == span]
         return tokens(needle)
 
     def coverage(self) -> float:
@@ -101,8 +99,7 @@ class CrowdedPlan:
         rng = np.random.default_rng(self.seed)
         frames = background_frames(rng, FRAMES, SIZE, held_out)
         for needle in self.needles:
-            picture, alpha, x, y = placed_needle(rng, needle.shape, needle.colour, needle.digit, needle.place, SIZE)
-            draw_on(frames[slice(*_span(needle))], picture, alpha, x, y)
+            needle.draw(rng, frames, SIZE)
         return encode_clip(frames, Fraction(FRAMES, SECONDS))
 
 
@@ -111,7 +108,7 @@ def tokens(needle: Needle) -> list[tuple[int, int]]:
     half = SIDE // 2
     top, left = half * needle.place.startswith("bottom"), half * needle.place.endswith("right")
     places = [(top + y) * SIDE + left + x for y in range(half) for x in range(half)]
-    return [(frame, place) for frame in range(*_span(needle)) for place in places]
+    return [(frame, place) for frame in range(*needle.span) for place in places]
 
 
 def plan_samples(count: int, seed: int, split: str) -> list[CrowdedPlan]:
@@ -135,7 +132,7 @@ def plan_samples(count: int, seed: int, split: str) -> list[CrowdedPlan]:
             needles = _draw_needles(rng)
             turn = _ask(kind, answer, needles, first_named.take() == "earlier", rng)
         asked = set(turn.frames)
-        free = tuple(needle for needle in needles if _span(needle) not in asked)
+        free = tuple(needle for needle in needles if needle.span not in asked)
         others = [_ask("where", needle.place, (needle,), True, rng) for needle in free]
         chosen = [others[number] for number in rng.permutation(len(others))[:_OTHERS]]
         key = f"{split}-{index:06d}"
@@ -169,21 +166,10 @@ def _ask(
         later = [n for n in needles if MOMENTS.index(n.moment) > MOMENTS.index(early.moment)]
         if not later:
             return None
-        late = later[int(rng.integers(len(later)))]
-        names = (early.colour, late.colour) if earlier_named else (late.colour, early.colour)
-        question = f"Which is shown first, {names[0]} or {names[1]}?"
-        return Turn(kind, question, answer, (_span(early), _span(late)), names)
-    attribute = {"where": "place", "when": "moment"}[kind]
+        return order_turn(early, later[int(rng.integers(len(later)))], earlier_named)
+    attribute, asking = {"where": ("place", where_turn), "when": ("moment", when_turn)}[kind]
     found = [needle for needle in needles if getattr(needle, attribute) == answer]
-    if not found:
-        return None
-    needle = found[int(rng.integers(len(found)))]
-    text = f"Where is the {needle.colour} needle?" if kind == "where" else f"When is the {needle.colour} needle shown?"
-    return Turn(kind, text, answer, (_span(needle),), KINDS[kind])
-
-
-def _span(needle: Needle) -> tuple[int, int]:
-    return needle.first_frame, needle.first_frame + needle.num_frames
+    return asking(found[int(rng.integers(len(found)))]) if found else None
 
 
 @one_line_errors("crowded")

@@ -255,16 +255,15 @@ def main(argv: Sequence[str]) -> None:
     from hybridprune_megatron.engine.quiet import quiet_libraries
 
     quiet_libraries()
-    from hybridprune_megatron.analysis.damage import divergence
     from hybridprune_megatron.analysis.report import write_json
     from hybridprune_megatron.analysis.samples import SampleReader
     from hybridprune_megatron.config.compose import load_config
     from hybridprune_megatron.engine.load import load_model
-    from hybridprune_megatron.evaluation.held_out import load_questions
     from hybridprune_megatron.evaluation.machine import describe_machine
     from hybridprune_megatron.models.build import build_reduction
-    from studies.needles.compare import answers
+    from studies.needles.asked import read_asked
     from studies.needles.intervals import mean_of
+    from studies.needles.measure import measure, references
 
     torch.manual_seed(0)
     cfg = load_config(["experiment=bench", f"data.validation={options.data}", f"reduction={options.reduction}"])
@@ -272,21 +271,19 @@ def main(argv: Sequence[str]) -> None:
     assert reduction is not None, "--reduction drops"
     samples = list(islice(SampleReader(cfg, Path(options.train)).first_turns(), options.clips))
     weights = learn(model, samples, reduction, options.steps, options.per_step)
-    questions = load_questions(cfg, options.questions)
-    references = [logits for logits, _ in answers(model, questions, None)]
+    questions = read_asked(cfg, options.questions)
+    every_token = list(references(model, questions))
     right: dict[str, list[float]] = {}
     damages: dict[str, list[float]] = {}
     learned = replace(reduction, score=WeightedScorer(weights=weights))
     for name, each in (("equal weights", reduction), ("learned weights", learned)):
-        right[name], damages[name] = [], []
-        for reference, (logits, labels) in zip(references, answers(model, questions, each), strict=True):
-            right[name].append(float((logits.argmax(-1) == labels).all()))
-            damages[name].append(divergence(reference, logits))
+        found = measure(model, questions, each, every_token, control=False)
+        right[name], damages[name] = [float(each) for each in found.right], found.kl
     result: dict[str, Any] = {"questions": len(questions), "steps": options.steps, "clips": options.clips}
     for title, table in (("accuracy", right), ("kl", damages)):
         gap = torch.tensor(table["learned weights"]) - torch.tensor(table["equal weights"])
-        for name, found in (*table.items(), ("learned minus equal", gap.tolist())):
-            mean = mean_of(torch.tensor(found).numpy())
+        for name, values in (*table.items(), ("learned minus equal", gap.tolist())):
+            mean = mean_of(torch.tensor(values).numpy())
             result[f"{title}, {name}"] = [round(value, 4) for value in (mean.mean, mean.low, mean.high)]
             print(f"{title}, {name}: {mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f})")
     result["weights"] = {str(layer): [round(float(each), 3) for each in found] for layer, found in weights.items()}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.analysis.damage import answer_logits, divergence
+from hybridprune_megatron.analysis.damage import divergence
 from hybridprune_megatron.data.batch import IGNORE_LABEL, EncodedSample, pack
 from hybridprune_megatron.evaluation.accuracy import sample_retention
 from hybridprune_megatron.evaluation.forward import device_of, length_multiple, measuring
@@ -142,6 +142,4 @@ def _answered(
 ) -> tuple[Tensor, Tensor]:
     batch = pack([sample], length_multiple(model, model.reduction)).to(device_of(model))
     rows = torch.nonzero(batch.labels != IGNORE_LABEL).flatten()
-    if trace is None:
-        return answer_logits(model, batch), batch.labels[rows]
     return model.logits(batch, rows, trace)[0], batch.labels[rows]

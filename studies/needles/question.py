@@ -13,7 +13,6 @@ between them. The file has a row per reduction; one that is there is not measure
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -22,13 +21,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hybridprune_megatron.config.compose import load_config
 from hybridprune_megatron.config.one_line import one_line_errors, whole
 from hybridprune_megatron.config.stored_run import find_checkpoint
 from studies.demo.report import markdown_table
-from studies.needles.intervals import Estimate, mean_of
+from studies.needles.intervals import Estimate, accuracy, difference
+from studies.needles.rows import append_row, rows_with
 
 if TYPE_CHECKING:
     from hybridprune_megatron.method.reduction import Reduction
@@ -68,20 +66,16 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     facts = {"weights": options.weights, "data": options.data, "clips": options.clips}
     names = [FULL, *ORACLES, *options.reductions]
-    lines = options.out.read_text().splitlines() if options.out and options.out.is_file() else []
-    rows = [row for row in map(json.loads, lines) if {name: row[name] for name in facts} == facts]
-    known = {row["reduction"]: row for row in rows}
+    known = rows_with(options.out, facts)
 
     def keep(row: dict[str, Any]) -> None:
         known[row["reduction"]] = row
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(row | facts) + "\n")
+        append_row(options.out, row | facts)
 
     if missing := [name for name in names if name not in known]:
         measure_all(options, missing, keep)
     print(markdown_table(table([known[name] for name in names])))
-    gap = difference(known[ASKED], known[NOT_ASKED])
+    gap = difference([known[ASKED]], [known[NOT_ASKED]])
     tells = gap.mean >= WANTED
     print(
         f"\nWhat is asked for against as much of what is not: {points(gap)}. These clips can "
@@ -136,11 +130,6 @@ def as_row(found: Measured, rows: Sequence[Asked]) -> dict[str, Any]:
     }
 
 
-def difference(row: dict[str, Any], other: dict[str, Any], marks: str = "correct") -> Estimate:
-    """Accuracy of one row minus that of another, paired by question."""
-    return mean_of(_right(row) - _right(other, marks))
-
-
 def points(gap: Estimate) -> str:
     """A difference in points with its interval, bold where it excludes 0."""
     text = f"{100 * gap.mean:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
@@ -152,17 +141,17 @@ def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     kinds = sorted(set(rows[0]["kinds"]))
     lines = [("tokens kept by", "accuracy", *kinds, "scored by another question", "lost by it", "KL", "tokens")]
     for row in rows:
-        right = _right(row)
-        all_of, of_kind = mean_of(right), np.array(row["kinds"])
+        all_of, by_another = accuracy([row]), {"correct": row["correct_by_another"]}
         another, lost = "", ""
-        if row["correct_by_another"]:
-            another = f"{100 * _right(row, 'correct_by_another').mean():.1f} %"
-            lost = points(difference(row, row, "correct_by_another"))
+        if by_another["correct"]:
+            another = f"{100 * accuracy([by_another]).mean:.1f} %"
+            lost = points(difference([row], [by_another]))
+        right = {kind: [int(m) for m, own in zip(row["correct"], row["kinds"]) if own == kind] for kind in kinds}
         lines.append(
             (
                 f"`{row['reduction']}`" if "=" in row["reduction"] else row["reduction"],
                 f"{100 * all_of.mean:.1f} % ({100 * all_of.low:.0f}-{100 * all_of.high:.0f})",
-                *(f"{100 * right[of_kind == kind].mean():.0f} %" for kind in kinds),
+                *(f"{100 * fmean(marks):.0f} %" for marks in right.values()),
                 another,
                 lost,
                 f"{fmean(row['kl']):.3f}",
@@ -170,10 +159,6 @@ def table(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             )
         )
     return lines
-
-
-def _right(row: dict[str, Any], marks: str = "correct") -> np.ndarray:
-    return np.array([int(mark) for mark in row[marks]], dtype=float)
 
 
 if __name__ == "__main__":

@@ -55,3 +55,16 @@ class Rows:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
+
+
+def rows_with(path: Path | None, facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows about reductions that were measured under some facts, by the reduction; none if the file is not there."""
+    rows = [json.loads(line) for line in (path.read_text().splitlines() if path and path.is_file() else [])]
+    return {row["reduction"]: row for row in rows if {name: row[name] for name in facts} == facts}
+
+
+def append_row(path: Path | None, row: dict[str, Any]) -> None:
+    """Writes a finished row at the end of a file; None: nowhere."""
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")

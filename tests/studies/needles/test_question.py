@@ -173,4 +173,4 @@ def test_the_table_pairs_and_the_file_is_not_measured_again(
     with pytest.raises(SystemExit, match="1"):
         question.main([*arguments, "reduction=query"])
     assert "can NOT tell" in capsys.readouterr().out
-    assert np.isclose(question.difference(rows[0], rows[4]).mean, 0.5)
+    assert np.isclose(question.difference([rows[0]], [rows[4]]).mean, 0.5)

@@ -1,0 +1,14 @@
+"""An empty picture; what is drawn on it is its caller's."""
+
+from __future__ import annotations
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float, dpi: int = 110) -> Figure:
+    """An empty figure of a size in inches."""
+    # Not pyplot: it keeps figures in a global list and picks a backend for the whole process.
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

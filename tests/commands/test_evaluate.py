@@ -86,8 +86,13 @@ def _evaluate(data: Path, out: Path) -> None:
     assert lines[-1].endswith("predictions.jsonl, evaluation.json, table.txt, evaluation.png")
     assert (out / "checkpoint" / "table.txt").read_text().splitlines() == lines[:-1]
 
-    # Its export, at three budgets and in other batches.
     export_model(model, cfg, out / "hf")
+    _evaluate_export(data, out, rows)
+    _evaluate_any(out)
+
+
+def _evaluate_export(data: Path, out: Path, rows: list[dict[str, Any]]) -> None:
+    """At three budgets and in other batches; rows: predictions of the checkpoint at two of them."""
     budgets = ["budgets=[1,0.5,0.25]", f"out={out / 'export'}", "batch_size=5"]
     lines = _printed(f"checkpoint={out / 'hf'}", f"data={data}", f"samples={ASKED}", *budgets)
     assert lines[0].split() == ["budget", "1", "0.5", "0.25"]
@@ -102,7 +107,9 @@ def _evaluate(data: Path, out: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
         _printed(f"checkpoint={out / 'hf'}", f"data={data}", f"samples={ASKED}", *budgets)
 
-    # Samples of any data set, some of which nobody can answer.
+
+def _evaluate_any(out: Path) -> None:
+    """Samples of any data set, some of which nobody can answer."""
     lines = _printed(f"checkpoint={out / 'hf'}", f"data={out / 'any'}", "budgets=0.5", f"out={out / 'any_out'}")
     columns, rows, report = _report(out / "any_out")
     assert report["left_out"] == {"malformed": 3, "video": 1}

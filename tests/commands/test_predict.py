@@ -30,14 +30,10 @@ def _predicted(out: Path, *arguments: str) -> tuple[list[dict[str, Any]], list[s
     return [json.loads(line) for line in out.open()], text.getvalue().splitlines()
 
 
-def _predict(folder: Path, data: Path) -> None:
-    from hybridprune_megatron.config.stored_run import checkpoint_config
+def _write_clips(clips: Path, data: Path) -> None:
+    """Four videos, one of them deeper, and what is none."""
     from hybridprune_megatron.data.stored_samples import read_samples
-    from hybridprune_megatron.engine.load import load_model
-    from hybridprune_megatron.evaluation.answering import AnsweringModel
-    from hybridprune_megatron.export.write import export_model
 
-    clips = folder / "clips"
     (clips / "more").mkdir(parents=True)
     for index, sample in enumerate(read_samples(data)):
         video = sample.videos[0]
@@ -46,6 +42,13 @@ def _predict(folder: Path, data: Path) -> None:
     (clips / "broken.mp4").write_bytes(b"no video")
     (clips / "note.txt").write_text("no video either")
     (clips / ".hidden.mp4").write_bytes(b"nor this")
+
+
+def _predict(folder: Path, data: Path) -> None:
+    from hybridprune_megatron.evaluation.answering import AnsweringModel
+
+    clips = folder / "clips"
+    _write_clips(clips, data)
     bare = [f"checkpoint={WEIGHTS}", "experiment=demo", "batch_size=2"]
 
     # One question about every video.
@@ -71,7 +74,15 @@ def _predict(folder: Path, data: Path) -> None:
     assert asked == [2]
     assert printed[0].startswith(f"{out}: 4 answers (2 of them from before), 1 rows left out")
 
-    # An export, and rows of every form: the same answers to the same questions.
+    _predict_rows(folder, rows)
+
+
+def _predict_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """An export, and rows of every form: the same answers to the same questions."""
+    from hybridprune_megatron.config.stored_run import checkpoint_config
+    from hybridprune_megatron.engine.load import load_model
+    from hybridprune_megatron.export.write import export_model
+
     cfg = checkpoint_config(WEIGHTS, ["experiment=demo"])
     export_model(load_model(WEIGHTS, cfg), cfg, folder / "hf")
     talk = [

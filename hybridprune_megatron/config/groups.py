@@ -244,6 +244,11 @@ class ParallelConfig:
         """Processes that hold one copy of the model."""
         return self.tensor * self.pipeline * self.context
 
+    @property
+    def frame_sharers(self) -> int:
+        """Processes of the first stage that share a packed sequence's frames."""
+        return self.context * (self.tensor if self.sequence_parallel else 1)
+
 
 @dataclass
 class RunConfig:

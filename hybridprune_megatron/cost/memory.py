@@ -5,9 +5,9 @@ Assumptions, beside those of ``activations``:
 - bf16 weights, or fp32 ones; gradients of what is trained in fp32; Adam's two moments in fp32, and with bf16 weights an
   fp32 copy of them. The distributed optimizer divides moments and copy by the data- and context-parallel ranks.
 - Tensor parallelism splits the layers, the embedding and the output layer; tower and projector lie whole on the first
-  pipeline stage. Context parallelism divides tokens and frames; attention keeps the keys and values of all its ranks,
-  and B and C of a group lie on every rank that has heads of it. A stage holds one micro-batch for every stage from it
-  on, as in one-forward-one-backward.
+  pipeline stage. Context parallelism divides tokens and frames, sequence parallelism frames too; attention keeps the
+  keys and values of all its ranks, and B and C of a group lie on every rank that has heads of it. A stage holds one
+  micro-batch for every stage from it on, as in one-forward-one-backward.
 - A training step runs one packed sequence of ``data.sequence_length`` tokens, filled with the sample that is planned
   for. A frozen tower keeps nothing; the projector keeps its inputs for the whole step.
 - Full recomputation keeps every layer's input, selective recomputation all but what convolution, scan and attention's
@@ -265,7 +265,7 @@ class Stage:
 
     def _frames(self, packed: Packed) -> int:
         """Frames that this rank encodes."""
-        return -(-packed.samples * packed.frames // self.cfg.parallel.context)
+        return -(-packed.samples * packed.frames // self.cfg.parallel.frame_sharers)
 
     def _layer(self, symbol: str) -> list[Kept]:
         model, parallel = self.cfg.model, self.cfg.parallel

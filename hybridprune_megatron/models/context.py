@@ -13,7 +13,7 @@ With one rank everything here returns what it was given.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -168,30 +168,35 @@ class ContextShard:
         here = (holder == self.rank).view(-1, *[1] * (values.dim() - 1))
         return torch.where(here, values.index_select(0, rows), 0)
 
-    def shared_work(self, work: Callable[[Tensor], Tensor], items: Tensor) -> Tensor:
-        """Work on independent items, dealt out to the ranks; differentiable.
-
-        Args:
-            work: [n, ...] -> [n, ...].
-            items: [N, ...], the same on every rank.
-
-        Returns:
-            [N, ...], what ``work`` makes of all of them, on every rank.
-        """
-        if self.size == 1 or len(items) < self.size:
-            return work(items)
-        each, more = divmod(len(items), self.size)
-        counts = [each + (rank < more) for rank in range(self.size)]
-        start = sum(counts[: self.rank])
-        done = work(items[start : start + counts[self.rank]])
-        longest = max(counts)
-        filled = torch.cat([done, done.new_zeros(longest - len(done), *done.shape[1:])])
-        gathered = gather_from_sequence_parallel_region(filled, group=self.group).unflatten(0, (self.size, longest))
-        return torch.cat([part[:count] for part, count in zip(gathered, counts)])
-
     def keys(self, length: int, device: torch.device) -> ContextKeys | None:
         """Which keys of a sequence of a length are here; None: all."""
         return ContextKeys(self, length, device) if self.size > 1 else None
+
+
+def dealt_out(work: Callable[[Tensor], Tensor], items: Tensor, groups: Iterable[dist.ProcessGroup]) -> Tensor:
+    """Work on independent items, dealt out to ranks; the gradients that the ranks have of the results are added.
+
+    Args:
+        work: [n, ...] -> [n, ...].
+        items: [N, ...], the same on every rank.
+        groups: to deal them out to, by choice: the first that has an item for each of its ranks. If none has, every
+            rank does all the work.
+
+    Returns:
+        [N, ...], what ``work`` makes of all of them, on every rank.
+    """
+    group = next((each for each in groups if 1 < each.size() <= len(items)), None)
+    if group is None:
+        return work(items)
+    size, rank = group.size(), group.rank()
+    each, more = divmod(len(items), size)
+    counts = [each + (other < more) for other in range(size)]
+    start = sum(counts[:rank])
+    done = work(items[start : start + counts[rank]])
+    longest = max(counts)
+    filled = torch.cat([done, done.new_zeros(longest - len(done), *done.shape[1:])])
+    gathered = gather_from_sequence_parallel_region(filled, group=group).unflatten(0, (size, longest))
+    return torch.cat([part[:count] for part, count in zip(gathered, counts)])
 
 
 class ContextKeys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hybridprune_megatron.data.batch import PackedBatch
 from hybridprune_megatron.method.layout import TokenLayout
 from hybridprune_megatron.method.reduction import Reduction
 from hybridprune_megatron.method.reduction_pass import ReductionPass
+from hybridprune_megatron.models.context import dealt_out
 from hybridprune_megatron.models.encoder import encode_frames
 from hybridprune_megatron.models.language_model import ReductionHybridModel
 
@@ -58,6 +60,13 @@ class VideoLanguageModel(MegatronModule):
         self.pixel_shuffle = pixel_shuffle
         self.train_vision = train_vision
         self.reduction = reduction
+        groups = language_model.pg_collection
+        # Megatron adds up what tensor ranks have of such parameters' gradients only where they split the sequence.
+        self._frame_sharers = [groups.tp_cp, groups.cp] if config.sequence_parallel else [groups.cp]
+        for part in (vision_model, mlp1):
+            if part is not None:
+                for parameter in part.parameters():
+                    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
         # Of the tower, and the versions of its weights that it was taken of.
         self._fingerprint: tuple[list[int], str] | None = None
         # What megatron's schedules and DDP look up on the outermost module.
@@ -161,6 +170,8 @@ class VideoLanguageModel(MegatronModule):
     def embed_frames(self, batch: PackedBatch) -> Tensor:
         """The projected frames of a batch: from pixels through the tower, or from the tower's precomputed features.
 
+        Context-parallel ranks, and tensor-parallel ranks that split the sequence, encode a part of the frames each.
+
         Args:
             batch: shows at least one frame.
 
@@ -174,11 +185,12 @@ class VideoLanguageModel(MegatronModule):
             raise ValueError(
                 f"samples {batch.keys} show videos: model.vision is null; choose a model with vision or text-only data"
             )
-        features, shard = batch.frame_features, self.language_model.decoder.shard
+        features = batch.frame_features
         if features is None:
-            tower, pixels = self.vision_model, batch.pixel_values
-            return shard.shared_work(
-                lambda part: encode_frames(tower, self.mlp1, part, self.pixel_shuffle, self.train_vision), pixels
+            tower, projector = self.vision_model, self.mlp1
+            return self._shared(
+                lambda part: encode_frames(tower, projector, part, self.pixel_shuffle, self.train_vision),
+                batch.pixel_values,
             )
         own = self._tower_fingerprint(self.vision_model)
         if features.tower != own:
@@ -186,7 +198,15 @@ class VideoLanguageModel(MegatronModule):
                 f"features of tower {features.tower}, the model's is {own}: precompute them with this model's weights "
                 "(hybridprune features), or set data.train and data.validation to the videos"
             )
-        return shard.shared_work(self.mlp1, features.values.to(next(self.mlp1.parameters()).dtype))
+        return self._shared(self.mlp1, features.values.to(next(self.mlp1.parameters()).dtype))
+
+    def _shared(self, work: Callable[[Tensor], Tensor], frames: Tensor) -> Tensor:
+        embedded = dealt_out(work, frames, self._frame_sharers)
+        if self.config.sequence_parallel and embedded.requires_grad:
+            # Every tensor-parallel rank has the whole gradient of the embeddings, and what follows from it is added up.
+            tensor_ranks = self.config.tensor_model_parallel_size
+            embedded.register_hook(lambda gradient: gradient / tensor_ranks)
+        return embedded
 
     def _tower_fingerprint(self, tower: RadioModel) -> str:
         # Weights are loaded in place after the model is built, which raises their version.

@@ -72,7 +72,7 @@ class Assumptions:
     wire: float = 0.8
     hop: float = 5e-6
     overlap: float = 0.8
-    frames_over: str = "context"
+    frames_over: str = "model"
     fp8: bool = False
 
     def __post_init__(self) -> None:

@@ -227,18 +227,24 @@ class Wires:
         sent = self._local(tokens) * columns * self.width / shards
         return [Transfer("pipeline", phase, self.stages, sent, ring=False)]
 
-    def step(self, gradients: int) -> list[Transfer]:
+    def step(self, gradients: int, of_frames: int = 0) -> list[Transfer]:
         """Gradients and parameters, once a step.
 
         Args:
             gradients: bytes of fp32 gradients on this rank.
+            of_frames: bytes of those of tower and projector, which tensor ranks that share the frames add up.
         """
+        shared = []
+        if self.cfg.parallel.sequence_parallel and of_frames:
+            shared = all_reduce("frames", "step", self.tensor, of_frames)
         if not self.cfg.parallel.distributed_optimizer:
-            return all_reduce("gradients", "step", self.data, gradients)
+            return shared + all_reduce("gradients", "step", self.data, gradients)
         weights = gradients // _FP32 * self.width
-        return all_gather("gradients", "step", self.data, gradients) + all_gather(
-            "parameters", "step", self.data, weights
-        )
+        return [
+            *shared,
+            *all_gather("gradients", "step", self.data, gradients),
+            *all_gather("parameters", "step", self.data, weights),
+        ]
 
     def _local(self, tokens: int) -> int:
         return -(-tokens // self.cfg.parallel.context)

@@ -23,7 +23,7 @@ _REST = "#999999"
 
 
 def plot_scaling(path: Path, compared: Comparison) -> None:
-    """Writes one PNG: without reduction, with it, and with it where tensor ranks divide the frames too.
+    """Writes one PNG: without reduction, with it, and with it where the tower's features are precomputed.
 
     Args:
         path: the file.
@@ -36,7 +36,7 @@ def plot_scaling(path: Path, compared: Comparison) -> None:
     series = {
         "no reduction": compared.full,
         f"budget {budget:g}": compared.reduced,
-        f"budget {budget:g}, frames over\ntensor ranks too": compared.reduced.under(frames_over="model"),
+        f"budget {budget:g},\nfeatures precomputed": compared.reduced.under(frames_over="features"),
     }
     found = {name: [scaling.fastest(gpus) for gpus in SIZES] for name, scaling in series.items()}
     for colour, (name, line) in zip(_COLOURS, found.items()):

@@ -15,7 +15,7 @@ REFERENCE = 512
 # Other assumptions, one at a time.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("as assumed", {}),
-    ("tensor ranks divide the frames too", {"frames_over": "model"}),
+    ("only context ranks divide the frames", {"frames_over": "context"}),
     ("the tower's features are precomputed", {"frames_over": "features"}),
     ("linears in FP8", {"fp8": True}),
     ("linears reach 0.5 of the peak", {"linear": 0.5}),

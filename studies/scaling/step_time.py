@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.cost.memory import Stage, StaticMemory
+from hybridprune_megatron.cost.parameters import projector_parameters, tower_parameters
 from hybridprune_megatron.cost.vision import projector_cost, tower_operations
 from hybridprune_megatron.layers.kinds import KINDS
 from hybridprune_megatron.layers.operations import WIDTH, Cost
@@ -118,7 +119,7 @@ def step_time(cfg: Config, clock: Clock) -> StepTime:
     updates, sent = [], []
     for index, stage in enumerate(stages):
         static = Stage(cfg, index).static()
-        once = Wires(cfg, clock.width).step(static.gradients)
+        once = Wires(cfg, clock.width).step(static.gradients, 0 if index else _frame_gradients(cfg))
         updates.append(_update(cfg, clock, static, stage, once))
         near, far = (Sums({name: batches * size for name, size in sums.items()}) for sums in (stage.near, stage.far))
         for transfer in once:
@@ -148,6 +149,15 @@ def _stage(cfg: Config, clock: Clock, index: int) -> Work:
     return together(pieces)
 
 
+def _frame_gradients(cfg: Config) -> int:
+    """Bytes of the fp32 gradients of tower and projector."""
+    vision, learns = cfg.model.vision, cfg.model.trainable
+    if vision is None:
+        return 0
+    tower, projector = tower_parameters(vision), projector_parameters(vision, cfg.model.hidden_size)
+    return WIDTH["fp32"] * (learns.vision * tower.total + learns.projector * projector.total)
+
+
 def _update(cfg: Config, clock: Clock, static: StaticMemory, stage: Work, transfers: Iterable[Transfer]) -> Sums:
     """What comes once a step: gradients and parameters, beside a micro-batch's work if so configured, and Adam."""
     parallel, seconds = cfg.parallel, Sums()
@@ -156,7 +166,7 @@ def _update(cfg: Config, clock: Clock, static: StaticMemory, stage: Work, transf
         "parameters": (parallel.overlap_param_gather, stage.forward),
     }
     for transfer in transfers:
-        overlaps, work = beside[transfer.what]
+        overlaps, work = beside.get(transfer.what, (False, stage.backward))
         computing = sum(value for name, value in work.items() if not name.startswith("wire"))
         room = clock.assumptions.overlap * computing if overlaps else 0.0
         seconds[f"wire: {transfer.what}"] += max(0.0, clock.wire(transfer) - room)

@@ -304,7 +304,8 @@ def test_context_parallel_ranks_divide_tokens_and_frames():
         Stage(_memory_config("parallel=tp8_cp4", f"parallel.context={context}", "trainer.recompute=none"), 0)
         for context in (1, 4)
     )
-    packed = Packed(1, (2048,) * 62, 2048, 8, 10)
+    # As many frames as ranks that share them, so that none shares unevenly.
+    packed = Packed(1, (2048,) * 62, 2048, 32, 10)
     whole, quarter = one.training(packed), four.training(packed)
     # With every layer's tensors there.
     assert whole.moment == quarter.moment == "loss"

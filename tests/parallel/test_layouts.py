@@ -130,3 +130,19 @@ def test_recomputed_activations_give_the_same_gradients(
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_one_process(tmp_path: Path, weights: str, alone: Any, layout: str):
     assert_same(run(tmp_path, weights, LAYOUTS[layout]), alone)
+
+
+TOWER = ["model.trainable.vision=true"]
+
+
+def test_a_tower_that_learns_gets_the_gradients_of_all_frames(tmp_path: Path, weights: str):
+    """Frames are dealt out to tensor and to context ranks."""
+    found = []
+    for name, sizes in (("one", {}), ("four", LAYOUTS["TP2 CP2"])):
+        (tmp_path / name).mkdir()
+        found.append(run(tmp_path / name, weights, sizes, TOWER))
+        gradients = found[-1][2]
+        # Attention does not see what is added to all keys: this gradient is 0, and here what rounding leaves.
+        assert np.abs(gradients.pop("vision_model.encoder.layer.0.attention.k_proj.bias")).max() < 1e-9
+        assert sum(name.startswith("vision_model") for name, each in gradients.items() if np.abs(each).max() > 0) > 10
+    assert_same(found[1], found[0])

@@ -137,3 +137,5 @@ def test_gradients_and_parameters():
     assert {each.what: each.sent for each in transfers} == {"gradients": 3000, "parameters": 1500}
     plain = _wires(tensor=2, context=2, nodes=1, distributed_optimizer=False, overlap_param_gather=False)
     assert _sent(plain.step(gradients=4000)) == {"step": 6000}
+    # Two tensor ranks add up what they have of the tower and the projector.
+    assert _sent(plain.step(gradients=4000, of_frames=1000)) == {"step": 6000 + 1000}

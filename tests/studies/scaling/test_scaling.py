@@ -136,7 +136,7 @@ def test_the_script_writes_the_page_and_the_picture(tmp_path: Path, monkeypatch:
     assert "| tp4 cp2 | 2 |" in text
     # Sixteen ranks do not divide eight groups.
     assert "| tp16 | 1 | refused: model.mamba_num_groups=8" in text
-    assert "| tensor ranks divide the frames too |" in text
+    assert "| only context ranks divide the frames |" in text
     assert "| hop | 0 | seconds of latency" in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -80,7 +80,7 @@ def _sent(tensor: int, context: int) -> tuple[Counter[str], Counter[str]]:
     visual = [sum(each) for each in dropping.counts]
     tokens = [layout.num_tokens - visual[0] + each for each in visual]
     wires = communication.Wires(cfg, 4)
-    transfers = wires.frames(tokens[0], visual[0], wires.context) + wires.head(tokens[-1])
+    transfers = wires.frames(tokens[0], visual[0], wires.heads) + wires.head(tokens[-1])
     for layer, symbol in enumerate(PATTERN):
         transfers += wires.layer(symbol, tokens[layer])
         if layer + 1 < len(PATTERN) and visual[layer + 1] < visual[layer]:

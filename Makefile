@@ -11,6 +11,8 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 # Versions and hashes of everything that is installed; `make lock` renews them.
 LOCKS := requirements/build.lock requirements/dev.lock requirements/newest.lock requirements/gpu_sources.lock
+# What builds the docs site, beside what is installed.
+DOCS := $(VENV)/docs
 # Next to the installed transformers, for the tests that run under both: first on PYTHONPATH.
 NEWEST := $(VENV)/newest
 UNDER_NEWEST = PYTHONPATH=$(CURDIR)/$(NEWEST) HYBRIDPRUNE_TRANSFORMERS=$$(sed -n 's/^transformers==\([^ ]*\).*/\1/p' requirements/newest.lock)
@@ -34,7 +36,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 # Passed on, e.g. make demo ARGS="--fresh reduction.budget=0.35" or make test ARGS="tests/method -x".
 ARGS ?=
 
-.PHONY: help setup setup-gpu lock demo test test-all test-newest lint bench clean
+.PHONY: help setup setup-gpu lock demo test test-all test-newest lint bench docs clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -81,6 +83,7 @@ COMPILE := $(VENV)/bin/uv pip compile --upgrade --generate-hashes --no-annotate 
 lock: $(INSTALLED)
 	@$(COMPILE) pyproject.toml --extra dev --group lmms-eval --output-file requirements/dev.lock
 	@printf 'pip\nsetuptools\n' | $(COMPILE) - --constraint requirements/dev.lock --output-file requirements/build.lock
+	@echo mkdocs-material | $(COMPILE) - --constraint requirements/dev.lock --output-file requirements/docs.lock
 	@echo transformers | $(COMPILE) - --no-deps --output-file requirements/newest.lock
 	@git diff --stat -- requirements
 
@@ -124,6 +127,16 @@ lint: $(INSTALLED)
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
+
+# make docs      the docs site, in build/site
+docs: $(DOCS)/.installed
+	@NO_MKDOCS_2_WARNING=true PYTHONPATH=$(DOCS) $(VENV)/bin/python -m mkdocs build --clean 2>&1 | sed "/^INFO/d; /^$$/d"
+	@echo "build/site/index.html"
+
+$(DOCS)/.installed: requirements/docs.lock $(INSTALLED)
+	@rm -rf $(DOCS)
+	@$(PIP_LOCKED) --quiet --require-hashes --target $(DOCS) -r requirements/docs.lock
+	@touch $@
 
 # make clean     removes caches and what runs wrote; .venv stays
 clean:

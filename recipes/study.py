@@ -151,7 +151,7 @@ def setting_text(cfg: Config, needles: dict[str, Any], chance: float) -> str:
     assert vision is not None, "model.vision"
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     return (
-        f"Model `{cfg.model.name}` ({cfg.model.hybrid_pattern}, hidden size {cfg.model.hidden_size}), "
+        f"Model `{cfg.model.name}` (`{cfg.model.hybrid_pattern}`, hidden size {cfg.model.hidden_size}), "
         f"{task['frames']} frames and {task['frames'] * vision.tokens_per_frame:,} visual tokens a clip, "
         f"{cfg.trainer.eval_samples} held-out questions of {len(needles['chance'])} kinds on real clips that training "
         f"never saw, chance {100 * chance:.1f} %. Light finetuning: {cfg.trainer.max_steps} steps of "

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from scripts.docs_site import OUTSIDE, with_links
 from tests.tracked import ROOT, tracked
 
 PACKAGE = "hybridprune_megatron"
@@ -158,6 +160,24 @@ def test_links_between_pages_lead_somewhere():
     for page in pages:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}"
+
+
+def test_the_site_leads_to_every_page():
+    """Its links are checked by `make docs`, which mkdocs ends where one leads nowhere."""
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    start, *groups = site["nav"]
+    shown = [*start.values(), *(page for group in groups for pages in group.values() for page in pages)]
+    written = {path.name for path in tracked() if path.suffix == ".md" and path.parent == ROOT / "docs"}
+    assert sorted(shown) == sorted(written | OUTSIDE.keys())
+
+
+def test_links_of_a_page_lead_to_pages_of_the_site():
+    assert with_links("[a](docs/data.md#tables), [b](CHANGELOG.md), [c](docs/study/x.png), [d](#here)", "..") == (
+        "[a](data.md#tables), [b](changes.md), [c](study/x.png), [d](#here)"
+    )
+    assert with_links("[a](../README.md#layout), [b](data.md), [c](https://x.org/y)", "") == (
+        "[a](index.md#layout), [b](data.md), [c](https://x.org/y)"
+    )
 
 
 def test_readme_shows_the_committed_report():

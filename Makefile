@@ -58,11 +58,12 @@ $(INSTALLED): pyproject.toml .python-version $(LOCKS) $(KERNELS)
 	@rm -rf $(NEWEST)
 	@$(PIP_LOCKED) --quiet --require-hashes --target $(NEWEST) -r requirements/newest.lock
 	@rm -rf $(GPU_SOURCES) && mkdir -p $(GPU_SOURCES)
-	@$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --require-hashes \
-	    --no-binary mamba-ssm,causal-conv1d --dest $(GPU_SOURCES) -r requirements/gpu_sources.lock && \
+	@MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE $(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --require-hashes \
+	    --no-binary mamba-ssm,causal-conv1d --dest $(GPU_SOURCES) -r requirements/gpu_sources.lock \
+	    > $(VENV)/gpu_sources.log 2>&1 && \
 	  for each in $(GPU_SOURCES)/*.tar.gz; do tar -xzf $$each -C $(GPU_SOURCES); done && \
 	  for each in $(GPU_SOURCES)/*.whl; do $(VENV)/bin/python -m zipfile -e $$each $${each%-py3-*}; done || \
-	  echo "sources of the GPU packages cannot be fetched: the tests that read or run them are skipped"
+	  echo "sources of the GPU packages cannot be fetched ($(VENV)/gpu_sources.log): the tests that read or run them are skipped"
 	@echo "building the native operators of kernels/ (a minute or two)"
 	@$(PIP_LOCKED) --verbose ./kernels > $(VENV)/kernels.log 2>&1 || { cat $(VENV)/kernels.log; exit 1; }
 	@sed -n 's/^ *hybridprune-kernels: //p' $(VENV)/kernels.log | sort -u

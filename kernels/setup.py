@@ -42,7 +42,7 @@ def check_torch() -> None:
 
 
 def toolkit() -> Path | None:
-    """The folder of the CUDA toolkit: CUDA_HOME, or where the nvcc of the PATH is; None: there is no nvcc."""
+    """The folder of the CUDA toolkit: CUDA_HOME, or where the nvcc of the PATH is; None: there is no bin/nvcc in it."""
     home = os.environ.get("CUDA_HOME")
     if home:
         return Path(home) if (Path(home) / "bin" / "nvcc").is_file() else None
@@ -50,16 +50,24 @@ def toolkit() -> Path | None:
     if nvcc is None:
         return None
     # The nvcc of the PATH may be a script that calls the toolkit's: it names the folder where it works.
-    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-    top = re.search(r"TOP=(\S+)", told.stdout + told.stderr)
-    return Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parents[1]
+    top = re.search(r"TOP=(\S+)", told_by(nvcc, "--dryrun", "-x", "cu", os.devnull))
+    folder = Path(top.group(1)).resolve() if top else Path(nvcc).resolve().parents[1]
+    return folder if (folder / "bin" / "nvcc").is_file() else None
 
 
 def toolkit_version(home: Path) -> str:
     """The CUDA version of a toolkit, such as "13.0"; "unknown" where its nvcc does not say."""
-    told = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=False)
-    release = re.search(r"release (\d+\.\d+)", told.stdout)
+    release = re.search(r"release (\d+\.\d+)", told_by(home / "bin" / "nvcc", "--version"))
     return release.group(1) if release else "unknown"
+
+
+def told_by(*command: str | Path) -> str:
+    """What a program prints; nothing if it cannot be run."""
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return told.stdout + told.stderr
 
 
 def wants_cuda() -> bool:
@@ -72,7 +80,7 @@ def wants_cuda() -> bool:
         return False
     missing, home = [], toolkit()
     if home is None:
-        missing.append("nvcc is neither in CUDA_HOME nor on the PATH")
+        missing.append("neither CUDA_HOME nor the PATH leads to the bin/nvcc of a CUDA toolkit")
     if torch.version.cuda is None:
         missing.append(f"torch {torch.__version__} is built without CUDA")
     elif home is not None:

@@ -63,11 +63,38 @@ def test_an_nvcc_on_the_path_is_asked_for_its_version(setup, tmp_path, monkeypat
     assert "of CUDA 12.8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("place", "text", "reason"),
+    [
+        (
+            "nvcc",
+            "#!/bin/sh\necho release 13.0\n",
+            "neither CUDA_HOME nor the PATH leads to the bin/nvcc of a CUDA toolkit",
+        ),
+        ("cuda/bin/nvcc", "#!/no/such/shell\n", "is of CUDA unknown and torch is built for CUDA 13.0"),
+        ("cuda/bin/nvcc", "#!/bin/sh\nexit 1\n", "is of CUDA unknown and torch is built for CUDA 13.0"),
+    ],
+)
+def test_an_nvcc_that_is_no_toolkit_of_cuda_is_one_line(
+    setup, tmp_path, monkeypatch, capsys, place: str, text: str, reason: str
+) -> None:
+    nvcc = tmp_path / place
+    nvcc.parent.mkdir(parents=True, exist_ok=True)
+    nvcc.write_text(text)
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("HYBRIDPRUNE_CUDA", raising=False)
+    monkeypatch.setenv("PATH", f"{nvcc.parent}:/usr/bin:/bin")
+    assert setup.names["wants_cuda"]() is False
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("hybridprune-kernels: building for the CPU only: ")
+    assert reason in said
+
+
 def test_without_a_toolkit_or_cuda_in_torch_it_is_the_cpu(setup, monkeypatch, capsys) -> None:
     monkeypatch.delenv("HYBRIDPRUNE_CUDA", raising=False)
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     setup.names["torch"].version.cuda = None
     assert setup.names["wants_cuda"]() is False
-    assert (
-        "nvcc is neither in CUDA_HOME nor on the PATH and torch 2.13.0 is built without CUDA" in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert "nor the PATH leads to the bin/nvcc of a CUDA toolkit and torch 2.13.0 is built without CUDA" in said

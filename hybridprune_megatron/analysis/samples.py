@@ -20,16 +20,14 @@ from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import VIDEO_TOKEN
 from hybridprune_megatron.data.features import StoredFeatures
+from hybridprune_megatron.data.prompt import Shown
 from hybridprune_megatron.data.sample_encoder import BadSampleError, SampleEncoder
 from hybridprune_megatron.data.stored_media import StoredImage
 from hybridprune_megatron.data.stored_samples import StoredSample, read_samples
-from hybridprune_megatron.data.video import FrameSampling, probe_video
+from hybridprune_megatron.data.video import list_frames
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 
 logger = logging.getLogger(__name__)
-
-# More frames than any video has.
-_EVERY_FRAME = FrameSampling("uniform", num_frames=10**9)
 
 
 @dataclass(frozen=True)
@@ -123,10 +121,11 @@ class SampleReader:
 
     def encode(self, stored: StoredSample) -> AnalysisSample:
         """One stored sample, its first question only."""
-        sample = self._encoded(stored)
+        draft = self.encoder.draft(stored.key, stored.messages, stored.videos)[0]
+        sample = self.encoder.finish(draft)
         meta, video = stored.meta, stored.videos[0]
         known = len(stored.videos) == 1 and ("evidence_frames" in meta or "needles" in meta)
-        shown = self._source_frames(video) if known and not isinstance(video, StoredImage) else []
+        shown = _source_frames(video, draft.fitted.shown[0]) if known and not isinstance(video, StoredImage) else []
         evidence = None
         if shown and "evidence_frames" in meta:
             evidence = frames_within(shown, meta["evidence_frames"])
@@ -139,13 +138,6 @@ class SampleReader:
 
     def _encoded(self, stored: StoredSample) -> EncodedSample:
         return self.encoder.encode(stored.key, stored.messages, stored.videos)[0]
-
-    def _source_frames(self, video: bytes | StoredFeatures) -> list[int]:
-        """Which frames of the file the model is shown, in order."""
-        sampling = self.encoder.sampling
-        assert sampling is not None, "videos without a sampling are refused by the encoder"
-        number = {time: index for index, time in enumerate(_times(video, _EVERY_FRAME))}
-        return [number[time] for time in _times(video, sampling)]
 
 
 def ask(stored: StoredSample, question: str) -> StoredSample:
@@ -184,5 +176,9 @@ def frames_within(shown: Sequence[int], spans: Sequence[Sequence[int]]) -> tuple
     return tuple(number for number, frame in enumerate(shown) if any(first <= frame < stop for first, stop in spans))
 
 
-def _times(video: bytes | StoredFeatures, sampling: FrameSampling) -> list[float]:
-    return video.seconds(sampling) if isinstance(video, StoredFeatures) else probe_video(video, sampling)
+def _source_frames(video: bytes | StoredFeatures, shown: Shown) -> list[int]:
+    """Which frames of the file the model is shown, in order."""
+    assert not isinstance(shown, int), "an image has no frames"
+    times = video.video_seconds if isinstance(video, StoredFeatures) else list_frames(video)
+    number = {time: index for index, time in enumerate(times)}
+    return [number[time] for time in shown]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from hybridprune_megatron.checks import divides, fail
 from hybridprune_megatron.config.groups import ParallelConfig, RunConfig
 from hybridprune_megatron.config.model_schema import ModelConfig
@@ -41,14 +43,16 @@ def check_vision(cfg: RunConfig) -> None:
     if data.sampling == "none":
         reason = f"model {cfg.model.name} has a vision tower and needs frames"
         raise fail("data.sampling", data.sampling, reason, "set data.sampling=uniform or fps")
-    visual = most_visual_tokens(cfg)
+    visual = least_video(cfg)
     if visual >= data.sequence_length:
         frames_key = "data.num_frames" if data.sampling == "uniform" else "data.max_frames"
         reason = (
-            f"at {vision.tokens_per_frame} tokens a frame one video fills {visual} tokens and "
+            f"at {vision.tokens_per_frame * cfg.visual_cost:g} tokens a frame one video fills {visual} tokens and "
             f"data.sequence_length={data.sequence_length} leaves no room for text"
         )
-        raise fail(frames_key, data.most_frames, reason, f"lower {frames_key} or raise data.sequence_length")
+        if data.too_long == "shrink" and data.min_frames < data.most_frames:
+            frames_key = "data.min_frames"
+        raise fail(frames_key, data.least_frames, reason, f"lower {frames_key} or raise data.sequence_length")
 
 
 def check_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -155,8 +159,10 @@ def check_batch(cfg: RunConfig) -> None:
         fix = f"set e.g. trainer.global_batch_size={cfg.data_parallel_size * cfg.parallel.pipeline}"
         raise fail("trainer.global_batch_size", trainer.global_batch_size, reason, fix)
     check_loaders(cfg)
-    if cfg.data.sequence_length > cfg.model.max_sequence_length:
+    if cfg.longest_sequence > cfg.model.max_sequence_length:
         reason = f"must not exceed model.max_sequence_length={cfg.model.max_sequence_length}"
+        if cfg.visual_cost < 1:
+            reason = f"holds {cfg.longest_sequence} tokens (data.length_counts=cost), which {reason}"
         fix = "lower data.sequence_length or raise model.max_sequence_length"
         raise fail("data.sequence_length", cfg.data.sequence_length, reason, fix)
 
@@ -176,7 +182,7 @@ def check_loaders(cfg: RunConfig) -> None:
 
 def check_length(cfg: RunConfig) -> None:
     """A packed sequence, of a length that divides, has room for a video and text."""
-    multiple, length, visual = cfg.length_multiple, cfg.data.sequence_length, most_visual_tokens(cfg)
+    multiple, length, visual = cfg.length_multiple, cfg.data.sequence_length, least_video(cfg)
     room = length // multiple * multiple
     if room > visual:
         return
@@ -195,17 +201,26 @@ def check_offsets(cfg: RunConfig) -> None:
     model, parallel = cfg.model, cfg.parallel
     if model.spec == "torch" or not model.has_layers("mamba"):
         return
-    length = cfg.data.sequence_length
+    length = cfg.longest_sequence
     width = model.mamba_num_heads * model.mamba_head_dim // (parallel.tensor * parallel.context)
     if length * width >= 2**31:
         reason = f"{width} channels of a Mamba layer on a rank times {length} tokens are 2^31 numbers or more"
-        fix = f"lower it below {2**31 // width}, or raise parallel.tensor or parallel.context"
-        raise fail("data.sequence_length", length, reason, fix)
+        most = math.floor(2**31 // width * cfg.visual_cost)
+        fix = f"lower it below {most}, or raise parallel.tensor or parallel.context"
+        raise fail("data.sequence_length", cfg.data.sequence_length, reason, fix)
 
 
 def most_visual_tokens(cfg: RunConfig) -> int:
     """Visual tokens of the longest video; 0 without a vision tower."""
     return cfg.data.most_frames * cfg.model.vision.tokens_per_frame if cfg.model.vision is not None else 0
+
+
+def least_video(cfg: RunConfig) -> int:
+    """What the visual tokens of the longest video count for in ``data.sequence_length`` at least; 0 without a tower."""
+    vision = cfg.model.vision
+    if vision is None:
+        return 0
+    return math.ceil(cfg.data.least_frames * vision.tokens_per_frame * cfg.visual_cost)
 
 
 def check_kept(cfg: RunConfig, budget: float, retention: tuple[float, ...]) -> None:

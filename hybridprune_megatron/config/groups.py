@@ -43,7 +43,10 @@ class DataConfig:
         train: Energon dataset folder or metadataset .yaml to train on.
         validation: Energon dataset folder or metadataset .yaml with held-out samples; null = no validation.
         tokenizer: folder of a Hugging Face tokenizer.
-        sequence_length: tokens that samples are packed to before reduction (one micro-batch).
+        sequence_length: tokens that samples are packed to (one micro-batch), counted as length_counts says.
+        length_counts: tokens (all of them), or cost (a visual token counts as the largest budget that is trained).
+        too_long: a sample that does not fit is left out and counted (skip), or loses frames, then tiles (shrink).
+        min_frames: fewest frames that shrink leaves a longer video.
         num_workers: loader processes per packed sequence of a rank's step; 0 loads in the training process.
         shuffle_buffer: samples held in memory to shuffle among, over the whole job.
         packing_buffer: samples that the packing looks at together.
@@ -51,6 +54,7 @@ class DataConfig:
         num_frames: frames per video with uniform sampling.
         fps: frames per second with fps sampling.
         max_frames: most frames of one video with fps sampling.
+        max_tiles: most tiles that an image is cut into, a thumbnail beside them; 1 = the whole image as one.
         frame_text: text before a frame; {index} counts from 1, {seconds:.2f} is its time.
         conversation: turns that become samples; first_question (it scores for all turns), split_turns, all_turns.
         max_bad_share: share of broken samples (0 to 1) that is skipped and counted before the job fails.
@@ -70,6 +74,10 @@ class DataConfig:
     frame_text: Annotated[str, Text()] = "Frame {index} sampled at {seconds:.2f} seconds: "
     conversation: Annotated[str, OneOf("first_question", "split_turns", "all_turns")] = "first_question"
     max_bad_share: Share = 0.01
+    length_counts: Annotated[str, OneOf("tokens", "cost")] = "tokens"
+    too_long: Annotated[str, OneOf("skip", "shrink")] = "skip"
+    min_frames: Count = 8
+    max_tiles: Annotated[int, Range(1, 64)] = 1
 
     def __post_init__(self) -> None:
         check_bounds("data", self)
@@ -79,6 +87,11 @@ class DataConfig:
     def most_frames(self) -> int:
         """Most frames that one video can become."""
         return {"uniform": self.num_frames, "fps": self.max_frames, "none": 0}[self.sampling]
+
+    @property
+    def least_frames(self) -> int:
+        """Fewest frames that the longest video may be left with."""
+        return min(self.min_frames, self.most_frames) if self.too_long == "shrink" else self.most_frames
 
 
 @dataclass
@@ -290,6 +303,18 @@ class RunConfig:
     def num_micro_batches(self) -> int:
         """Packed sequences that one copy of the model runs through per optimizer step."""
         return self.trainer.global_batch_size // (self.data_parallel_size * self.trainer.micro_batch_size)
+
+    @property
+    def visual_cost(self) -> float:
+        """What a visual token counts for in ``data.sequence_length``."""
+        if self.data.length_counts == "tokens":
+            return 1.0
+        return self.tuning.budget.largest(self.reduction.budget)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens of a packed sequence before any reduction."""
+        return math.floor(self.data.sequence_length / self.visual_cost)
 
     @property
     def validation_steps(self) -> int:

@@ -117,6 +117,8 @@ def _as_run(settings: Mapping[str, Any], processor: Mapping[str, Any], folder: P
         "model": model | {"name": "export", "time_step_min": float(settings["time_step_limit"][0])},
         "data": {
             **{name: processor[name] for name in _DATA_KEYS},
+            # Exports before 0.2 took an image as it was.
+            "max_tiles": processor.get("max_tiles", 1),
             "tokenizer": str(folder),
             "sequence_length": settings["max_position_embeddings"],
         },

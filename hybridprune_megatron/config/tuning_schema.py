@@ -46,6 +46,16 @@ class BudgetConfig:
             allowed = "must name at least one budget, each above 0 and at most 1"
             raise fail(f"{prefix}.choices", self.choices, allowed, f"set e.g. '{prefix}.choices=[0.25,0.5,1.0]'")
 
+    def largest(self, fixed: float) -> float:
+        """The largest budget that a sample is trained at.
+
+        Args:
+            fixed: that of a run that draws none.
+        """
+        if self.distribution == "fixed":
+            return fixed
+        return max(self.choices) if self.distribution == "choice" else self.high
+
 
 @dataclass
 class DistillationConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -111,7 +112,12 @@ class _Counter:
     @property
     def fits(self) -> bool:
         """Whether training could take the sample."""
-        return self.prompt.tokens <= self.cfg.data.sequence_length
+        return self.counted <= self.cfg.data.sequence_length
+
+    @property
+    def counted(self) -> int:
+        """What the sample counts for in ``data.sequence_length``."""
+        return self.prompt.text + math.ceil(self.prompt.visual * self.cfg.visual_cost)
 
     def _memory(self, kind: str, visual: tuple[int, ...]) -> Memory:
         prompt = self.prompt
@@ -119,11 +125,11 @@ class _Counter:
             return prefill_memory(self.cfg, Packed(1, visual, prompt.text, prompt.frames, 1))
         if not self.fits:
             raise ConfigError(
-                f"target.memory_gib: a sample of {prompt.tokens} tokens does not fit "
+                f"target.memory_gib: a sample of {self.counted} tokens does not fit "
                 f"data.sequence_length={self.cfg.data.sequence_length}; raise data.sequence_length, plan for a shorter "
                 "video, or set target.memory_of=prefill"
             )
-        samples = self.cfg.data.sequence_length // prompt.tokens
+        samples = self.cfg.data.sequence_length // self.counted
         return training_memory(self.cfg, Packed(samples, visual, prompt.text, prompt.frames, self.target.answer_tokens))
 
     def largest(self, reached: Callable[[float], bool], error: Callable[[float], ConfigError]) -> float:

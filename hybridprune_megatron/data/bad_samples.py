@@ -74,12 +74,13 @@ class BadSampleTally:
 
     Attributes:
         seen: samples read.
+        shrunk: those of them that lost frames or tiles to fit.
         bad: samples left out, by reason.
     """
 
     def __init__(self, max_share: float) -> None:
         self.max_share = max_share
-        self.seen = 0
+        self.seen = self.shrunk = 0
         self.bad: Counter[str] = Counter()
         self._misfits = 0
 
@@ -110,8 +111,8 @@ class BadSampleTally:
         return SkipSample()
 
     def snapshot(self) -> dict[str, int]:
-        """Counts so far: samples seen, and left out by reason."""
-        return {"seen": self.seen, **self.bad}
+        """Counts so far: samples seen, shrunk, and left out by reason."""
+        return {"seen": self.seen, **({"shrunk": self.shrunk} if self.shrunk else {}), **self.bad}
 
 
 class ShardReader:

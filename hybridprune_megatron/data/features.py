@@ -85,6 +85,11 @@ class StoredFeatures:
         """
         return self._chosen(sampling)[1]
 
+    @property
+    def video_seconds(self) -> list[float]:
+        """Times of all frames of the video, stored or not."""
+        return self._frames[0]
+
     def read(self, sampling: FrameSampling) -> tuple[FrameFeatures, list[float]]:
         """Features and times of the frames that a sampling takes; a view of the stored bytes if it takes all.
 

@@ -6,7 +6,10 @@ scaled.
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridprune_megatron.data.media import MediaError, check_image_size, open_image
+from hybridprune_megatron.data.media import MIN_SIDE, MediaError, check_image_size, open_image
 
 _ORIENTATION_TAG = 0x0112
 #: EXIF orientations: whether rows and columns change places, then whether columns and rows are reversed.
@@ -43,13 +46,20 @@ def read_image(source: Any, name: str = "image") -> np.ndarray:
     Raises:
         ValueError: it cannot be read.
     """
-    if isinstance(source, str | Path):
-        name = " ".join(str(source).split())
-    try:
+    with _one_line(source, name):
         if hasattr(source, "getexif"):
             return _pixels(source)
         with open_image(source) as image:
             return _pixels(image)
+
+
+@contextmanager
+def _one_line(source: Any, name: str) -> Iterator[None]:
+    """Makes one line of whatever Pillow has to say."""
+    if isinstance(source, str | Path):
+        name = " ".join(str(source).split())
+    try:
+        yield
     except MediaError as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     except Exception as error:
@@ -82,10 +92,82 @@ def to_square(pixels: np.ndarray, side: int) -> Tensor:
     Returns:
         uint8 [3, side, side].
     """
+    return _scaled(pixels, side, side)
+
+
+def _scaled(pixels: np.ndarray, height: int, width: int) -> Tensor:
     picture = torch.from_numpy(np.require(pixels, requirements=("C", "W"))).permute(2, 0, 1)
-    if picture.shape[1:] != (side, side):
-        picture = torch.nn.functional.interpolate(picture[None], (side, side), mode="bicubic", antialias=True)[0]
+    if picture.shape[1:] != (height, width):
+        picture = torch.nn.functional.interpolate(picture[None], (height, width), mode="bicubic", antialias=True)[0]
     return picture.contiguous()
+
+
+def image_size(source: Any, name: str = "image") -> tuple[int, int]:
+    """Width and height of a picture as ``read_image`` returns it, without decoding it.
+
+    Args:
+        source: the bytes of an image file, or its path.
+        name: what to call it in an error, if it has no path.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    with _one_line(source, name), open_image(source) as image:
+        swapped = _ORIENTATIONS.get(_orientation(image), (False, False, False))[0]
+        width, height = image.size
+        return (height, width) if swapped else (width, height)
+
+
+def tile_grid(width: int, height: int, side: int, most: int) -> tuple[int, int]:
+    """Columns and rows of the tiles that a picture is cut into: those that keep most of its area and its aspect ratio.
+
+    The rule of Eagle 2.5 (arXiv 2504.15271): of all grids of at most ``most`` tiles the highest
+    ``min(tiles' area / picture's area, 0.6) x min(aspect of one / aspect of the other)``; of equal ones the smallest.
+    Other than there, no grid is larger than the picture, to the next tile: enlarging shows nothing more.
+
+    Args:
+        width, height: of the picture, in pixels.
+        side: of a tile, in pixels.
+        most: tiles.
+    """
+    most = min(most, math.ceil(width * height / side**2))
+    grids = [(columns, rows) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)]
+
+    def worth(grid: tuple[int, int]) -> float:
+        columns, rows = grid
+        stretch = columns * height / (rows * width)
+        return min(columns * rows * side**2 / (width * height), 0.6) * min(stretch, 1 / stretch)
+
+    return max(sorted(grids, key=lambda grid: grid[0] * grid[1]), key=worth)
+
+
+def num_tiles(grid: tuple[int, int]) -> int:
+    """Tiles of a picture with its thumbnail, which it has if there are several."""
+    columns, rows = grid
+    return columns * rows + (columns * rows > 1)
+
+
+def to_tiles(pixels: np.ndarray, side: int, most: int) -> Tensor:
+    """Cuts a picture into square tiles (``tile_grid``), row by row, with the whole of it as a thumbnail after several.
+
+    Args:
+        pixels: uint8 [H, W, 3], RGB.
+        side: of a tile, in pixels.
+        most: tiles.
+
+    Returns:
+        uint8 [T, 3, side, side].
+
+    Raises:
+        ValueError: the picture is smaller than pictures that are read.
+    """
+    height, width = pixels.shape[:2]
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"{width} x {height} pixels; at least {MIN_SIDE} on a side are read: scale it up")
+    columns, rows = tile_grid(width, height, side, most)
+    scaled = _scaled(pixels, rows * side, columns * side)
+    tiles = scaled.unflatten(1, (rows, side)).unflatten(3, (columns, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    return torch.cat([tiles, to_square(pixels, side)[None]]) if len(tiles) > 1 else tiles
 
 
 def _pixels(image: Any) -> np.ndarray:

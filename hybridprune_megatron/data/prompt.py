@@ -34,6 +34,8 @@ from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 CONVERSATION_MODES = ("first_question", "split_turns", "all_turns")
 #: Characters of a text that may repeat from sample to sample.
 _MOST_REPEATED = 200
+#: What of a medium is shown: of a video the times of its frames in seconds, of an image the number of its tiles.
+Shown = Sequence[float] | int
 DEFAULT_FRAME_TEXT = "Frame {index} sampled at {seconds:.2f} seconds: "
 
 
@@ -106,13 +108,13 @@ class PromptEncoder:
         return ids
 
     def encode_prompt(
-        self, conversation: Conversation, timestamps: Sequence[Sequence[float] | None], mode: str = "first_question"
+        self, conversation: Conversation, timestamps: Sequence[Shown], mode: str = "first_question"
     ) -> EncodedPrompt:
         """A prompt that ends with the assistant's marker, for inference.
 
         Args:
             conversation: has one more question than answers.
-            timestamps: for every video its frame times in seconds, for every image None.
+            timestamps: what of every medium is shown.
             mode: which questions score, as in training: the first, the last (``split_turns``) or all of them.
         """
         turns = len(conversation.questions)
@@ -146,13 +148,13 @@ class PromptEncoder:
         return pieces.ids
 
     def encode_samples(
-        self, conversation: Conversation, timestamps: Sequence[Sequence[float] | None], mode: str = "first_question"
+        self, conversation: Conversation, timestamps: Sequence[Shown], mode: str = "first_question"
     ) -> list[EncodedPrompt]:
         """Training samples: one, or one per turn with ``split_turns``.
 
         Args:
             conversation: every question has its answer.
-            timestamps: for every video its frame times in seconds, for every image None.
+            timestamps: what of every medium is shown.
             mode: ``first_question``: the first question scores, every answer carries loss. ``split_turns``: every turn
                 is a sample whose own question scores and whose own answer carries loss, after the earlier turns as
                 plain text. ``all_turns``: every question scores, every answer carries loss. Later questions then
@@ -183,7 +185,7 @@ class PromptEncoder:
     def _encode(
         self,
         conversation: Conversation,
-        timestamps: Sequence[Sequence[float] | None],
+        timestamps: Sequence[Shown],
         scoring_turns: range,
         loss_turns: range,
     ) -> EncodedPrompt:
@@ -205,7 +207,7 @@ class PromptEncoder:
         return pieces.finish(num_videos=video)
 
     def _user_turn(
-        self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Sequence[float] | None], video: int
+        self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Shown], video: int
     ) -> int:
         """Writes a user turn and the assistant's marker; returns the number of videos written so far."""
         self._special_token(pieces, TURN_TOKEN)
@@ -214,16 +216,14 @@ class PromptEncoder:
         self._text(pieces, "Assistant\n")
         return video
 
-    def _question(
-        self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Sequence[float] | None], video: int
-    ) -> int:
+    def _question(self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Shown], video: int) -> int:
         """Writes one user content; returns the number of videos written so far."""
         before = "User\n"
         texts = MEDIA_PATTERN.split(content)
         for position, text in enumerate(texts):
             last = position == len(texts) - 1
             if position:
-                self._video(pieces, before, timestamps[video], video)
+                self._medium(pieces, before, timestamps[video], video)
                 video, before = video + 1, "\n"
                 text = text.removeprefix("\n")
             if text or last:
@@ -245,18 +245,27 @@ class PromptEncoder:
         else:
             pieces.add(ids, kind)
 
-    def _video(self, pieces: _Pieces, before: str, seconds: Sequence[float] | None, video: int) -> None:
-        """Writes the frames of a video, or an image."""
-        if seconds is not None and not seconds:
-            raise ValueError(f"video {video} has no frames")
-        texts = [self.frame_text.format(index=frame + 1, seconds=time) for frame, time in enumerate(seconds or ())]
-        image = (self._special[IMAGE_TOKEN],) * self.tokens_per_frame
-        for frame, text in enumerate(texts or [""]):
-            self._text(pieces, before + text)
-            self._special_token(pieces, IMAGE_START_TOKEN)
-            pieces.add(image, TokenKind.FRAME, video=video, frame=frame)
-            self._special_token(pieces, IMAGE_END_TOKEN)
+    def _medium(self, pieces: _Pieces, before: str, shown: Shown, number: int) -> None:
+        """Writes the frames of a video, each with its time, or the tiles of an image, side by side."""
+        if isinstance(shown, int):
+            # Tiles are no frames of one video: each stands for itself.
+            self._frames(pieces, before, [(pieces.new_video(), 0) for _ in range(shown)])
+            return
+        if not shown:
+            raise ValueError(f"video {number} has no frames")
+        video = pieces.new_video()
+        for frame, time in enumerate(shown):
+            self._frames(pieces, before + self.frame_text.format(index=frame + 1, seconds=time), [(video, frame)])
             before = "\n"
+
+    def _frames(self, pieces: _Pieces, before: str, frames: Sequence[tuple[int, int]]) -> None:
+        """Writes frames between one pair of marks; each is the number of its video and its own."""
+        self._text(pieces, before)
+        self._special_token(pieces, IMAGE_START_TOKEN)
+        for video, frame in frames:
+            tokens = (self._special[IMAGE_TOKEN],) * self.tokens_per_frame
+            pieces.add(tokens, TokenKind.FRAME, video=video, frame=frame)
+        self._special_token(pieces, IMAGE_END_TOKEN)
 
     def _text(self, pieces: _Pieces, text: str) -> None:
         pieces.add(self._tokenize(text), TokenKind.TEXT)
@@ -272,6 +281,12 @@ class _Pieces:
     ids: list[int] = field(default_factory=list)
     loss: list[bool] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    videos: int = 0
+
+    def new_video(self) -> int:
+        """A number for the spans of another video, or of a tile."""
+        self.videos += 1
+        return self.videos - 1
 
     def add(self, ids: Sequence[int], kind: TokenKind, loss: bool = False, video: int = -1, frame: int = -1) -> None:
         if not ids:

@@ -158,7 +158,7 @@ def check_row(row: Row) -> Conversation:
     errors = []
     for mode in CONVERSATION_MODES:
         try:
-            _encoder().encode_samples(conversation, [None if kind == "image" else [0.0] for kind in kinds], mode)
+            _encoder().encode_samples(conversation, [1 if kind == "image" else [0.0] for kind in kinds], mode)
         except ValueError as error:
             errors.append(error)
     if len(errors) == len(CONVERSATION_MODES):

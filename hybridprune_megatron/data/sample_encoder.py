@@ -6,9 +6,11 @@ many times larger than the file they come from, and a packing buffer holds many 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +20,12 @@ from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample, FrameFeatures, join_features, no_pixels
 from hybridprune_megatron.data.conversation import Conversation, check_media, media_types, read_conversation
 from hybridprune_megatron.data.features import StoredFeatures
-from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder
+from hybridprune_megatron.data.images import image_size, num_tiles, read_image, tile_grid, to_tiles
+from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder, Shown
 from hybridprune_megatron.data.stored_media import StoredImage, StoredMedium, kinds_of
 from hybridprune_megatron.data.tokenizer import load_tokenizer
-from hybridprune_megatron.data.video import FrameSampling, decode_image, decode_video, probe_video
-from hybridprune_megatron.method.layout import TokenKind
+from hybridprune_megatron.data.video import FrameSampling, decode_video, list_frames
+from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 
 #: Why a sample may be left out.
 BAD_REASONS = ("malformed", "video", "too_long", "shard")
@@ -30,6 +33,8 @@ BAD_REASONS = ("malformed", "video", "too_long", "shard")
 #: seconds for a megabyte, has seen them.
 _MOST_CHARACTERS = 16
 _MOST_MESSAGE = 500
+#: Tiles that an image may be left with.
+_TILES = (12, 8, 6, 4, 2, 1)
 
 
 class BadSampleError(ValueError):
@@ -61,6 +66,38 @@ def _malformed(key: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Detail:
+    """How much of its media a sample may show.
+
+    Attributes:
+        frames: most frames of a video.
+        tiles: most tiles of an image.
+    """
+
+    frames: int
+    tiles: int
+
+
+#: What of a medium is shown at a detail.
+_Medium = Callable[[Detail], Shown]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A sample's tokens at the detail that fits.
+
+    Attributes:
+        detail: how much of its media it shows.
+        shown: what of every medium of the conversation is expected to be shown.
+        prompt: the tokens.
+    """
+
+    detail: Detail
+    shown: list[Shown]
+    prompt: EncodedPrompt
+
+
+@dataclass(frozen=True)
 class SampleDraft:
     """A sample whose videos are not decoded yet.
 
@@ -68,21 +105,19 @@ class SampleDraft:
         key: of the sample it becomes.
         conversation: all of it.
         part: which of the samples of this conversation it is (0 but with ``split_turns``).
-        prompt: its tokens, for the expected frame times.
-        seconds: for every video of the conversation its expected frame times, for an image None.
+        fitted: its tokens, as far as videos and images are what their headers say.
         videos: the video and image files, or stored features of frames.
     """
 
     key: str
     conversation: Conversation
     part: int
-    prompt: EncodedPrompt
-    seconds: list[list[float] | None]
+    fitted: Fitted
     videos: tuple[StoredMedium, ...]
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.prompt.input_ids)
+    def layout(self) -> SampleLayout:
+        return self.fitted.prompt.layout
 
 
 class SampleEncoder:
@@ -100,7 +135,9 @@ class SampleEncoder:
         self.tokenizer = load_tokenizer(data.tokenizer)
         self.model = cfg.model
         self.mode = data.conversation
-        self.sequence_length = data.sequence_length
+        self.sequence_length, self.visual_cost = data.sequence_length, cfg.visual_cost
+        self.shrinks, self.least_frames = data.too_long == "shrink", data.least_frames
+        self.full_detail = Detail(data.most_frames, data.max_tiles)
         self.sampling: FrameSampling | None = None
         self.frame_size = 0
         if data.sampling != "none" and vision is not None:
@@ -128,17 +165,25 @@ class SampleEncoder:
         """
         with _malformed(key):
             conversation = read_conversation(messages, media_types(kinds_of(videos)))
-            seconds = self._seconds(key, conversation, videos)
-            if self.mode == "split_turns":
-                # The last part is the whole conversation; the others are made only if that is short enough.
-                self._check_length(key, len(self.prompts.encode_samples(conversation, seconds)[0].input_ids))
-            prompts = self.prompts.encode_samples(conversation, seconds, self.mode)
-        drafts = []
-        for part, prompt in enumerate(prompts):
-            part_key = key if len(prompts) == 1 else f"{key}.{part}"
-            self._check_length(part_key, len(prompt.input_ids))
-            drafts.append(SampleDraft(part_key, conversation, part, prompt, seconds, tuple(videos)))
-        return drafts
+            # With split_turns the last part is the whole conversation; the others are made only if that fits.
+            split = self.mode == "split_turns"
+            whole = "first_question" if split else self.mode
+            media = self._media(key, conversation, videos)
+            fitted = self._fit(media, lambda shown: self.prompts.encode_samples(conversation, shown, whole)[0])
+            self._check_length(key, fitted.prompt.layout)
+            prompts = [fitted.prompt]
+            if split:
+                prompts = self.prompts.encode_samples(conversation, fitted.shown, self.mode)
+        return [
+            SampleDraft(
+                key if len(prompts) == 1 else f"{key}.{part}",
+                conversation,
+                part,
+                replace(fitted, prompt=prompt),
+                tuple(videos),
+            )
+            for part, prompt in enumerate(prompts)
+        ]
 
     def prompt(self, key: str, conversation: Conversation, videos: Sequence[StoredMedium]) -> EncodedSample:
         """A conversation that waits for its last answer, as training shows it; without labels.
@@ -150,12 +195,12 @@ class SampleEncoder:
             BadSampleError: as ``draft`` and ``finish`` do.
         """
         with _malformed(key):
-            seconds = self._seconds(key, conversation, videos)
-            prompt = self.prompts.encode_prompt(conversation, seconds, self.mode)
-            if videos and not prompt.layout.count(TokenKind.QUESTION):
+            media = self._media(key, conversation, videos)
+            fitted = self._fit(media, lambda shown: self.prompts.encode_prompt(conversation, shown, self.mode))
+            if videos and not fitted.prompt.layout.count(TokenKind.QUESTION):
                 raise ValueError("it shows a video but its question has no text: nothing to score frames with")
-        self._check_length(key, len(prompt.input_ids))
-        return self.finish(SampleDraft(key, conversation, 0, prompt, seconds, tuple(videos)))
+        self._check_length(key, fitted.prompt.layout)
+        return self.finish(SampleDraft(key, conversation, 0, fitted, tuple(videos)))
 
     def answer_ids(self, key: str, text: str) -> tuple[int, ...]:
         """The tokens of an answer to a prompt, its end included.
@@ -166,7 +211,7 @@ class SampleEncoder:
         with _malformed(key):
             self._check_characters(key, [text])
             ids = self.prompts.answer_ids(text)
-        self._check_length(key, len(ids))
+        self._check_length(key, SampleLayout((Span(TokenKind.TEXT, len(ids)),)))
         return ids
 
     def finish(self, draft: SampleDraft) -> EncodedSample:
@@ -175,27 +220,28 @@ class SampleEncoder:
         Raises:
             BadSampleError: a video cannot be decoded, or decodes to more frames than a sequence has room for.
         """
-        prompt = draft.prompt
-        frames, features, seconds = [], [], list(draft.seconds)
+        prompt, detail, shown = draft.fitted.prompt, draft.fitted.detail, list(draft.fitted.shown)
+        frames, features = [], []
         try:
             for index in range(prompt.num_videos):
                 assert self.sampling is not None, "videos without a sampling are refused by draft()"
                 video = draft.videos[index]
                 if isinstance(video, StoredFeatures):
                     features.append(self._features(video, self.sampling))
-                    continue
-                if isinstance(video, StoredImage):
-                    frames.append(decode_image(video.data, self.frame_size, f"image {index}").frames)
-                    continue
-                decoded = decode_video(video, self.sampling, self.frame_size, f"video {index}")
-                frames.append(decoded.frames)
-                seconds[index] = decoded.seconds
+                elif isinstance(video, StoredImage):
+                    frames.append(to_tiles(read_image(video.data, f"image {index}"), self.frame_size, detail.tiles))
+                    shown[index] = len(frames[-1])
+                else:
+                    sampling = self.sampling.at_most(detail.frames)
+                    decoded = decode_video(video, sampling, self.frame_size, f"video {index}")
+                    frames.append(decoded.frames)
+                    shown[index] = decoded.seconds
             frame_features = join_features(features)
         except (ValueError, MemoryError) as error:
             raise BadSampleError("video", draft.key, str(error)) from error
-        if seconds != draft.seconds:
+        if shown != draft.fitted.shown:
             # The container's index was wrong; what was decoded counts.
-            prompt = self._prompts(draft.conversation, seconds)[draft.part]
+            prompt = self._prompts(draft.conversation, shown)[draft.part]
         sample = EncodedSample(
             key=draft.key,
             input_ids=torch.tensor(prompt.input_ids, dtype=torch.int64),
@@ -204,7 +250,7 @@ class SampleEncoder:
             pixel_values=torch.cat(frames) if frames else no_pixels(),
             frame_features=frame_features,
         )
-        self._check_length(sample.key, sample.layout.num_tokens)
+        self._check_length(sample.key, sample.layout)
         return sample
 
     def encode(
@@ -217,40 +263,68 @@ class SampleEncoder:
         """
         return [self.finish(draft) for draft in self.draft(key, messages, videos)]
 
-    def _prompts(self, conversation: Conversation, seconds: list[list[float] | None]) -> list[EncodedPrompt]:
+    def counted(self, layout: SampleLayout) -> int:
+        """What a sample counts for in ``data.sequence_length``."""
+        return layout.num_tokens - layout.num_visual + math.ceil(layout.num_visual * self.visual_cost)
+
+    def _prompts(self, conversation: Conversation, shown: list[Shown]) -> list[EncodedPrompt]:
         """The prompts of a draft's conversation, which waits for its answer or has it."""
         if len(conversation.answers) < len(conversation.questions):
-            return [self.prompts.encode_prompt(conversation, seconds, self.mode)]
-        return self.prompts.encode_samples(conversation, seconds, self.mode)
+            return [self.prompts.encode_prompt(conversation, shown, self.mode)]
+        return self.prompts.encode_samples(conversation, shown, self.mode)
 
-    def _seconds(
-        self, key: str, conversation: Conversation, videos: Sequence[StoredMedium]
-    ) -> list[list[float] | None]:
-        """Expected frame times of the videos of a conversation that may fit a sequence and shows all of them."""
+    def _fit(self, media: Sequence[_Medium], encode: Callable[[list[Shown]], EncodedPrompt]) -> Fitted:
+        """The most of its media that a sample can show in a sequence, if it may shrink; else all of them.
+
+        As Eagle 2.5 does it (arXiv 2504.15271): frames get what the text and images of one tile leave, tiles what is
+        left then. Text is never cut. What does not even fit with the fewest frames is returned so.
+        """
+
+        def at(frames: int, tiles: int) -> Fitted:
+            detail = Detail(frames, tiles)
+            shown = [medium(detail) for medium in media]
+            return Fitted(detail, shown, encode(shown))
+
+        def fits(found: Fitted) -> bool:
+            return self.counted(found.prompt.layout) <= self.sequence_length
+
+        full = at(self.full_detail.frames, self.full_detail.tiles)
+        if not self.shrinks or fits(full):
+            return full
+        lengths = [len(each) for each in full.shown if not isinstance(each, int)]
+        possible = range(self.least_frames, max(lengths, default=self.least_frames) + 1)
+        # The first number of frames that is too many; the prompt grows with them.
+        too_many = bisect_left(possible, True, key=lambda frames: not fits(at(frames, 1)))
+        frames = possible[max(too_many - 1, 0)]
+        tiles = [number for number in _TILES if number <= self.full_detail.tiles]
+        return next((found for number in tiles if fits(found := at(frames, number))), at(frames, 1))
+
+    def _media(self, key: str, conversation: Conversation, videos: Sequence[StoredMedium]) -> list[_Medium]:
+        """The media of a conversation that may fit a sequence and shows all of them, by their headers."""
         self._check_size(key, conversation, len(videos))
         check_media(conversation, kinds_of(videos))
-        return self._probe(key, videos)
-
-    def _probe(self, key: str, videos: Sequence[StoredMedium]) -> list[list[float] | None]:
         if videos and self.sampling is None:
             raise BadSampleError(
                 "malformed", key, f"{len(videos)} videos for a model or setting (data.sampling) without"
             )
         try:
-            return [self._times(video, self.sampling, f"video {i}") for i, video in enumerate(videos) if self.sampling]
+            return [self._medium(video, self.sampling, index) for index, video in enumerate(videos) if self.sampling]
         except ConfigError as error:
             raise MisfitError("video", key, str(error)) from error
         except (ValueError, MemoryError) as error:
             raise BadSampleError("video", key, str(error)) from error
 
-    def _times(self, video: StoredMedium, sampling: FrameSampling, name: str) -> list[float] | None:
-        """Expected frame times of a video, or those of its features; an image has none."""
-        if isinstance(video, StoredImage):
-            return None
-        if not isinstance(video, StoredFeatures):
-            return probe_video(video, sampling, name)
-        video.info.check(self.model, name)
-        return video.seconds(sampling)
+    def _medium(self, medium: StoredMedium, sampling: FrameSampling, index: int) -> _Medium:
+        if isinstance(medium, StoredImage):
+            size = image_size(medium.data, f"image {index}")
+            return lambda detail: num_tiles(tile_grid(*size, self.frame_size, detail.tiles))
+        if isinstance(medium, StoredFeatures):
+            medium.info.check(self.model, f"video {index}")
+            # Those of fewer frames are not stored.
+            stored = medium.seconds(sampling)
+            return lambda detail: stored
+        times = list_frames(medium, f"video {index}")
+        return lambda detail: [times[each] for each in sampling.at_most(detail.frames).choose(times)]
 
     def _features(self, stored: StoredFeatures, sampling: FrameSampling) -> FrameFeatures:
         """The features that a sampling takes, as the projector takes them."""
@@ -266,7 +340,8 @@ class SampleEncoder:
         """Refuses what cannot fit, before it is tokenized and its videos are opened."""
         self._check_characters(key, (conversation.system or "", *conversation.questions, *conversation.answers))
         # A video has a frame at least.
-        self._check_length(key, num_videos * self.prompts.tokens_per_frame)
+        frames = [Span(TokenKind.FRAME, self.prompts.tokens_per_frame, video, 0) for video in range(num_videos)]
+        self._check_length(key, SampleLayout(tuple(frames)))
 
     def _check_characters(self, key: str, texts: Sequence[str]) -> None:
         characters, most = sum(map(len, texts)), _MOST_CHARACTERS * self.sequence_length
@@ -278,8 +353,10 @@ class SampleEncoder:
                 "most",
             )
 
-    def _check_length(self, key: str, length: int) -> None:
-        if length > self.sequence_length:
+    def _check_length(self, key: str, layout: SampleLayout) -> None:
+        counted = self.counted(layout)
+        if counted > self.sequence_length:
+            each = f" (a visual one counts {self.visual_cost:g})" if self.visual_cost < 1 else ""
             raise BadSampleError(
-                "too_long", key, f"{length} tokens; data.sequence_length={self.sequence_length} is the most"
+                "too_long", key, f"{counted} tokens{each}; data.sequence_length={self.sequence_length} is the most"
             )

@@ -47,8 +47,8 @@ def samples_by_pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """First fit by falling length: full sequences leave less padding, and ranks less to wait for each other.
 
     Args:
-        lengths: tokens of the samples in order of arrival, none above the capacity.
-        capacity: tokens of a packed sequence.
+        lengths: what the samples count for, in order of arrival, none above the capacity.
+        capacity: of a packed sequence.
 
     Returns:
         Numbers of the samples of every pack, rising; packs in the order in which their first sample arrived.
@@ -166,12 +166,13 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
             drafts = self.encoder.draft(sample.__key__, _read_messages(sample), sample.videos)
         except BadSampleError as error:
             raise self.tally.skip(error) from error
+        self.tally.shrunk += drafts[0].fitted.detail != self.encoder.full_detail
         for draft in drafts:
             yield DraftSample.derive_from(sample, draft=draft)
 
     def select_samples_to_pack(self, samples: list[DraftSample]) -> list[list[DraftSample]]:
         """See ``samples_by_pack``."""
-        packs = samples_by_pack([sample.draft.num_tokens for sample in samples], self.capacity)
+        packs = samples_by_pack([self.encoder.counted(sample.draft.layout) for sample in samples], self.capacity)
         return [[samples[number] for number in pack] for pack in packs]
 
     @stateless
@@ -188,7 +189,7 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
         chosen: list[EncodedSample] = []
         room = self.capacity
         for each in samples:
-            length = each.sample.layout.num_tokens
+            length = self.encoder.counted(each.sample.layout)
             if length > room:
                 # Only a video whose index lied about its frames is longer than its draft.
                 self._too_long(each.sample, room)
@@ -205,7 +206,7 @@ class VideoTaskEncoder(TaskEncoder[RawSample, DraftSample, Any, PackedSample]):
         return PackedSample.derive_from(samples[0], batch=batch, counts=self.tally.snapshot(), worker=worker)
 
     def _too_long(self, sample: EncodedSample, room: int) -> None:
-        message = f"{sample.layout.num_tokens} tokens after decoding, {room} left in its sequence"
+        message = f"{self.encoder.counted(sample.layout)} tokens after decoding, {room} left in its sequence"
         self.tally.skip(BadSampleError("too_long", sample.key, message))
 
 

@@ -39,7 +39,7 @@ class HeldOut:
         shard: tar file.
         number: of the stored sample in it, from 0.
         part: which of the samples that its conversation becomes (0 but with ``split_turns``).
-        tokens: its length.
+        tokens: what it counts for in ``data.sequence_length``.
         answered: the data set says which answer is right.
     """
 
@@ -132,7 +132,7 @@ class ValidationSet:
                         continue
                     answered = stored.meta.get("answer") is not None
                     yield [
-                        HeldOut(str(path), number, part, draft.num_tokens, answered)
+                        HeldOut(str(path), number, part, self._encoder.counted(draft.layout), answered)
                         for part, draft in enumerate(drafts)
                     ]
 

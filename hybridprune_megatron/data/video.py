@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hybridprune_megatron.data.frame_times import listed_seconds, seconds, timed_packets
-from hybridprune_megatron.data.images import read_image, to_square, turned
+from hybridprune_megatron.data.images import to_square, turned
 from hybridprune_megatron.data.media import MAX_FRAME_PIXELS, MAX_FRAMES, MIN_SIDE, MediaError, check_size, open_video
 
 SAMPLING_MODES = ("uniform", "fps")
@@ -49,6 +49,10 @@ class FrameSampling:
         for name in ("num_frames", "fps", "max_frames"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be above 0")
+
+    def at_most(self, frames: int) -> FrameSampling:
+        """The same, with no more frames of a video than so many."""
+        return replace(self, num_frames=min(self.num_frames, frames), max_frames=min(self.max_frames, frames))
 
     @property
     def overrides(self) -> str:
@@ -142,20 +146,6 @@ def sample_frames(
     return _decoded([to_square(frames[index], frame_size) for index in chosen], chosen, times)
 
 
-def decode_image(source: bytes | str | Path, frame_size: int, name: str = "image") -> DecodedVideo:
-    """An image as a video of one frame, so that both are scaled alike.
-
-    Args:
-        source: the bytes of an image file, or its path.
-        frame_size: side of the frame, in pixels.
-        name: what to call the image in an error.
-
-    Raises:
-        ValueError: it cannot be read, or is larger or smaller than images that are read.
-    """
-    return sample_frames([read_image(source, name)], [0.0], FrameSampling("uniform", num_frames=1), frame_size)
-
-
 def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str = "video") -> list[float]:
     """The times that ``decode_video`` will most likely give its frames, without decoding.
 
@@ -164,9 +154,14 @@ def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str =
     Raises:
         ValueError: the video cannot be read, is cut, has no frames, or is larger than videos that are read.
     """
+    times = list_frames(source, name)
+    return [times[index] for index in sampling.choose(times)]
+
+
+def list_frames(source: bytes | str | Path, name: str = "video") -> list[float]:
+    """The times of all frames of a video, by the container's index: see ``probe_video``."""
     with _one_error(source, name):
-        times = _listed(source)
-        return [times[index] for index in sampling.choose(times)]
+        return _listed(source)
 
 
 def check_video(source: bytes | str | Path, name: str = "video") -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from threading import Lock
 
 from hybridprune_megatron.config.json_text import is_plain, short
+from hybridprune_megatron.data.images import read_image, to_tiles
 from hybridprune_megatron.data.media import MIN_SIDE
 from hybridprune_megatron.data.rows import BadRowError
 from hybridprune_megatron.data.shards import MEDIA_EXTENSIONS, VIDEO_EXTENSIONS
 from hybridprune_megatron.data.stored_media import kinds_of_names
 from hybridprune_megatron.data.tar_samples import MOST_SAMPLE_BYTES
-from hybridprune_megatron.data.video import check_video, decode_image
+from hybridprune_megatron.data.video import check_video
 
 
 class VideoFolder:
@@ -77,7 +78,7 @@ def _why_not(data: bytes, name: str) -> str | None:
     """Why training cannot use a video or an image, None if it can."""
     try:
         if kinds_of_names([name]) == ["image"]:
-            decode_image(data, MIN_SIDE, short(name))
+            to_tiles(read_image(data, short(name)), MIN_SIDE, 1)
         else:
             check_video(data, short(name))
     except (ValueError, MemoryError) as error:

@@ -22,8 +22,8 @@ from hybridprune_megatron.data.conversation import (
     read_conversation,
     render_chat,
 )
-from hybridprune_megatron.data.images import read_image
-from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT, EncodedPrompt, PromptEncoder, special_token_id
+from hybridprune_megatron.data.images import read_image, to_tiles
+from hybridprune_megatron.data.prompt import DEFAULT_FRAME_TEXT, EncodedPrompt, PromptEncoder, Shown, special_token_id
 from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video, sample_frames
 from hybridprune_megatron.export.media_arguments import check_parts, flat_images, flat_videos, named_media
 from hybridprune_megatron.method.layout import TokenKind
@@ -43,6 +43,7 @@ class HybridPruneProcessor(ProcessorMixin):
         num_frames: frames of a video with "uniform".
         fps: frames a second with "fps".
         max_frames: most frames of a video with "fps".
+        max_tiles: most tiles of an image, a thumbnail beside them.
         frame_text: template before every frame.
         conversation: which question scores visual tokens, as in training.
         chat_template: unused; the format is fixed.
@@ -57,6 +58,7 @@ class HybridPruneProcessor(ProcessorMixin):
         num_frames: int = 16,
         fps: float = 2.0,
         max_frames: int = 128,
+        max_tiles: int = 1,
         frame_text: str = DEFAULT_FRAME_TEXT,
         conversation: str = "first_question",
         chat_template: str | None = None,
@@ -64,6 +66,7 @@ class HybridPruneProcessor(ProcessorMixin):
         super().__init__(tokenizer, chat_template=chat_template)
         self.tokens_per_frame, self.frame_size, self.sampling = tokens_per_frame, frame_size, sampling
         self.num_frames, self.fps, self.max_frames = num_frames, fps, max_frames
+        self.max_tiles = max_tiles
         self.frame_text, self.conversation = frame_text, conversation
         tokenizer.padding_side = "left"
         if tokenizer.pad_token_id is None:
@@ -131,7 +134,7 @@ class HybridPruneProcessor(ProcessorMixin):
 
         Args:
             images: paths, file:// URLs, bytes, PIL images or uint8 [H, W, 3] (RGB, upright), in the order of the
-                ``<image>`` placeholders; each becomes one frame.
+                ``<image>`` placeholders; each becomes one frame a tile.
             text: one or several texts from ``apply_chat_template``.
             videos: paths, file:// URLs, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], RGB,
                 upright, or a list of such frames or of PIL images), in the order of the ``<video>`` placeholders of all
@@ -161,12 +164,12 @@ class HybridPruneProcessor(ProcessorMixin):
         prompts: list[EncodedPrompt] = []
         frames: list[Tensor] = []
         for each in texts:
-            times: list[list[float] | None] = []
+            shown: list[Shown] = []
             for token in MEDIA_PATTERN.findall(each):
-                decoded = next(waiting[token])
-                frames.append(decoded.frames)
-                times.append(None if token == IMAGE_TOKEN else decoded.seconds)
-            prompts.append(encoder.encode_prompt(parse_chat(each), times, conversation_mode or self.conversation))
+                medium = next(waiting[token])
+                frames.append(medium.frames if isinstance(medium, DecodedVideo) else medium)
+                shown.append(medium.seconds if isinstance(medium, DecodedVideo) else len(medium))
+            prompts.append(encoder.encode_prompt(parse_chat(each), shown, conversation_mode or self.conversation))
         features = self._pad(prompts, bool(padding))
         if frames:
             features["pixel_values"] = torch.cat(frames)
@@ -197,7 +200,7 @@ class HybridPruneProcessor(ProcessorMixin):
 
     def _decoded(
         self, texts: Sequence[str], videos: Any, images: Any, video_metadata: Any
-    ) -> dict[str, Iterator[DecodedVideo]]:
+    ) -> dict[str, Iterator[DecodedVideo | Tensor]]:
         """What stands for the placeholders of all texts, decoded one by one as they come.
 
         Raises:
@@ -229,14 +232,14 @@ class HybridPruneProcessor(ProcessorMixin):
         frames = _frames(source, "video", "a path, the bytes of a file, frames, or a DecodedVideo")
         return sample_frames(frames, _frame_times(len(frames), metadata), sampling, self.frame_size)
 
-    def _image(self, source: Any) -> DecodedVideo:
-        """Reads an image as a video of one frame, so that both are scaled alike."""
+    def _image(self, source: Any) -> Tensor:
+        """Reads an image: uint8 [T, 3, S, S], its tiles."""
         self._need_tower("image")
         if isinstance(source, str | bytes | Path) or hasattr(source, "getexif"):
-            frames: Sequence[np.ndarray] = [read_image(source)]
+            pixels = read_image(source)
         else:
-            frames = _frames(source, "image", "a path, the bytes of a file, a PIL image or one of uint8 [H, W, 3]")
-        return sample_frames(frames, [0.0], FrameSampling("uniform", 1), self.frame_size)
+            (pixels,) = _frames(source, "image", "a path, the bytes of a file, a PIL image or one of uint8 [H, W, 3]")
+        return to_tiles(pixels, self.frame_size, self.max_tiles)
 
     def _need_tower(self, kind: str) -> None:
         if self.sampling == "none":

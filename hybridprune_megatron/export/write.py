@@ -179,6 +179,7 @@ def processor_settings(cfg: Config) -> dict[str, Any]:
         "num_frames": data.num_frames,
         "fps": data.fps,
         "max_frames": data.max_frames,
+        "max_tiles": data.max_tiles,
         "frame_text": data.frame_text,
         "conversation": data.conversation,
     }

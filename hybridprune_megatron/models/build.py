@@ -42,7 +42,7 @@ def fp32_line(cfg: Config, on_gpu: bool) -> str | None:
     """
     if not on_gpu or cfg.trainer.precision != "fp32" or not cfg.model.has_layers("attention"):
         return None
-    length = cfg.data.sequence_length
+    length = cfg.longest_sequence
     if length > LONGEST_FP32:
         reason = f"attention holds {length} x {length} logits per head, for sequences above {LONGEST_FP32} too many"
         raise fail("trainer.precision", "fp32", f"on a GPU {reason}", "set bf16, or lower data.sequence_length")

@@ -313,9 +313,9 @@ def test_decoded_times_count_where_the_index_of_a_video_is_wrong(
     cfg = demo_config()
     messages = turns("<video>\nWhere?", "end")
     (right,) = SampleEncoder(cfg).encode("k", messages, [clip])
-    monkeypatch.setattr(sample_encoder_module, "probe_video", lambda *_: [0.0, 9.0])
+    monkeypatch.setattr(sample_encoder_module, "list_frames", lambda *_: [0.0, 9.0])
     (draft,) = SampleEncoder(cfg).draft("k", messages, [clip])
-    assert draft.prompt.layout.num_visual == 32
+    assert draft.layout.num_visual == 32
     sample = SampleEncoder(cfg).finish(draft)
     assert sample.layout == right.layout
     assert torch.equal(sample.input_ids, right.input_ids)

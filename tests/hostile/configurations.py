@@ -76,6 +76,10 @@ def _choices(overrides: Sequence[str]) -> list[str]:
             chosen = getattr(to_config(_composed("demo")).reduction, part).name
             if chosen not in owners:
                 found[part] = f"reduction.{part}={owners[0]}"
+    share = "reduction.front.retention"
+    if "front" in found and not any(text.startswith(f"{share}=") for text in overrides):
+        # A front that passes on everything is refused, before what the case is about.
+        found[share] = f"{share}=0.5"
     return list(found.values())
 
 

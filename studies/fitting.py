@@ -2,8 +2,8 @@
 
 python -m studies.fitting
 
-Clips of 10 to 300 seconds (log-uniform, seed 0) as the 12B model's experiment reads them, two frames a second, here up to
-512, packed to 16,384; nothing is decoded and no model is built. ``data.too_long=shrink`` throughout.
+Clips of 10 to 300 seconds (log-uniform, seed 0) as the 12B model's experiment reads them, two frames a second, here up
+to 512, packed to 16,384; nothing is decoded and no model is built. ``data.too_long=shrink`` throughout.
 """
 
 from __future__ import annotations

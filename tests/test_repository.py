@@ -13,7 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from scripts.docs_site import OUTSIDE, with_links
+from docs.site import OUTSIDE, with_links
 from tests.tracked import ROOT, tracked
 
 PACKAGE = "hybridprune_megatron"

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 #: Pages of the site and the files that they are made of, both as seen from docs/.
 OUTSIDE = {"index.md": "../README.md", "contributing.md": "../CONTRIBUTING.md", "changes.md": "../CHANGELOG.md"}
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#)([^)#\s]+)")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hybridprune_megatron.analysis.probe import IN_FRONT
-from hybridprune_megatron.evaluation.figure import new_figure
+from hybridprune_megatron.evaluation.figure import layer_name, new_figure
 from hybridprune_megatron.layers.kinds import KINDS
 
 TYPE_COLOURS = {kind.name: kind.colour for kind in KINDS.values() if kind.scores}
@@ -34,11 +34,6 @@ CONTENT_NAMES = {
     "feature": ("mean feature of the dropped tokens", "R\N{SUPERSCRIPT TWO} on unseen clips"),
     "label": ("label of the needle", "accuracy on unseen clips"),
 }
-
-
-def layer_name(layer: int, symbols: str, between: str = " ") -> str:
-    """Number and symbol, "3 *"."""
-    return f"{layer}{between}{symbols[layer]}"
 
 
 def plot_sparsity(path: Path, rows: Sequence[dict[str, Any]], symbols: str) -> None:

@@ -61,7 +61,7 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
             exposed.append(exposures(model, full, model.reduction, scoring))
         if number < settings.strips:
             strips.append(f"strip_{number}.png")
-            plot_strip(out / strips[-1], sample, kept_tokens(sample, reduced.entered), symbols)
+            plot_strip(out / strips[-1], sample.patches(kept_tokens(sample, reduced.entered), symbols))
     if not found:
         raise ValueError(f"data={data}: no sample there shows a video")
     result: dict[str, Any] = {

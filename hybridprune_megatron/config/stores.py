@@ -287,15 +287,17 @@ class _S3:
             return answer
         except exceptions.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
-            if code in _ABSENT:
-                self._absent(str(arguments.get("Key", "")))
+            if code in _ABSENT and "Key" in arguments:
+                self._absent(arguments["Key"])
             if code == "NoSuchBucket":
                 raise StoreError(f"there is no bucket {self._bucket}: correct it, or AWS_ENDPOINT_URL") from error
             if code in _DENIED:
                 raise StoreError(
                     f"{where} refuses these credentials ({code}): {_CREDENTIALS} of who may read"
                 ) from error
-            raise StoreError(f"{where} cannot be read ({_line(error)}): try again, or look at the store") from error
+            raise StoreError(
+                f"{where} cannot be read ({_line(error)}): try again, or check AWS_ENDPOINT_URL"
+            ) from error
         except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
             raise StoreError(f"no credentials for {where}: {_CREDENTIALS}") from error
         # A bad answer, a broken connection, a profile that is not there: all are BotoCoreErrors, or ValueErrors.

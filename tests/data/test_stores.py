@@ -212,6 +212,12 @@ def test_nobody_answers(demo_config: MakeConfig, store: StoreServer, monkeypatch
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
         _s3_client.cache_clear()
         assert "s3://bucket cannot be reached" in refused(demo_config, "s3://bucket/sets/train")
+    # A server of something else.
+    store.fails += [404] * 9
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+    _s3_client.cache_clear()
+    assert "cannot be read" in refused(demo_config, "s3://bucket/sets/train")
+    store.fails.clear()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "no address")
     _s3_client.cache_clear()
     assert "no address" in refused(demo_config, "s3://bucket/sets/train")

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from hybridprune_megatron.analysis.statistics import evenly_spread
-from hybridprune_megatron.evaluation.figure import layer_name, new_figure
+from hybridprune_megatron.evaluation.figure import NEEDED_COLOUR, layer_name, new_figure
 
 _COLUMNS = 12
 #: Columns for frames that need not keep anything.
@@ -22,7 +22,6 @@ _OTHERS = 2
 _ROWS = 6
 _SIDE = 64
 _GAP = 4
-_NEEDED_COLOUR = "#D55E00"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def plot_strip(path: Path, clip: KeptPatches, layers: Sequence[int] | None = Non
     needed = [column for column, frame in enumerate(frames) if frame in clip.evidence]
     for column in needed:
         outline = Rectangle((column * step - 2, -2), _SIDE + 3, canvas.shape[0] + 3)
-        outline.set(fill=False, edgecolor=_NEEDED_COLOUR, linewidth=2, clip_on=False)
+        outline.set(fill=False, edgecolor=NEEDED_COLOUR, linewidth=2, clip_on=False)
         axes.add_patch(outline)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

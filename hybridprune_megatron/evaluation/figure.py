@@ -5,6 +5,9 @@ from __future__ import annotations
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+#: Of frames that the answer needs. Okabe and Ito's orange; kinds of layers have their blue, red, green and grey.
+NEEDED_COLOUR = "#E69F00"
+
 
 def new_figure(width: float, height: float, dpi: int = 110) -> Figure:
     """An empty figure of a size in inches."""

@@ -56,7 +56,7 @@ def compare(folders: tuple[Path, Path], results: tuple[dict[str, Any], dict[str,
     if not clips:
         about = "The two have no clip in common, so there are no intervals of the differences."
     parts = [
-        f"<h1>{html.escape(' and '.join(str(result['run']['checkpoint']) for result in results))}</h1>",
+        f"<h1>{html.escape(f'{folders[0]} (A) and {folders[1]} (B)')}</h1>",
         _settings(results),
         '<h2 id="differences">What differs</h2>',
         f"<p>{about} One whose interval holds 0 is within chance.</p>",
@@ -109,7 +109,7 @@ def _figures(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Callable[[dict[s
     }
     for kind in kinds:
         found[f"AUC of needed frames, {kind} layers"] = lambda clip, kind=kind: clip["auc"].get(kind)  # type: ignore[misc]
-        found[f"share of half of the mass, {kind} layers"] = lambda clip, kind=kind: clip["half"].get(kind)  # type: ignore[misc]
+        found[f"tokens that hold half of the mass, {kind} layers"] = lambda clip, kind=kind: clip["half"].get(kind)  # type: ignore[misc]
     return found
 
 

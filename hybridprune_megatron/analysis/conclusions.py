@@ -11,6 +11,10 @@ from hybridprune_megatron.evaluation.intervals import bootstrap
 
 #: Below this divergence (nats) an answer is taken to be the same.
 _SAME = 0.01
+#: Overlaps of two layers' tops below and above which these have little and nearly all in common.
+_APART, _ALIKE = 0.5, 0.8
+#: Half of the score mass lies in this share of the tokens if scores are noise.
+_NOISE = 0.24
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:
@@ -31,7 +35,9 @@ def _mass(rows: list[dict[str, Any]]) -> str:
     kinds = sorted({row["type"] for row in rows})
     shares = {kind: _mean([row["tokens_that_hold"]["0.5"] for row in rows if row["type"] == kind]) for kind in kinds}
     words = " and ".join(f"{_percent(share)} of the visual tokens in {kind} layers" for kind, share in shares.items())
-    return f"Half of the score mass lies in {words}. Evenly spread it would be 50 %, and noise has about 24 %."
+    sparse = " and ".join(kind for kind, share in shares.items() if share is not None and share < _NOISE / 2)
+    verdict = f"scores of {sparse} layers are sparse" if sparse else "no kind of layer is twice as sparse as noise"
+    return f"Half of the score mass lies in {words}; evenly spread it would be 50 %, noise has 24 %: {verdict}."
 
 
 def _persistence(stability: dict[str, Any]) -> str:
@@ -40,12 +46,14 @@ def _persistence(stability: dict[str, Any]) -> str:
     if not known:
         return "Fewer than two layers score, so nothing follows about whether rankings persist."
     overlap = sum(pair["overlap"] * pair["pairs"] for pair in known) / sum(pair["pairs"] for pair in known)
-    verdict = "is another's too: an early decision would do nearly as well as a late one"
-    if overlap < 0.5:
-        verdict = "is not another's: an early decision is a bad guess of a late one"
+    verdict = "rankings agree in part, and an early decision loses some of what a late one would keep"
+    if overlap < _APART:
+        verdict = "most of one layer's top is not another's, and an early decision is a bad guess of a late one"
+    elif overlap > _ALIKE:
+        verdict = "rankings hardly change with depth, and an early decision does nearly as well as a late one"
     top = _percent(stability["top"])
     shared = f"Two layers share {_percent(overlap)} of their top {top} (by chance {top})"
-    return f"{shared}: most of one layer's top {verdict}."
+    return f"{shared}: {verdict}."
 
 
 def _evidence(result: dict[str, Any]) -> str:
@@ -72,12 +80,15 @@ def _evidence(result: dict[str, Any]) -> str:
 def _reading(rows: list[dict[str, Any]]) -> str:
     reads = [row["layer"] for row in rows if row["kl"] >= _SAME]
     if not reads:
-        return f"No answer changes by {_SAME} nats if one visual token gets past any layer: the answers do not need it."
+        return (
+            f"Answers change by less than {_SAME} nats if one visual token gets past the first layer: none is needed."
+        )
     if reads[-1] == rows[-1]["layer"]:
-        return f"Visual tokens are read up to the last layer that scores ({reads[-1]}): none may drop them all."
+        return f"Visual tokens are still read after layer {reads[-1]}, the last that scores: a schedule may not end."
+    end = next(row["layer"] for row in rows if row["layer"] > reads[-1])
     return (
-        f"The last layer behind which visual tokens are still read is {reads[-1]}; after the next one that scores a "
-        f"schedule may end (KL below {_SAME} nats)."
+        f"Visual tokens are still read after layer {reads[-1]}; after layer {end} a schedule may end (KL below {_SAME} "
+        "nats)."
     )
 
 

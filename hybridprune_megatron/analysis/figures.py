@@ -14,14 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hybridprune_megatron.analysis.probe import IN_FRONT
-from hybridprune_megatron.evaluation.figure import new_figure
+from hybridprune_megatron.evaluation.figure import NEEDED_COLOUR, layer_name, new_figure
 from hybridprune_megatron.layers.kinds import KINDS
 
 TYPE_COLOURS = {kind.name: kind.colour for kind in KINDS.values() if kind.scores}
-#: Okabe and Ito, for pairs of layers: within Mamba, within attention, across.
-_PAIR_COLOURS = {"mamba-mamba": "#0072B2", "attention-attention": "#D55E00", "attention-mamba": "#009E73"}
+#: Okabe and Ito, for pairs of layers: within Mamba and within attention as these, across as none.
+_PAIR_COLOURS = {"mamba-mamba": "#0072B2", "attention-attention": "#D55E00", "attention-mamba": "#CC79A7"}
 _MASS_MARKERS = ("o", "s", "^")
 # Shares are drawn by their power, so that few per cent can be told from none.
+_OTHERS_COLOUR = "#56B4E9"
 _KEPT_GAMMA = 0.4
 _KEPT_TICKS = (0, 0.01, 0.03, 0.1, 0.25, 0.5, 1)
 _TYPE_MARKERS = {"mamba": "o", "attention": "D"}
@@ -36,15 +37,11 @@ CONTENT_NAMES = {
 }
 
 
-def layer_name(layer: int, symbols: str, between: str = " ") -> str:
-    """Number and symbol, "3 *"."""
-    return f"{layer}{between}{symbols[layer]}"
-
-
 def plot_sparsity(path: Path, rows: Sequence[dict[str, Any]], symbols: str) -> None:
-    """Share of tokens that hold the score mass, Gini and negative scores, AUC; a column a scoring layer."""
-    figure = new_figure(15, 4.4)
-    left, middle, right = figure.subplots(1, 3)
+    """Share of tokens that hold the score mass, Gini and negative scores, AUC if known; a column a scoring layer."""
+    known = any(row["auc"] is not None for row in rows)
+    figure = new_figure(15 if known else 10, 4.4)
+    left, middle, *right = figure.subplots(1, 3 if known else 2)
     layers = range(len(rows))
     shares = list(rows[0]["tokens_that_hold"])
     for kind, colour in TYPE_COLOURS.items():
@@ -53,16 +50,18 @@ def plot_sparsity(path: Path, rows: Sequence[dict[str, Any]], symbols: str) -> N
             values = _floats([rows[x]["tokens_that_hold"][share] for x in mine])
             left.plot(mine, values, marker, color=colour, label=f"{float(share):.0%} of the mass, {kind}")
         middle.bar(mine, _floats([rows[x]["gini"] for x in mine]), color=colour, label=f"Gini, {kind}")
-        right.plot(mine, _floats([rows[x]["auc"] for x in mine]), "o", color=colour, label=f"AUC, {kind}")
+        for axes in right:
+            axes.plot(mine, _floats([rows[x]["auc"] for x in mine]), "o", color=colour, label=f"AUC, {kind}")
     lowest, highest = (_floats([row["tokens_that_hold"][share] for row in rows]) for share in (shares[0], shares[-1]))
     left.vlines(layers, lowest, highest, color="#BBBBBB", linewidth=1, zorder=0)
     left.set(title="Visual tokens that hold the score mass", ylabel="share of the visual tokens")
     negative = _floats([row["negative"] for row in rows])
     middle.plot(layers, negative, "D", color="black", markerfacecolor="white", label="share of negative scores")
     middle.set(title="Concentration of the scores", ylabel="Gini coefficient; share of tokens")
-    right.axhline(0.5, color="black", linestyle=":", linewidth=1, label="a score that knows nothing")
-    right.set(title="Do frames that the answer needs score higher?", ylabel="AUC of their tokens against all others")
-    for axes in (left, middle, right):
+    for axes in right:
+        axes.axhline(0.5, color="black", linestyle=":", linewidth=1, label="a score that knows nothing")
+        axes.set(title="Do frames that the answer needs score higher?", ylabel="AUC of their tokens against all others")
+    for axes in (left, middle, *right):
         axes.set(xlabel="layer that scores, nothing dropped", ylim=(-0.02, 1.02))
         _layer_ticks(axes, [row["layer"] for row in rows], symbols)
         _legend_below(axes)
@@ -135,11 +134,11 @@ def plot_kept(path: Path, kept: dict[str, Any], symbols: str, retention: Sequenc
     layers = range(len(symbols))
     right.plot(layers, retention, "_", color="black", markersize=12, label="schedule")
     if needed is not None:
-        right.plot(layers, _floats(needed["inside"]), "-o", color="#D55E00", label="frames that the answer needs")
-        right.plot(layers, _floats(needed["outside"]), "-s", color="#0072B2", label="all other frames")
+        right.plot(layers, _floats(needed["inside"]), "-o", color=NEEDED_COLOUR, label="frames that the answer needs")
+        right.plot(layers, _floats(needed["outside"]), "-s", color=_OTHERS_COLOUR, label="all other frames")
     else:
         share = np.nanmean(_floats(kept["by_layer_and_frame"]), 1)
-        right.plot(layers, share, "-s", color="#0072B2", label="all frames")
+        right.plot(layers, share, "-s", color=_OTHERS_COLOUR, label="all frames")
     right.set_yscale(
         "function", functions=(lambda y: y.clip(0) ** _KEPT_GAMMA, lambda y: y.clip(0) ** (1 / _KEPT_GAMMA))
     )
@@ -158,7 +157,9 @@ def plot_probe(path: Path, probe: dict[str, Any], symbols: str) -> None:
     for row, (name, found) in zip(figure.subplots(len(contents), 3, squeeze=False, width_ratios=(1, 1.3, 0.9)),
                                   contents.items()):  # fmt: skip
         title, unit = CONTENT_NAMES[name]
-        high = max(each["shuffled_high"] for each in found["rows"])
+        high = max(
+            _floats([each["shuffled_high"] for each in found["rows"] if each["shuffled_high"] is not None] or [0])
+        )
         _plot_since(row[0], found["rows"], symbols, title, unit, high)
         _plot_pairs(row[1], found["rows"], symbols, unit)
         _plot_times(row[2], found["rows"], probe["time_bins"], unit, high)
@@ -175,7 +176,7 @@ def _plot_since(axes: Axes, rows: Sequence[dict[str, Any]], symbols: str, title:
         axes.plot(distance, _floats([row["score"] for row in behind]), color=colour, label=name)
         for row in behind:
             marker = _TYPE_MARKERS[row["type"]]
-            axes.plot(row["layer"] - after, row["score"], marker, color=colour)
+            axes.plot(row["layer"] - after, _floats(row["score"]), marker, color=colour)
     for kind, marker in _TYPE_MARKERS.items():
         axes.plot([], [], marker, color="black", label=f"read at {kind}")
     _shuffled(axes, high)

@@ -5,6 +5,7 @@ Shape letters: V visual tokens, F frames, K layers, R layers that score.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -64,6 +65,30 @@ def measure(sample: AnalysisSample, full: Observation, reduced: Observation, top
         kept=torch.stack([kept[:, frames == frame].mean(1) for frame in range(int(frames.max()) + 1)], 1),
         hit=torch.stack([kept[:, needed].mean(1), kept[:, ~needed].mean(1)], 1) if known else None,
     )
+
+
+def clip_row(sample: AnalysisSample, found: SampleMeasures, symbols: str) -> dict[str, Any]:
+    """What two analyses of the same clip are compared by: means over layers, None where not known.
+
+    Returns:
+        key of the clip; by type of layer, share of tokens that holds half of the mass (half) and ``auc``; shares of the
+        tokens of needed frames (inside), of all others (outside) and of all (kept).
+    """
+    kinds = [KINDS[symbol].name for symbol in symbols if KINDS[symbol].scores]
+    inside, outside = (None, None) if found.hit is None else found.hit.mean(0).tolist()
+
+    def by_kind(values: Tensor) -> dict[str, float | None]:
+        means = {kind: values[[each == kind for each in kinds]].mean().item() for kind in sorted(set(kinds))}
+        return {kind: None if math.isnan(mean) else mean for kind, mean in means.items()}
+
+    return {
+        "key": sample.prompt.key,
+        "half": by_kind(found.sparsity[:, 0]),
+        "auc": by_kind(found.auc),
+        "inside": inside,
+        "outside": outside,
+        "kept": found.kept.mean().item(),
+    }
 
 
 def kept_tokens(sample: AnalysisSample, entered: Sequence[TokenLayout]) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybridprune_megatron.analysis.conclusions import conclusions
 from hybridprune_megatron.analysis.figures import plot_exposure, plot_kept, plot_probe, plot_sparsity, plot_stability
 from hybridprune_megatron.analysis.probe import READOUTS
 
@@ -65,7 +66,8 @@ SECTIONS: dict[str, tuple[str, str]] = {
 }
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }
-img { max-width: 100% } table { border-collapse: collapse; margin: 1em 0 }
+img { max-width: 100% } figure { margin: 0; flex: 1 } .both { display: flex; gap: 1em }
+table { border-collapse: collapse; margin: 1em 0 }
 td, th { padding: 0.15em 0.9em 0.15em 0; text-align: right; font-variant-numeric: tabular-nums }
 td:first-child, th:first-child { text-align: left } th { border-bottom: 1px solid #999 }
 """
@@ -75,15 +77,16 @@ def write_json(path: Path, values: Any) -> None:
     """Whole or not at all; what is not a number becomes null, for JSON has no nan."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(_finite(values), indent=1, allow_nan=False) + "\n")
+    scratch.write_text(json.dumps(finite(values), indent=1, allow_nan=False) + "\n")
     scratch.replace(path)
 
 
-def _finite(values: Any) -> Any:
+def finite(values: Any) -> Any:
+    """The same with None for what is not a number."""
     if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
+        return {key: finite(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
+        return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
@@ -104,7 +107,9 @@ def write_html(out: Path, result: dict[str, Any]) -> Path:
     run = result["run"]
     parts = [
         f"<h1>Analysis of {html.escape(str(run['checkpoint']))}</h1>",
-        _table([("", ""), *((name.replace("_", " "), _text(value)) for name, value in run.items())]),
+        '<h2 id="conclusion">In short</h2>',
+        "<ul>" + "".join(f"<li>{html.escape(each)}</li>" for each in conclusions(result)) + "</ul>",
+        table([("", ""), *((name.replace("_", " "), text(value)) for name, value in run.items())]),
     ]
     figures = {name: [f"{name}.png"] for name in ("sparsity", "stability", "kept", "exposure", "probe")}
     figures["strips"] = result["strips"]
@@ -116,19 +121,24 @@ def write_html(out: Path, result: dict[str, Any]) -> Path:
     for name, (title, words) in SECTIONS.items():
         if result[name]:
             parts += [f'<h2 id="{name}">{title}</h2>', f"<p>{words}</p>"]
-            parts += [_image(out / file, title) for file in figures[name]]
+            parts += [image(out / file, title) for file in figures[name]]
             if name in tables:
                 parts.append(tables[name](result[name]))
     path = out / HTML_FILE
-    page = "\n".join(parts)
-    path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Analysis</title><style>{_STYLE}</style>'
-        f"</head><body>\n{page}\n</body></html>\n"
-    )
+    path.write_text(page("Analysis", parts))
     return path
 
 
-def _image(path: Path, title: str) -> str:
+def page(title: str, parts: Sequence[str]) -> str:
+    """An HTML page that needs no other file."""
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        f"</head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def image(path: Path, title: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img alt="{title}" src="data:image/png;base64,{data}">'
 
@@ -137,43 +147,46 @@ def _sparsity_table(rows: Sequence[dict[str, Any]]) -> str:
     shares = list(rows[0]["tokens_that_hold"])
     header = ("layer", "type", *(f"{float(share):.0%} of the mass" for share in shares), "Gini", "negative", "AUC")
     lines = [
-        (str(row["layer"]), row["type"], *(_text(row["tokens_that_hold"][share]) for share in shares),
-         *(_text(row[name]) for name in ("gini", "negative", "auc")))
+        (str(row["layer"]), row["type"], *(text(row["tokens_that_hold"][share]) for share in shares),
+         *(text(row[name]) for name in ("gini", "negative", "auc")))
         for row in rows
     ]  # fmt: skip
-    return _table([header, *lines])
+    return table([header, *lines])
 
 
 def _stability_table(stability: dict[str, Any]) -> str:
     header = ("pairs of layers", "number", "Spearman", f"overlap of the top {stability['top']:.0%}")
     lines = [
-        (name, str(pair["pairs"]), _text(pair["spearman"]), _text(pair["overlap"]))
+        (name, str(pair["pairs"]), text(pair["spearman"]), text(pair["overlap"]))
         for name, pair in stability["by_type"].items()
     ]
-    return _table([header, *lines])
+    return table([header, *lines])
 
 
 def _probe_table(probe: dict[str, Any]) -> str:
     header = ("content", "read at", "dropped after", "layers after", "dropped", "nothing dropped", "never entered")
     lines = [
-        (content, kind, *(_text(row[key]) for key in ("dropped_after", "layers", "score", "held", "absent")))
+        (content, kind, *(text(row[key]) for key in ("dropped_after", "layers", "score", "held", "absent")))
         for content, found in probe["contents"].items()
         for kind, rows in found["by_drop"].items()
         for row in rows
     ]
-    return f"<p>{probe['samples']} clips; means over the layers after each drop.</p>" + _table([header, *lines])
+    return f"<p>{probe['samples']} clips; means over the layers after each drop.</p>" + table([header, *lines])
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = rows
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; the first row is its header. Columns without any value are left out."""
+    told = [any(row[column] not in ("-", "") for row in rows[1:]) for column in range(len(rows[0]))]
+    header, *body = [[cell for cell, keep in zip(row, told) if keep] for row in rows]
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"] if any(header) else []
     lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
     return "<table>" + "\n".join(lines) + "</table>"
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A value as a table shows it; a dash for what is not known."""
     if isinstance(value, float):
         return f"{value:.3f}"
     if isinstance(value, list | tuple):
-        return ", ".join(_text(each) for each in value)
+        return ", ".join(text(each) for each in value)
     return "-" if value is None else str(value)

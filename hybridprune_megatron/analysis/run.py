@@ -12,10 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from hybridprune_megatron.analysis.damage import exposures
-from hybridprune_megatron.analysis.measures import kept_tokens, measure, summarize
+from hybridprune_megatron.analysis.measures import clip_row, kept_tokens, measure, summarize
 from hybridprune_megatron.analysis.observe import observe, observe_full
 from hybridprune_megatron.analysis.probe import collect, evaluate_probes
-from hybridprune_megatron.analysis.report import JSON_FILE, write_figures, write_html, write_json
+from hybridprune_megatron.analysis.report import JSON_FILE, finite, write_figures, write_html, write_json
 from hybridprune_megatron.analysis.samples import AnalysisSample, SampleReader
 from hybridprune_megatron.analysis.settings import FEWEST_PROBED, AnalysisSettings
 from hybridprune_megatron.analysis.strip import plot_strip
@@ -50,18 +50,19 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
     scoring = dropping_layers(symbols, "all")
     reader = SampleReader(cfg, data)
     out.mkdir(parents=True, exist_ok=True)
-    found, strips, visual = [], [], []
+    found, clips, strips, visual = [], [], [], []
     exposed: list[dict[int, float]] = []
     for number, sample in enumerate(_progress(reader.samples(), settings.samples, "scores and kept tokens")):
         full = observe_full(model, sample.prompt, model.reduction.scorer)
         reduced = observe(model, sample.prompt, model.reduction)
         found.append(measure(sample, full, reduced, settings.top))
+        clips.append(clip_row(sample, found[-1], symbols))
         visual.append(sample.prompt.layout.num_visual)
         if number < settings.exposure_samples and model.reduction.front is None:
             exposed.append(exposures(model, full, model.reduction, scoring))
         if number < settings.strips:
             strips.append(f"strip_{number}.png")
-            plot_strip(out / strips[-1], sample, kept_tokens(sample, reduced.entered), symbols)
+            plot_strip(out / strips[-1], sample.patches(kept_tokens(sample, reduced.entered), symbols))
     if not found:
         raise ValueError(f"data={data}: no sample there shows a video")
     result: dict[str, Any] = {
@@ -78,11 +79,13 @@ def analyze(model: VideoLanguageModel, cfg: Config, settings: AnalysisSettings, 
         **summarize(found, symbols, settings.top),
         "exposure": _exposure(exposed, symbols),
         "probe": _probe(model, reader, settings, symbols) if settings.probe_samples else None,
+        "clips": clips,
         "strips": strips,
     }
     machine = describe_machine()
     result["run"] |= {"date": machine["date"], "device": machine["device"], "torch": machine["versions"]["torch"]}
     result["run"]["seconds"] = round(time.perf_counter() - start, 1)
+    result = finite(result)
     write_json(out / JSON_FILE, result)
     write_figures(out, result)
     return write_html(out, result)

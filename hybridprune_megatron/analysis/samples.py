@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridprune_megatron.analysis.strip import KeptPatches
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import VIDEO_TOKEN
@@ -57,6 +58,18 @@ class AnalysisSample:
         """int64 [L]: which visual token stands at a position of the prompt, -1 for text."""
         is_visual = torch.tensor(self.prompt.layout.kinds()) == TokenKind.FRAME
         return torch.where(is_visual, is_visual.cumsum(0) - 1, -1)
+
+    def patches(self, kept: Tensor, symbols: str) -> KeptPatches:
+        """What a strip shows of the sample.
+
+        Args:
+            kept: bool [K, V], see ``measures.kept_tokens``.
+            symbols: of the layers.
+        """
+        title = self.question + (f" ({self.answer})" if self.answer else "")
+        return KeptPatches(
+            self.prompt.pixel_values, self.frame_numbers(), kept.cpu(), symbols, title, self.evidence or ()
+        )
 
 
 class SampleReader:

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "how good a checkpoint's or an export's answers are, over budgets"),
     "predict": ("predict", "answers of a checkpoint or an export about many videos, in a file"),
     "analyze": ("analyze", "looks into a checkpoint: its scores, what it keeps, and what a drop loses"),
+    "compare": ("compare", "puts two analyses on one page: what differs, and their figures side by side"),
     "solve": ("solve", "finds the share of visual tokens per layer that costs the answers least"),
     "export": ("export_hf", "writes a checkpoint as a Hugging Face folder that runs without this project"),
     "ask": ("ask", "asks an exported model a question about a video"),

@@ -2,7 +2,8 @@
 
 Energon calls what a description names (``__module__``, ``__function__``, ``sample_loader``) and opens shards wherever
 they are said to be. So descriptions are read here first. Taken are folders as ``data.shards.ShardWriter`` writes them
-and plain blends of such folders, nothing else.
+and plain blends of such folders, nothing else. Both may lie in a store, if the configuration says so; what a
+description names lies where the description lies.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import yaml  # type: ignore[import-untyped]  # the package ships no types
 from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.features import FeaturesInfo, check_folder, read_info
 from hybridprune_megatron.config.json_text import is_plain, parse_json, short
+from hybridprune_megatron.config.stores import AnyPath, StoreError, StorePath, located
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
@@ -56,7 +58,7 @@ class DataSet:
         weight: its share of a blend; None outside of one.
     """
 
-    folder: Path
+    folder: AnyPath
     part: str
     shards: tuple[tuple[str, int], ...]
     excluded: frozenset[str]
@@ -104,21 +106,22 @@ def features_of(sets: Sequence[DataSet], where: str) -> FeaturesInfo | None:
     return found[0]
 
 
-def read_data_sets(path: str | Path, part: str, key: str) -> list[DataSet]:
+def read_data_sets(path: str | AnyPath, part: str, key: str) -> list[DataSet]:
     """The folders that a path stands for: itself, or those of a blend.
 
     Args:
-        path: a folder with shards, or the .yaml of a blend.
+        path: a folder with shards, or the .yaml of a blend; a text may name one in a store.
         part: of the split: train, val or test.
         key: what sets the path, for errors.
 
     Raises:
         ConfigError: it is not a data set, or one that could make Energon run code or read other files.
     """
+    place = located(path, key)
     with _one_error(f"{key}={path}"):
-        if not Path(path).is_file():
-            return [_read_folder(Path(path), part)]
-        sets = [replace(each, weight=share) for each, share in islice(_read_blend(Path(path), part), _MOST_SETS + 1)]
+        if not place.is_file():
+            return [_read_folder(place, part)]
+        sets = [replace(each, weight=share) for each, share in islice(_read_blend(place, part), _MOST_SETS + 1)]
         if len(sets) > _MOST_SETS:
             raise ValueError(f"more than {_MOST_SETS} data sets in a blend")
         return sets
@@ -146,7 +149,7 @@ class _OtherSplitError(ValueError):
 def _one_error(where: str) -> Iterator[None]:
     try:
         yield
-    except _OtherSplitError as error:
+    except (_OtherSplitError, StoreError) as error:
         raise ConfigError(f"{where}: {error}") from None
     except (ValueError, OSError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
@@ -156,9 +159,9 @@ def _one_error(where: str) -> Iterator[None]:
         ) from None
 
 
-def _read_blend(file: Path, part: str, outer: tuple[Path, ...] = ()) -> Iterator[tuple[DataSet, float]]:
+def _read_blend(file: AnyPath, part: str, outer: tuple[AnyPath, ...] = ()) -> Iterator[tuple[DataSet, float]]:
     """The folders of a blend and of the blends in it, each with its share of all samples."""
-    file = file.resolve()
+    file = file.resolve() if isinstance(file, Path) else file
     if file in outer or len(outer) > _MOST_NESTED:
         raise ValueError(f"{file} blends itself, or blends are nested more than {_MOST_NESTED} times")
     content = _read_yaml(file)
@@ -180,7 +183,7 @@ def _read_blend(file: Path, part: str, outer: tuple[Path, ...] = ()) -> Iterator
             yield _read_folder(path, inner_part), share
 
 
-def _weight(entry: Any, file: Path) -> float:
+def _weight(entry: Any, file: AnyPath) -> float:
     """The weight of an entry of a blend.
 
     Raises:
@@ -201,9 +204,9 @@ def _weight(entry: Any, file: Path) -> float:
     return float(weight)
 
 
-def _read_folder(folder: Path, part: str) -> DataSet:
+def _read_folder(folder: AnyPath, part: str) -> DataSet:
     """What is read of a folder of shards."""
-    folder = folder.resolve()
+    folder = folder.listed() if isinstance(folder, StorePath) else folder.resolve()
     counts = _read_counts(folder)
     described = _own_file(folder, f"{_META}/dataset.yaml")
     content = _read_yaml(described)
@@ -232,10 +235,10 @@ def _read_folder(folder: Path, part: str) -> DataSet:
     return DataSet(folder, part, shards, frozenset(name for name in excluded if "/" in name))
 
 
-def _read_counts(folder: Path) -> dict[str, int]:
+def _read_counts(folder: AnyPath) -> dict[str, int]:
     """Number of samples by shard. All shards lie in the folder, and can hold that many."""
     file = _own_file(folder, f"{_META}/.info.json")
-    if file.stat().st_size > _MOST_BYTES:
+    if _size(file) > _MOST_BYTES:
         raise ValueError(f"{file} has more than {_MOST_BYTES} bytes")
     try:
         info = parse_json(file.read_bytes())
@@ -254,7 +257,7 @@ def _read_counts(folder: Path) -> dict[str, int]:
     return counts
 
 
-def _most_samples(folder: Path, name: str) -> int:
+def _most_samples(folder: AnyPath, name: str) -> int:
     """How many samples a shard can hold; 0 for one that is lost, which is not an error.
 
     Raises:
@@ -270,28 +273,35 @@ def _most_samples(folder: Path, name: str) -> int:
             raise ValueError(f"{path} is not a plain file")
     # An index has the offset of every sample, and of the end. A sample is a header at least.
     if index.exists():
-        return index.stat().st_size // 8 - 1
-    return tar.stat().st_size // 512 if tar.exists() else 0
+        return _size(index) // 8 - 1
+    return _size(tar) // 512 if tar.exists() else 0
 
 
-def _own_file(folder: Path, name: str) -> Path:
+def _own_file(folder: AnyPath, name: str) -> AnyPath:
     path = _inside(folder, name)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     return path
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _size(path: AnyPath) -> int:
+    return path.size() if isinstance(path, StorePath) else path.stat().st_size
+
+
+def _inside(folder: AnyPath, name: str) -> AnyPath:
     """A path in a folder, which no link leads out of."""
+    if isinstance(folder, StorePath):
+        # Stores have no links, and shards' names were looked at.
+        return folder / name
     path = folder / name
     if not Path(os.path.realpath(path)).is_relative_to(folder):
         raise ValueError(f"{path} leads out of {folder}: put the file itself there")
     return path
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: AnyPath) -> Any:
     """Plain YAML: no aliases, of which few lines can become any size."""
-    if path.stat().st_size > _MOST_YAML_BYTES:
+    if _size(path) > _MOST_YAML_BYTES:
         raise ValueError(f"{path} has more than {_MOST_YAML_BYTES} bytes")
     try:
         text = path.read_text(encoding="utf-8")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridprune_megatron.checks import ConfigError, fail
 from hybridprune_megatron.config.json_text import parse_json, short
+from hybridprune_megatron.config.stores import AnyPath
 
 if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config, ModelConfig
@@ -87,7 +87,7 @@ class FeaturesInfo:
                 raise ConfigError(f"{where}: features with {key}={stored}, configured is {configured}; {_REMEDY}")
 
 
-def check_folder(cfg: Config, where: str, folder: Path) -> FeaturesInfo | None:
+def check_folder(cfg: Config, where: str, folder: AnyPath) -> FeaturesInfo | None:
     """What a data set says about its features, None if it holds none; they are for the configured model.
 
     Args:
@@ -106,7 +106,7 @@ def check_folder(cfg: Config, where: str, folder: Path) -> FeaturesInfo | None:
     return info
 
 
-def read_info(folder: Path, where: str) -> FeaturesInfo | None:
+def read_info(folder: AnyPath, where: str) -> FeaturesInfo | None:
     """What a data set says about its features, None if it holds none.
 
     Raises:

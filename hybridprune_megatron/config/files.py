@@ -16,6 +16,7 @@ from hybridprune_megatron.checks import fail
 from hybridprune_megatron.config.json_text import read_json, texts
 from hybridprune_megatron.config.one_line import COMPILED
 from hybridprune_megatron.config.prompt_tokens import RESERVED_TOKENS
+from hybridprune_megatron.config.stores import StorePath, located
 from hybridprune_megatron.config.weight_files import check_weights
 
 if TYPE_CHECKING:
@@ -47,11 +48,14 @@ def check_files(cfg: Config) -> None:
     for key, fix in makers.items():
         group, name = key.split(".")
         path = getattr(getattr(cfg, group), name)
+        if group == "data" and path is not None and isinstance(located(path, key), StorePath):
+            # What lies in a store is looked at when its descriptions are read.
+            continue
         with _readable(key, path):
             if path is not None and not Path(path).exists():
                 raise fail(key, path, f"is not there (looked from {Path.cwd()})", fix)
     for key, path in (("data.train", cfg.data.train), ("data.validation", cfg.data.validation)):
-        if path is not None:
+        if path is not None and not isinstance(located(path, key), StorePath):
             with _readable(key, path):
                 check_dataset(key, Path(path))
     with _readable("data.tokenizer", cfg.data.tokenizer):

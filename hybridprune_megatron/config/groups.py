@@ -40,8 +40,8 @@ class DataConfig:
     """Where samples come from and how a conversation about videos becomes tokens.
 
     Attributes:
-        train: Energon dataset folder or metadataset .yaml to train on.
-        validation: Energon dataset folder or metadataset .yaml with held-out samples; null = no validation.
+        train: Energon dataset folder or metadataset .yaml to train on; s3://bucket/path and msc://profile/path too.
+        validation: Energon dataset folder or metadataset .yaml with held-out samples, as train; null = no validation.
         tokenizer: folder of a Hugging Face tokenizer.
         sequence_length: tokens that samples are packed to (one micro-batch), counted as length_counts says.
         length_counts: tokens (all of them), or cost (a visual token counts as the largest budget that is trained).

@@ -16,6 +16,7 @@ from hybridprune_megatron.config.files import check_dataset
 from hybridprune_megatron.config.schema import Config
 from hybridprune_megatron.config.stored_export import export_config, is_export
 from hybridprune_megatron.config.stored_run import checkpoint_config, find_checkpoint
+from hybridprune_megatron.config.stores import local, located
 
 
 def read_own_keys[T](kind: type[T], overrides: Sequence[str]) -> tuple[T, list[str]]:
@@ -139,6 +140,8 @@ def data_folder(data: str | None, otherwise: str | None) -> Path:
         ConfigError: there is none.
     """
     folder = data or otherwise
+    if folder is not None:
+        local(located(folder, "data"), "data")
     if folder is None or not Path(folder).is_dir():
         raise ConfigError(f"data={folder}: is not a folder (looked from {Path.cwd()}); give data=<folder with shards>")
     check_dataset("data", Path(folder))

@@ -7,13 +7,14 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.energon import SourceInfo
 from megatron.energon.errors import FatalSampleError, SkipSample
 from megatron.energon.flavors.webdataset.sample_loader import WebdatasetSampleLoaderDataset
 
+from hybridprune_megatron.config.stores import StoreError
+from hybridprune_megatron.data.energon_sets import plain_path
 from hybridprune_megatron.data.sample_encoder import BadSampleError, MisfitError
 from hybridprune_megatron.data.shards import is_sample_part
 from hybridprune_megatron.data.tar_samples import Shard
@@ -140,6 +141,9 @@ class ShardReader:
         place = index - (self._ends[number] - info.count)
         try:
             key, parts = self._shard(number).sample(place, is_sample_part)
+        except StoreError as error:
+            # Not the sample's fault: leaving out what a store did not give would make another run of it.
+            raise fatal(str(error)) from error
         except (ValueError, OSError, MemoryError) as error:
             self._tally.seen += 1
             self._tally.skip(BadSampleError("shard", f"number {place} of {info.path}", f"{error}"))
@@ -158,7 +162,7 @@ class ShardReader:
         }
 
     def _shard(self, number: int) -> Shard:
-        shard = self._open.pop(number, None) or Shard(Path(str(self._shards[number].path)))
+        shard = self._open.pop(number, None) or Shard(plain_path(self._shards[number].path))
         self._open[number] = shard
         if len(self._open) > _MOST_OPEN:
             self._open.pop(next(iter(self._open))).close()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.config.json_text import parse_json, short
+from hybridprune_megatron.config.stores import AnyPath
 from hybridprune_megatron.data.conversation import media_types, read_conversation
 from hybridprune_megatron.data.shards import CONVERSATION_PART, read_shard, stored_videos
 from hybridprune_megatron.data.stored_media import StoredMedium, kinds_of
@@ -29,17 +30,17 @@ class StoredSample:
         messages: the conversation.
         meta: what the data set says about it; empty where it says nothing.
         videos: its video and image files, or features of their frames, in the order of their placeholders.
-        shard: the file it comes from.
+        shard: the file it comes from; it may lie in a store.
     """
 
     key: str
     messages: list[dict[str, Any]]
     meta: dict[str, Any]
     videos: tuple[StoredMedium, ...]
-    shard: Path
+    shard: AnyPath
 
     @staticmethod
-    def of(key: str, parts: Mapping[str, bytes], shard: Path) -> StoredSample:
+    def of(key: str, parts: Mapping[str, bytes], shard: AnyPath) -> StoredSample:
         """The sample of some parts.
 
         Raises:

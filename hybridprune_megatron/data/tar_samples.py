@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from hybridprune_megatron.config.json_text import is_plain
+from hybridprune_megatron.config.stores import AnyPath, StoreFile
 
 #: Bytes of the parts of a sample that are read.
 MOST_SAMPLE_BYTES = 2**32
@@ -23,6 +24,7 @@ _MOST_HEADERS = 10
 _MOST_NAME_BYTES = 65_536
 #: Characters of a key; log lines show it.
 _MOST_KEY = 500
+_INDEX = ".tar.idx"
 _BLOCK = tarfile.BLOCKSIZE
 _OFFSET = struct.Struct("<Q")
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -59,18 +61,19 @@ class Shard:
 
     Raises:
         OSError: one of the two cannot be opened.
+        StoreError: their store cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: AnyPath) -> None:
         self._tar = path.open("rb")
         try:
-            self._index = index_path(path).open("rb")
+            self._index = path.with_suffix(_INDEX).open("rb")
         except OSError:
             self._tar.close()
             raise
 
     def __len__(self) -> int:
-        return max(0, os.fstat(self._index.fileno()).st_size // _OFFSET.size - 1)
+        return max(0, _size(self._index) // _OFFSET.size - 1)
 
     def sample(self, number: int, wanted: Callable[[str], object]) -> tuple[str, dict[str, bytes]]:
         """Key and parts of a sample.
@@ -82,6 +85,7 @@ class Shard:
         Raises:
             ValueError: the index does not have it, or what lies there is not one sample of plain files.
             OSError: the files cannot be read.
+            StoreError: their store cannot be read.
         """
         self._index.seek(number * _OFFSET.size)
         content = self._index.read(2 * _OFFSET.size)
@@ -101,7 +105,7 @@ class Shard:
 
 def index_path(shard: Path) -> Path:
     """The index of a shard."""
-    return shard.with_suffix(".tar.idx")
+    return shard.with_suffix(_INDEX)
 
 
 def write_index(shard: Path) -> list[Place]:
@@ -140,7 +144,7 @@ def read_samples(
     Raises:
         ValueError: what lies there is not a row of samples of plain files.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = _size(file)
     if not 0 <= start < end <= size:
         raise ValueError(f"bytes {start} to {end} of a file of {size}")
     key, parts, members, left = "", dict[str, bytes](), 0, MOST_SAMPLE_BYTES
@@ -160,6 +164,12 @@ def read_samples(
             parts[part] = file.read(member.size)
     if key:
         yield key, parts
+
+
+def _size(file: BinaryIO) -> int:
+    """Bytes of an open file."""
+    raw = getattr(file, "raw", None)
+    return raw.size if isinstance(raw, StoreFile) else os.fstat(file.fileno()).st_size
 
 
 def _key_and_part(name: str) -> tuple[str, str]:

@@ -10,13 +10,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from hybridprune_megatron.checks import ConfigError
 from hybridprune_megatron.config.data_sets import DataSet, features_of, read_data_sets
+from hybridprune_megatron.config.stores import located
 from hybridprune_megatron.data.batch import IGNORE_LABEL, PADDING_KEY, EncodedSample, PackedBatch, no_pixels, pack
 from hybridprune_megatron.data.sample_encoder import BadSampleError, MisfitError, SampleDraft, SampleEncoder
 from hybridprune_megatron.data.shards import is_sample_part
@@ -141,7 +141,7 @@ class ValidationSet:
         return self._encoder.draft(stored.key, stored.messages, stored.videos)
 
     def _decoded(self, planned: HeldOut) -> EncodedSample | None:
-        path = Path(planned.shard)
+        path = located(planned.shard, "data.validation")
         try:
             with contextlib.closing(Shard(path)) as shard:
                 stored = StoredSample.of(*shard.sample(planned.number, is_sample_part), path)

@@ -173,6 +173,29 @@ def check_video(source: bytes | str | Path, name: str = "video") -> None:
     decode_video(source, FrameSampling(num_frames=2), 16, name)
 
 
+def video_seconds(source: bytes | str | Path, name: str = "video") -> list[float]:
+    """Times of all frames of a video, as ``DecodedVideo.video_seconds``; decodes all of it.
+
+    Raises:
+        ValueError: the video cannot be read, is cut, has no frames, or is larger than videos that are read.
+    """
+    with _one_error(source, name):
+        return _decode(source, (), 1)[0]
+
+
+def every_frame(source: bytes | str | Path, name: str = "video") -> Iterator[np.ndarray]:
+    """All frames of a video in the order in which they are shown, each uint8 [H, W, 3], RGB, upright.
+
+    Raises:
+        ValueError: the video cannot be read, is cut, or is larger than videos that are read.
+    """
+    with _one_error(source, name), open_video(source) as (container, stream):
+        for packet in timed_packets(container, stream):
+            for number, frame in enumerate(packet.decode()):
+                check_size(number, frame.width, frame.height)
+                yield _upright(frame)
+
+
 @contextmanager
 def _one_error(source: bytes | str | Path, name: str) -> Iterator[None]:
     """Makes one line of whatever FFmpeg has to say."""

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 
 from hybridprune_megatron.config.data_sets import read_data_sets
+from hybridprune_megatron.config.stores import local
 from hybridprune_megatron.data.batch import EncodedSample
 from hybridprune_megatron.data.conversation import (
     MEDIA_PATTERN,
@@ -138,6 +139,6 @@ def _parts(data: Path, count: int, left_out: LeftOut) -> Iterator[tuple[Iterator
         return
     sets = read_data_sets(data, "val", "data")
     for each, share in zip(sets, shares_of(sets, count)):
-        named = [each.folder / name for name, _ in each.shards]
-        samples = read_samples(each.folder, unreadable, named)
+        folder = local(each.folder, "data")
+        samples = read_samples(folder, unreadable, [folder / name for name, _ in each.shards])
         yield (sample for sample in samples if f"{sample.shard.name}/{sample.key}" not in each.excluded), share

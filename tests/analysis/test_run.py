@@ -76,6 +76,12 @@ SCHEMA = {
         "time_bins": [{"frames": ["int"], "samples": "int"}],
         "contents": {"feature": PROBED, "label": PROBED},
     },
+    "clips": [
+        {
+            "key": "str", "half": {"attention": "float", "mamba": "float"},
+            "auc": {"attention": "float", "mamba": "float"}, "inside": "float", "outside": "float", "kept": "float",
+        }
+    ],
     "strips": ["str"],
 }  # fmt: skip
 
@@ -96,6 +102,7 @@ def _with_needles(folder: Path) -> None:
     assert [name for name in SECTIONS if f'<h2 id="{name}">' in page] == list(SECTIONS)
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 7
     assert "href=" not in page
+    assert page.index('id="conclusion"') < page.index('id="sparsity"')
 
     # Two of eight frames show the needle: shares inside and outside add up to what the schedule keeps.
     hit = result["kept"]["needed_frames"]

@@ -43,6 +43,7 @@ def finetune(cfg: Config, launch: Launch) -> None:
     import torch
 
     from hybridprune_megatron.cost.reach import idle_line
+    from hybridprune_megatron.cost.training import StepCost
     from hybridprune_megatron.data.task_encoder import TrainLoader
     from hybridprune_megatron.data.validation_set import ValidationSet
     from hybridprune_megatron.engine.module import HybridPruneModule
@@ -55,7 +56,8 @@ def finetune(cfg: Config, launch: Launch) -> None:
         say(idle)
     if slow := fp32_line(cfg, torch.cuda.is_available()):
         say(slow)
-    module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(TrainLoader, cfg))
+    built = partial(build_model, cfg, fused_gradients=True)
+    module = HybridPruneModule(cfg, built, partial(TrainLoader, cfg), costs=StepCost(cfg))
     trainer = build_trainer(cfg, launch, partial(ValidationSet, cfg))
     start_experiment(trainer, cfg)
     trainer.fit(module)

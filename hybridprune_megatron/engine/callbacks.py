@@ -249,7 +249,8 @@ class StepProgressBar(TQDMProgressBar):
         """Moves the bar one step."""
         # Not get_metrics: those are of the step before, Lightning updates them after this hook.
         assert isinstance(pl_module, HybridPruneModule), type(pl_module)
-        forms = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f"}
+        forms = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f", "GiB": ".1f", "TFLOP/s": ".3g", "of peak": ".0%"}
+        forms["budget"] = ".2f"
         shown = {name: format(value, forms[name]) for name, value in pl_module.shown.items()}
         self.train_progress_bar.set_postfix(shown, refresh=False)
         self.train_progress_bar.update(1)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from hybridprune_megatron.config import Config, parse_command_line
 from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, checkpoint_step, latest_checkpoint
+from hybridprune_megatron.config.files import check_tracking_server
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
 from hybridprune_megatron.config.sweep import OPTIONS
 from hybridprune_megatron.engine.deterministic import prepare
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     check_gpus()
     prepare(cfg.trainer.deterministic, os.environ)
     if launch.rank == 0:
+        # The one that logs.
+        check_tracking_server(cfg)
         hold_folder(Path(cfg.output_dir))
     hold_stop_signals(say=launch.rank == 0)
     quiet_libraries()

@@ -74,3 +74,44 @@ def test_the_parts_of_the_loss_make_the_loss(tmp_path: Path) -> None:
     for row in _rows(job):
         assert row["loss"] == pytest.approx(0.7 * row["answer_loss"] + 0.3 * row["distillation_loss"], rel=1e-5)
         assert 0 < row["distillation_loss"] != row["answer_loss"] > 0
+
+
+def _logged(job: Config) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """What MLflow's logger was made with, and what it was given; the package itself is not installed here."""
+    from lightning.pytorch import loggers
+
+    made: dict[str, Any] = {}
+    rows: list[dict[str, float]] = []
+
+    class Recorded(loggers.Logger):
+        name = version = "recorded"
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__()
+            made.update(settings)
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            rows.append({name: float(value) for name, value in metrics.items()})
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    loggers.MLFlowLogger = Recorded  # type: ignore[misc, assignment]
+    run_job(job, 0.0, "", True, True)
+    return made, rows
+
+
+def test_mlflow_gets_every_figure(tmp_path: Path) -> None:
+    settings = ("exp_manager.create_mlflow_logger=true", "trainer.log_every_n_steps=1", "name=mine")
+    drawn = ("tuning.budget.distribution=uniform", "tuning.budget.low=0.4")
+    made, rows = run_world(1, _logged, _job(tmp_path / "run", *settings, *drawn))[0]
+    folder = tmp_path / "run"
+    assert made == {
+        "experiment_name": "mine",
+        "tracking_uri": f"sqlite:///{folder}/mlflow.db",
+        "artifact_location": f"{folder}/mlruns",
+    }
+    figures = [row for row in rows if "loss" in row]
+    assert len(figures) == _STEPS
+    names = {"loss", "lr", "tokens/s", "grad_norm", "budget", "tflops_per_rank", "resident_memory_gib"}
+    assert all(names <= row.keys() for row in figures)

@@ -182,6 +182,22 @@ REFUSED = {
         ["exp_manager.create_wandb_logger=true"],
         "exp_manager.wandb_logger_kwargs.project=None: exp_manager.create_wandb_logger=true needs a project",
     ),
+    "MLflow's typo": (
+        ["+exp_manager.mlflow_logger_kwargs={experimant_name: mine}"],
+        "exp_manager.mlflow_logger_kwargs.experimant_name=mine: unknown key; allowed are experiment_name, run_name",
+    ),
+    "MLflow's tags": (
+        ["+exp_manager.mlflow_logger_kwargs={tags: mine}"],
+        "exp_manager.mlflow_logger_kwargs.tags=mine: must be a group of keys",
+    ),
+    "a folder for MLflow": (
+        ["+exp_manager.mlflow_logger_kwargs={tracking_uri: mlruns}"],
+        "exp_manager.mlflow_logger_kwargs.tracking_uri=mlruns: is a folder, and MLflow 3 writes to none; give",
+    ),
+    "a word for MLflow": (
+        ["exp_manager.create_mlflow_logger=perhaps"],
+        "exp_manager.create_mlflow_logger=perhaps: must be true or false",
+    ),
     "NeMo's checkpoints": (
         ["exp_manager.create_checkpoint_callback=true"],
         "exp_manager.create_checkpoint_callback=True: NeMo's callback cannot",

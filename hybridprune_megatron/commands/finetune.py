@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from hybridprune_megatron.config import Config, parse_command_line
-from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, checkpoint_step, latest_checkpoint
+from hybridprune_megatron.config.checkpoint_folder import checkpoint_step, newest_of_run
 from hybridprune_megatron.config.files import check_tracking_server
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
 from hybridprune_megatron.config.sweep import OPTIONS
@@ -68,7 +68,7 @@ def finetune(cfg: Config, launch: Launch) -> None:
 
 def is_finished(cfg: Config) -> bool:
     """Whether a run that would resume has no step left, and no validation that a stop prevented."""
-    newest = latest_checkpoint(checkpoint_folder(cfg)) if cfg.exp_manager.get("resume_if_exists") else None
+    newest = newest_of_run(cfg) if cfg.exp_manager.get("resume_if_exists") else None
     if newest is None or checkpoint_step(newest) < cfg.trainer.max_steps:
         return False
     if not cfg.validation_steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.bounds import Range, Rule, check_value
@@ -111,6 +112,18 @@ def check_validation(cfg: RunConfig) -> None:
         reason = "fp8.recipe=delayed scales by the passes before, and a validation's would change the training"
         fix = "set trainer.eval_every_n_steps=0 or fp8=tensorwise"
         raise fail("trainer.eval_every_n_steps", trainer.eval_every_n_steps, reason, fix)
+
+
+def check_copies(cfg: RunConfig) -> None:
+    """Copies of checkpoints do not lie among the checkpoints themselves."""
+    folder = cfg.trainer.copy_checkpoints_to
+    if folder is None:
+        return
+    own = Path(cfg.output_dir).absolute()
+    if Path(folder).absolute().is_relative_to(own):
+        reason = f"lies in output_dir={cfg.output_dir}, and what happens to that happens to the copies"
+        fix = "give a folder on another disk, or null"
+        raise fail("trainer.copy_checkpoints_to", folder, reason, fix)
 
 
 def check_fp8(cfg: RunConfig) -> None:

@@ -67,7 +67,12 @@ class StepCheckpoint(Checkpoint):
         _strategy(trainer).finish_save(wait=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last step."""
+        """Saves the last step, and waits for its copy if there is a second place."""
+        self.save_last(trainer)
+        _strategy(trainer).finish_copies()
+
+    def save_last(self, trainer: Trainer) -> None:
+        """Saves this step, and waits until the checkpoint is whole."""
         self.save(trainer)
         _strategy(trainer).finish_save(wait=True)
 
@@ -112,7 +117,8 @@ class StopOnSignal(Callback):
         """Ends the process with ``STOPPED``, on all ranks before the same step."""
         if not asked_to_stop(trainer):
             return
-        self._checkpoints.on_train_end(trainer, pl_module)
+        # Its copy is made when the run continues: time is short.
+        self._checkpoints.save_last(trainer)
         if trainer.is_global_zero:
             print(f"asked to stop: saved after step {trainer.global_step}, exit status {STOPPED}", flush=True)
         raise SystemExit(STOPPED)

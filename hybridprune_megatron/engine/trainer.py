@@ -10,7 +10,13 @@ from lightning.pytorch import Trainer
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridprune_megatron.checks import ConfigError
-from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, resume_point
+from hybridprune_megatron.config.checkpoint_folder import (
+    checkpoint_folder,
+    copies_folder,
+    latest_checkpoint,
+    newest_of_run,
+    resume_point,
+)
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal, Validation
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
@@ -72,8 +78,15 @@ def resume_checkpoint(cfg: Config, say: bool) -> Path | None:
     Raises:
         ValueError: all checkpoints are damaged.
     """
-    newest, damaged = resume_point(checkpoint_folder(cfg))
-    lines = [*damaged, *([f"resuming from {newest}"] if newest else [])]
+    own, copies = checkpoint_folder(cfg), copies_folder(cfg)
+    newest = newest_of_run(cfg)
+    if newest is None or newest.parent == own:
+        newest, damaged = resume_point(own)
+        lines = [*damaged, *([f"resuming from {newest}"] if newest else [])]
+    else:
+        assert newest.parent == copies, (newest, copies)
+        older = latest_checkpoint(own)
+        lines = [f"resuming from the copy {newest}; the newest whole one in {own} is {older.name if older else 'none'}"]
     if say and lines:
         print("\n".join(lines), flush=True)
     return newest

@@ -178,6 +178,10 @@ REFUSED = {
         ["trainer.timeout_minutes=1e300"],
         "trainer.timeout_minutes=1e+300: must be above 0 and at most 525600",
     ),
+    "copies among the checkpoints": (
+        ["output_dir=runs/a", "trainer.copy_checkpoints_to=runs/a/checkpoints"],
+        "trainer.copy_checkpoints_to=runs/a/checkpoints: lies in output_dir=runs/a, and what happens to that",
+    ),
     "W&B": (
         ["exp_manager.create_wandb_logger=true"],
         "exp_manager.wandb_logger_kwargs.project=None: exp_manager.create_wandb_logger=true needs a project",

@@ -70,8 +70,8 @@ class Found:
 
 def output_dir(overrides: list[str]) -> Path:
     """Where the job writes; in a sweep the run of this task, and the current folder where it has none."""
-    swept = [each for each in overrides if each not in OPTIONS]
-    if len(swept) < len(overrides):
+    swept = [each for each in overrides if not each.startswith("-")]
+    if any(option in overrides for option in OPTIONS):
         task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
         if not task.isdecimal():
             return Path()

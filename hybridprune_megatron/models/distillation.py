@@ -85,9 +85,8 @@ class DistillingModel(VideoLanguageModel):
         # Last: megatron's cross entropy overwrites fp32 logits.
         labels = batch.labels[rows].unsqueeze(0)
         entropy = self.language_model.compute_language_model_loss(labels, student.unsqueeze(1)).squeeze(0).float()
-        divergence = self.temperature**2 * divergence
-        self.loss_parts = torch.stack([entropy.detach().sum(), divergence.detach().sum()])
-        return (1 - self.weight) * entropy + self.weight * divergence
+        self.loss_parts = torch.stack([entropy.detach().sum(), self.temperature**2 * divergence.detach().sum()])
+        return (1 - self.weight) * entropy + self.weight * self.temperature**2 * divergence
 
     @torch.no_grad()
     def _teacher_logits(self, batch: PackedBatch, rows: Tensor) -> Tensor:

@@ -169,10 +169,10 @@ def test_preempted_job_requeues_itself_and_ends_with_the_same_losses(
 
 def test_a_job_comes_back_without_the_node_that_failed(cluster: Cluster, data: Path, tmp_path: Path) -> None:
     site, log = tmp_path / "site.sh", Path(f"{tmp_path / 'run'}.log")
-    # GPUs that are not there, on the node that the job begins on.
+    # A GPU that is not there, on the node that the job begins on.
     site.write_text('[[ -s "$BEGAN" ]] || echo "$SLURMD_NODENAME" > "$BEGAN"\n')
     with site.open("a") as stream:
-        stream.write('[[ "$(< "$BEGAN")" != "$SLURMD_NODENAME" ]] || export SLURM_GPUS_ON_NODE=99\n')
+        stream.write('[[ "$(< "$BEGAN")" != "$SLURMD_NODENAME" ]] || export CUDA_VISIBLE_DEVICES=99\n')
     cluster.environment |= {"SITE": str(site), "BEGAN": str(tmp_path / "began"), "PREFLIGHT": "nccl"}
     try:
         number = _submit(cluster, data, tmp_path / "run", nodes=1, steps=2)
@@ -184,7 +184,7 @@ def test_a_job_comes_back_without_the_node_that_failed(cluster: Cluster, data: P
     other = {"n1": "n2", "n2": "n1"}[first]
     text = _text(log)
     assert (job["Restarts"], job["ExcNodeList"], job["NodeList"]) == ("1", first, other)
-    assert f"{first}: Slurm gave GPUs (SLURM_GPUS_ON_NODE=99), but " in text
+    assert f"{first}: CUDA_VISIBLE_DEVICES=99 names GPUs, but " in text
     assert "; queued again without it (restart 1 of 3)" in text
     assert "preflight: all-reduce: " in text
     assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2]

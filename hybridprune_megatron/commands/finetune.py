@@ -108,9 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     check_gpus()
     prepare(cfg.trainer.deterministic, os.environ)
     if launch.rank == 0:
-        # The one that logs.
-        check_tracking_server(cfg)
         hold_folder(Path(cfg.output_dir))
+        # This rank is the one that logs.
+        check_tracking_server(cfg)
     hold_stop_signals(say=launch.rank == 0)
     quiet_libraries()
 

@@ -27,6 +27,21 @@
 set -euo pipefail
 shopt -s extglob
 
+# What is particular to this site: environment modules, a container's words, NCCL's settings. slurm/site.example.sh has
+# examples. SITE names the file; without it, slurm/site.sh is taken if it is there.
+SITE="${SITE:-slurm/site.sh}"
+if [[ -e "${SITE}" || "${SITE}" != slurm/site.sh ]]; then
+  [[ -r "${SITE}" ]] || {
+    echo "job ${SLURM_JOB_ID}: SITE=${SITE} cannot be read; give a file of shell commands" >&2
+    exit 2
+  }
+  # Commands of modules use variables that are not set.
+  set +u
+  # shellcheck disable=SC1090
+  source "${SITE}"
+  set -u
+fi
+
 # ---- the environment of the ranks ---------------------------------------------------------------------------------
 # What runs the recipe: the checkout's virtual environment, or words before a container's Python, as in
 # PYTHON="apptainer exec --nv image.sif python".
@@ -53,8 +68,28 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 # export NCCL_NVLS_ENABLE=0         # if NVLink SHARP runs out of memory
 # --------------------------------------------------------------------------------------------------------------------
 
+# What is looked at on every node before the ranks start: off, quick, or nccl (an all-reduce over all ranks, too).
+preflight="${PREFLIGHT:-quick}"
+# How often a job comes back by itself without a node that failed.
+most_restarts="${MAX_RESTARTS:-3}"
+[[ "${preflight}" == @(off|quick|nccl) ]] || {
+  echo "job ${SLURM_JOB_ID}: PREFLIGHT=${preflight}: allowed are off, quick, nccl" >&2
+  exit 2
+}
+[[ "${most_restarts}" == +([0-9]) ]] || {
+  echo "job ${SLURM_JOB_ID}: MAX_RESTARTS=${most_restarts}: must be a whole number from 0 on" >&2
+  exit 2
+}
+# Who finds a node at fault writes it here (hybridprune_megatron/engine/bad_node.py). The other file has a line for
+# every node that was left out. Both lie where the log does.
+export BAD_NODE_FILE="${PWD}/slurm-bad-node-${SLURM_JOB_ID}"
+left_out="${PWD}/slurm-left-out-${SLURM_JOB_ID}"
+rm -f "${BAD_NODE_FILE}"
+
 # Asked to stop, the ranks finish their step, save, and exit with this status (hybridprune_megatron/engine/preemption.py).
 stopped=75
+# What a user or a file has caused is never tried again.
+user_error=2
 warned=""
 ranks=""
 
@@ -95,21 +130,90 @@ fi
 echo "job ${SLURM_JOB_ID}: ${SLURM_JOB_NUM_NODES:-several groups of} nodes, ${SLURM_NTASKS:-?} ranks, \
 restart ${SLURM_RESTART_COUNT:-0}, ${overrides[*]-}"
 
-# In the background, so that the trap runs when the signal comes and not when srun ends. A failing rank ends the job.
-srun --kill-on-bad-exit=1 --cpu-bind=none ${srun_options[@]+"${srun_options[@]}"} "${python[@]}" recipes/finetune.py \
-  ${overrides[@]+"${overrides[@]}"} &
-ranks=$!
-status=0
-wait "${ranks}" || status=$?
-# wait also ends when a signal arrives; while srun still runs, wait for it again.
-while kill -0 "${ranks}" 2> /dev/null; do
+# Runs a step in the background, so that the trap runs when the signal comes and not when srun ends; sets status.
+step() {
+  srun "$@" &
+  ranks=$!
   status=0
   wait "${ranks}" || status=$?
-done
+  # wait also ends when a signal arrives; while srun still runs, wait for it again.
+  while kill -0 "${ranks}" 2> /dev/null; do
+    status=0
+    wait "${ranks}" || status=$?
+  done
+  ranks=""
+}
+
+# Whether a step ended because a node is at fault; sets node and why. A process that went without a word is the node's
+# fault only if Slurm has lost the node, too.
+node_at_fault() {
+  local kind state
+  [[ -s "${BAD_NODE_FILE}" ]] || return 1
+  read -r node kind why < "${BAD_NODE_FILE}"
+  [[ "${kind}" == hardware ]] && return 0
+  state="$(sinfo --noheader --nodes="${node}" --format=%T 2> /dev/null | head -n 1)" || return 1
+  [[ "${state}" == @(down|drain|fail|unknown|*[*])* ]] || return 1
+  why="${why} (Slurm: ${state})"
+}
+
+# Queues the job again without the node. Slurm changes the list of a job that waits, and not of one that runs.
+restart_without() {
+  local count=0 excluded
+  [[ ! -e "${left_out}" ]] || count="$(wc -l < "${left_out}")"
+  if ((count >= most_restarts)); then
+    echo "job ${SLURM_JOB_ID}: ${node}: ${why}; not queued again, MAX_RESTARTS=${most_restarts} are used up"
+    return
+  fi
+  excluded="$(scontrol show job --oneliner "${SLURM_JOB_ID}" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')" || excluded=""
+  [[ -n "${excluded}" && "${excluded}" != "(null)" ]] && excluded+=",${node}" || excluded="${node}"
+  echo "${node} ${why}" >> "${left_out}"
+  echo "job ${SLURM_JOB_ID}: ${node}: ${why}; queued again without it (restart $((count + 1)) of ${most_restarts})"
+  # A requeue ends this script, and the node must be off the list before the job starts again.
+  trap '' TERM
+  scontrol requeue "${SLURM_JOB_ID}"
+  scontrol update "JobId=${SLURM_JOB_ID}" "ExcNodeList=${excluded}" ||
+    echo "job ${SLURM_JOB_ID}: Slurm did not take ExcNodeList=${excluded}; it may come back to the same nodes"
+}
+
+# A heterogeneous job's nodes differ; nothing is compared there.
+[[ "${SLURM_HET_SIZE:-1}" -le 1 ]] || preflight=off
+status=0
+if [[ "${preflight}" != off ]]; then
+  step --cpu-bind=none --ntasks="${SLURM_JOB_NUM_NODES}" --ntasks-per-node=1 \
+    ${srun_options[@]+"${srun_options[@]}"} "${python[@]}" \
+    -m hybridprune_megatron.engine.preflight ${overrides[@]+"${overrides[@]}"}
+fi
+if [[ "${preflight}" == nccl && -z "${warned}" && "${status}" == 0 ]]; then
+  step --kill-on-bad-exit=1 --cpu-bind=none ${srun_options[@]+"${srun_options[@]}"} "${python[@]}" \
+    -m hybridprune_megatron.engine.preflight --all-reduce
+fi
+if [[ -n "${warned}" ]]; then
+  # Nothing has begun, so nothing is lost.
+  echo "job ${SLURM_JOB_ID}: stopped before its ranks started; queued again"
+  scontrol requeue "${SLURM_JOB_ID}"
+  exit "${stopped}"
+fi
+if [[ "${status}" != 0 ]]; then
+  # The reason is printed, a line each; whatever srun says, this is not the status of a job that wants to continue.
+  [[ "${status}" != "${stopped}" ]] || status=1
+  echo "job ${SLURM_JOB_ID}: ended before its ranks started (PREFLIGHT=off leaves the look out)"
+  if [[ "${status}" != "${user_error}" ]] && node_at_fault; then restart_without; fi
+  rm -f "${BAD_NODE_FILE}"
+  exit "${status}"
+fi
+
+# A failing rank ends the job.
+step --kill-on-bad-exit=1 --cpu-bind=none ${srun_options[@]+"${srun_options[@]}"} "${python[@]}" recipes/finetune.py \
+  ${overrides[@]+"${overrides[@]}"}
 
 # Warned before they could listen, the ranks die of the signal: no failure either.
 if [[ "${status}" == "${stopped}" || (-n "${warned}" && "${status}" != 0) ]]; then
   echo "job ${SLURM_JOB_ID}: stopped with status ${status}; queued again"
   scontrol requeue "${SLURM_JOB_ID}"
+elif [[ "${status}" == 0 ]]; then
+  rm -f "${left_out}"
+elif [[ "${status}" != "${user_error}" ]] && node_at_fault; then
+  restart_without
 fi
+rm -f "${BAD_NODE_FILE}"
 exit "${status}"

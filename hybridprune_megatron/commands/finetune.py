@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from hybridprune_megatron.config import Config, parse_command_line
-from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, checkpoint_step, latest_checkpoint
+from hybridprune_megatron.config.checkpoint_folder import checkpoint_step, newest_of_run
+from hybridprune_megatron.config.files import check_tracking_server
 from hybridprune_megatron.config.one_line import keep_traceback, one_line_errors
 from hybridprune_megatron.config.sweep import OPTIONS
 from hybridprune_megatron.engine.deterministic import prepare
@@ -43,6 +44,7 @@ def finetune(cfg: Config, launch: Launch) -> None:
     import torch
 
     from hybridprune_megatron.cost.reach import idle_line
+    from hybridprune_megatron.cost.training import StepCost
     from hybridprune_megatron.data.task_encoder import TrainLoader
     from hybridprune_megatron.data.validation_set import ValidationSet
     from hybridprune_megatron.engine.module import HybridPruneModule
@@ -55,7 +57,8 @@ def finetune(cfg: Config, launch: Launch) -> None:
         say(idle)
     if slow := fp32_line(cfg, torch.cuda.is_available()):
         say(slow)
-    module = HybridPruneModule(cfg, partial(build_model, cfg, fused_gradients=True), partial(TrainLoader, cfg))
+    built = partial(build_model, cfg, fused_gradients=True)
+    module = HybridPruneModule(cfg, built, partial(TrainLoader, cfg), costs=StepCost(cfg))
     trainer = build_trainer(cfg, launch, partial(ValidationSet, cfg))
     start_experiment(trainer, cfg)
     trainer.fit(module)
@@ -65,7 +68,7 @@ def finetune(cfg: Config, launch: Launch) -> None:
 
 def is_finished(cfg: Config) -> bool:
     """Whether a run that would resume has no step left, and no validation that a stop prevented."""
-    newest = latest_checkpoint(checkpoint_folder(cfg)) if cfg.exp_manager.get("resume_if_exists") else None
+    newest = newest_of_run(cfg) if cfg.exp_manager.get("resume_if_exists") else None
     if newest is None or checkpoint_step(newest) < cfg.trainer.max_steps:
         return False
     if not cfg.validation_steps:
@@ -106,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
     prepare(cfg.trainer.deterministic, os.environ)
     if launch.rank == 0:
         hold_folder(Path(cfg.output_dir))
+        # This rank is the one that logs.
+        check_tracking_server(cfg)
     hold_stop_signals(say=launch.rank == 0)
     quiet_libraries()
 

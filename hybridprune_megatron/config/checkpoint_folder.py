@@ -37,6 +37,12 @@ def checkpoint_folder(cfg: Config) -> Path:
     return Path(cfg.output_dir) / "checkpoints"
 
 
+def copies_folder(cfg: Config) -> Path | None:
+    """Where a run keeps copies of its checkpoints; None: nowhere."""
+    where = cfg.trainer.copy_checkpoints_to
+    return None if where is None else Path(where)
+
+
 def checkpoint_name(step: int) -> str:
     """Folder name of the checkpoint after ``step`` optimizer steps."""
     return f"step_{step:08d}"
@@ -126,6 +132,34 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest whole checkpoint in a folder, or None."""
     return next((path for path in reversed(_named_checkpoints(directory)) if damage(path) is None), None)
+
+
+def own_copies(folder: Path, output_dir: str) -> list[Path]:
+    """Whole checkpoints in a second place that a run wrote, oldest first; other runs' may lie beside them.
+
+    Args:
+        folder: may not be there.
+        output_dir: of the run, as it is written in every checkpoint.
+    """
+    try:
+        return [path for path in complete_checkpoints(folder) if not path.is_symlink() and _is_of(path, output_dir)]
+    except OSError:
+        # A disk that is gone has none.
+        return []
+
+
+def _is_of(checkpoint: Path, output_dir: str) -> bool:
+    config = read_run_file(checkpoint).get("config")
+    return isinstance(config, dict) and config.get("output_dir") == output_dir
+
+
+def newest_of_run(cfg: Config) -> Path | None:
+    """The newest whole checkpoint of a run, of its folder and of the copies; that of its folder where both have it."""
+    folder = copies_folder(cfg)
+    copies = [] if folder is None else own_copies(folder, cfg.output_dir)
+    newest = latest_checkpoint(checkpoint_folder(cfg))
+    found = [*copies[-1:], *([newest] if newest is not None else [])]
+    return max(reversed(found), key=checkpoint_step, default=None)
 
 
 def outdated_checkpoints(

@@ -5,8 +5,12 @@ Only what is certainly wrong is refused: what is unknown here is left to the cod
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 #: What the layer set "te" is made of.
 GPU_PACKAGES = COMPILED
 _META = ".nv-meta"
+_SERVER_SECONDS = 5.0
 #: One of these makes a folder a tokenizer's.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -64,10 +69,48 @@ def check_files(cfg: Config) -> None:
         check_weights(cfg.model)
     with _readable("output_dir", cfg.output_dir):
         _check_output(Path(cfg.output_dir))
+    _check_loggers(cfg)
     missing = missing_gpu_packages()
     if cfg.model.spec == "te" and missing:
         fix = "install the gpu extra on a GPU machine or set model.spec=torch"
         raise fail("model.spec", "te", f"{', '.join(missing)} not installed", fix)
+
+
+def _check_loggers(cfg: Config) -> None:
+    """Loggers that are asked for are installed; imports none."""
+    for package in ("tensorboard", "wandb", "mlflow"):
+        key = f"exp_manager.create_{package}_logger"
+        if not cfg.exp_manager.get(f"create_{package}_logger"):
+            continue
+        try:
+            # Lightning asks for the distribution, and a folder of that name in the current one is none.
+            importlib.metadata.distribution(package)
+        except importlib.metadata.PackageNotFoundError:
+            fix = f"install it into this environment (pip install {package}) or set {key}=false"
+            raise fail(key, "true", f"the package {package} is not installed", fix) from None
+
+
+def check_tracking_server(cfg: Config) -> None:
+    """MLflow's server answers, where a run names one and nothing stands between; MLflow itself tries for minutes.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    uri = str((cfg.exp_manager.get("mlflow_logger_kwargs") or {}).get("tracking_uri"))
+    if not cfg.exp_manager.get("create_mlflow_logger") or not uri.startswith(("http://", "https://")):
+        return
+    key, fix = "exp_manager.mlflow_logger_kwargs.tracking_uri", "start the server, or correct the address"
+    try:
+        where = urllib.parse.urlsplit(uri)
+        scheme, host, port = where.scheme, where.hostname or "", where.port
+    except ValueError:
+        raise fail(key, uri, "is not an address", fix) from None
+    if scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host):
+        return
+    try:
+        socket.create_connection((host, port or {"http": 80, "https": 443}[scheme]), _SERVER_SECONDS).close()
+    except OSError as error:
+        raise fail(key, uri, f"cannot be reached ({error.strerror or error})", fix) from None
 
 
 def missing_gpu_packages() -> list[str]:

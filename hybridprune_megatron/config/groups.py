@@ -170,6 +170,8 @@ class TrainerConfig:
         keep_every_n_steps: checkpoints of multiples of it are never removed; 0 = none.
         keep_best: the checkpoint with the best of these figures of a validation stays too; loss, accuracy (with the
             tokens dropped), loss_full, accuracy_full (with every token); null = none.
+        copy_checkpoints_to: folder on another disk that gets a copy of every checkpoint in the background; as many stay
+            as in output_dir, and a run continues from the newest of both; null = none.
         eval_samples: held-out samples in a validation or evaluation; 0 = none.
         eval_every_n_steps: steps between two validations on data.validation (the last step is always validated);
             0 = never.
@@ -195,6 +197,7 @@ class TrainerConfig:
     keep_last: Count = 2
     keep_every_n_steps: Whole = 0
     keep_best: Annotated[str, OneOf("loss", "accuracy", "loss_full", "accuracy_full")] | None = None
+    copy_checkpoints_to: str | None = None
     eval_samples: Whole = 0
     eval_every_n_steps: Whole = 100
     early_stopping: Whole = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybridprune_megatron.checks import ConfigError
-from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, latest_checkpoint, saved_config
+from hybridprune_megatron.config.checkpoint_folder import newest_of_run, saved_config
 from hybridprune_megatron.config.flat import config_values, leaves
 from hybridprune_megatron.config.schema import Config
 
@@ -15,6 +15,7 @@ _FREE = {
     # Nor does validation touch what is trained. Another figure or other samples start the search for the best anew.
     *("trainer.nonfinite", "trainer.eval_every_n_steps", "trainer.early_stopping"),
     *("trainer.keep_last", "trainer.keep_every_n_steps", "trainer.keep_best"),
+    "trainer.copy_checkpoints_to",
 }
 _FREE_GROUPS = ("parallel.", "exp_manager.")
 # The two optimizers keep their states under different names.
@@ -25,9 +26,9 @@ def check_resume(cfg: Config) -> None:
     """Refuses to continue a run of other settings under the name of this one.
 
     Raises:
-        ConfigError: naming the first setting that differs from the newest checkpoint below ``output_dir``.
+        ConfigError: naming the first setting that differs from the run's newest checkpoint.
     """
-    newest = latest_checkpoint(checkpoint_folder(cfg))
+    newest = newest_of_run(cfg)
     if newest is None:
         return
     distillation = cfg.tuning.distillation

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hybridprune_megatron.bounds import Range, Rule, check_value
-from hybridprune_megatron.checks import ConfigError, fail
+from hybridprune_megatron.checks import ConfigError, closest, fail
 from hybridprune_megatron.config.cross_checks import check_kept
 from hybridprune_megatron.config.fp8_schema import TILE
 from hybridprune_megatron.config.groups import RunConfig
@@ -113,6 +114,18 @@ def check_validation(cfg: RunConfig) -> None:
         raise fail("trainer.eval_every_n_steps", trainer.eval_every_n_steps, reason, fix)
 
 
+def check_copies(cfg: RunConfig) -> None:
+    """Copies of checkpoints do not lie among the checkpoints themselves."""
+    folder = cfg.trainer.copy_checkpoints_to
+    if folder is None:
+        return
+    own = Path(cfg.output_dir).absolute()
+    if Path(folder).absolute().is_relative_to(own):
+        reason = f"lies in output_dir={cfg.output_dir}, and what happens to that happens to the copies"
+        fix = "give a folder on another disk, or null"
+        raise fail("trainer.copy_checkpoints_to", folder, reason, fix)
+
+
 def check_fp8(cfg: RunConfig) -> None:
     """FP8 has layers to run in, the kernels for it, and widths that divide; raises ``ConfigError`` at the first."""
     fp8 = cfg.fp8
@@ -178,10 +191,12 @@ _RULES = {
     "explicit_log_dir": Rule(str, optional=True),
     "seconds_to_sleep": Rule(float, bound=Range(0, 3600)),
     "wandb_logger_kwargs": Rule(dict, optional=True),
+    "mlflow_logger_kwargs": Rule(dict, optional=True),
     **dict.fromkeys(
         (
             "create_tensorboard_logger",
             "create_wandb_logger",
+            "create_mlflow_logger",
             "create_checkpoint_callback",
             "resume_if_exists",
             "resume_ignore_no_checkpoint",
@@ -191,10 +206,36 @@ _RULES = {
         _SWITCH,
     ),
 }
+#: What Lightning's MLFlowLogger is given.
+_MLFLOW = {
+    **dict.fromkeys(
+        ("experiment_name", "run_name", "tracking_uri", "prefix", "artifact_location", "run_id"),
+        Rule(str, optional=True),
+    ),
+    "tags": Rule(dict, optional=True),
+}
+
+
+def _check_mlflow(settings: Mapping[str, Any]) -> None:
+    """MLflow's own keys are known, and it is not asked to write to a folder."""
+    group = "exp_manager.mlflow_logger_kwargs"
+    for name, value in settings.items():
+        key = f"{group}.{name}"
+        if name not in _MLFLOW:
+            near = closest(str(name), _MLFLOW)
+            fix = f"did you mean {near}?" if near else "leave it out"
+            raise fail(key, value, f"unknown key; allowed are {', '.join(_MLFLOW)}", fix)
+        check_value(key, value, _MLFLOW[name])
+    uri = settings.get("tracking_uri")
+    if uri is not None and (uri.startswith("file:") or not (":" in uri or uri == "databricks")):
+        reason = "is a folder, and MLflow 3 writes to none"
+        raise fail(
+            f"{group}.tracking_uri", uri, reason, "give a server's address or a database, e.g. sqlite:///runs.db"
+        )
 
 
 def check_exp_manager(settings: Mapping[str, Any]) -> None:
-    """What is set has the right type, checkpoints stay the run's own business, and W&B knows its project.
+    """What is set has the right type, checkpoints stay the run's own business, W&B and MLflow have what they need.
 
     Raises:
         ConfigError: the first that is wrong.
@@ -206,6 +247,8 @@ def check_exp_manager(settings: Mapping[str, Any]) -> None:
         reason = "NeMo's callback cannot write checkpoints in one move"
         fix = "leave it false, the run saves every trainer.save_every_n_steps steps by itself"
         raise fail("exp_manager.create_checkpoint_callback", True, reason, fix)
+    if isinstance(settings.get("mlflow_logger_kwargs"), Mapping):
+        _check_mlflow(settings["mlflow_logger_kwargs"])
     if settings.get("create_wandb_logger"):
         kwargs = settings.get("wandb_logger_kwargs")
         project = kwargs.get("project") if isinstance(kwargs, Mapping) else kwargs

@@ -20,7 +20,13 @@ from hybridprune_megatron.config.groups import (
 )
 from hybridprune_megatron.config.model_schema import ExpertsConfig, ModelConfig, TrainableConfig, VisionConfig
 from hybridprune_megatron.config.reduction_schema import ReductionConfig
-from hybridprune_megatron.config.run_checks import check_exp_manager, check_fp8, check_tuning, check_validation
+from hybridprune_megatron.config.run_checks import (
+    check_copies,
+    check_exp_manager,
+    check_fp8,
+    check_tuning,
+    check_validation,
+)
 from hybridprune_megatron.config.texts import check_run_name
 from hybridprune_megatron.config.tuning_schema import TuningConfig
 
@@ -49,6 +55,7 @@ class Config(RunConfig):
         check_bounds("", self)
         check_run_name(self.name)
         check_exp_manager(self.exp_manager)
+        check_copies(self)
         check_config(self)
         check_tuning(self)
         check_fp8(self)

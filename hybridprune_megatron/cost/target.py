@@ -34,6 +34,24 @@ DEVICES = {
     "h200": Device({"bf16": 989e12, "fp32": 67e12}, 4.8e12),
 }
 
+# As CUDA names those whose peaks these are. Other forms of a chip (PCIe, NVL, a part of one) have other peaks.
+_NAMES = {
+    "NVIDIA A100-SXM4-40GB": "a100",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+}
+
+
+def device_named(name: str) -> Device | None:
+    """The device that CUDA calls by a name; None: its peaks are not known.
+
+    Args:
+        name: as ``torch.cuda.get_device_name`` gives it.
+    """
+    known = _NAMES.get(name)
+    return None if known is None else DEVICES[known]
+
 
 PREFIX = "target."
 # Text around one frame in the published model's prompt: 2,202 tokens for 8 frames of 256, 26 of them for the rest.

@@ -12,6 +12,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from hybridprune_megatron.method.counts import PackSizes
 from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
 
 #: Label of a token after which nothing is predicted.
@@ -73,6 +74,7 @@ class PackedBatch:
         frame_features: features of the frames of all samples instead of ``pixel_values``; None: there are none.
         num_loss_tokens: number of labels, known on the host so that nobody has to ask the device.
         retention: share of its visual tokens that enters each layer, a row a sample (host); None: the model's own.
+        budgets: what was drawn for every sample, for the log (host); None: nothing was.
     """
 
     keys: list[str]
@@ -84,10 +86,27 @@ class PackedBatch:
     num_loss_tokens: int = -1
     frame_features: FrameFeatures | None = None
     retention: tuple[tuple[float, ...], ...] | None = None
+    budgets: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.num_loss_tokens < 0:
             object.__setattr__(self, "num_loss_tokens", int(self.loss_mask.sum().item()))
+
+    @property
+    def sizes(self) -> PackSizes:
+        """What decides how much work the batch is."""
+        visual = tuple(layout.num_visual for layout in self.layouts)
+        features = self.frame_features
+        encoded = len(self.pixel_values) if features is None else 0
+        return PackSizes(
+            visual=visual,
+            text=tuple(layout.num_tokens - count for layout, count in zip(self.layouts, visual)),
+            question=tuple(layout.count(TokenKind.QUESTION) for layout in self.layouts),
+            loss_rows=self.num_loss_tokens,
+            frames=encoded if features is None else len(features.values),
+            encoded=encoded,
+            retentions=self.retention,
+        )
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on a device."""

@@ -67,7 +67,12 @@ class StepCheckpoint(Checkpoint):
         _strategy(trainer).finish_save(wait=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last step."""
+        """Saves the last step, and waits for its copy if there is a second place."""
+        self.save_last(trainer)
+        _strategy(trainer).finish_copies()
+
+    def save_last(self, trainer: Trainer) -> None:
+        """Saves this step, and waits until the checkpoint is whole."""
         self.save(trainer)
         _strategy(trainer).finish_save(wait=True)
 
@@ -112,7 +117,8 @@ class StopOnSignal(Callback):
         """Ends the process with ``STOPPED``, on all ranks before the same step."""
         if not asked_to_stop(trainer):
             return
-        self._checkpoints.on_train_end(trainer, pl_module)
+        # Its copy is made when the run continues: time is short.
+        self._checkpoints.save_last(trainer)
         if trainer.is_global_zero:
             print(f"asked to stop: saved after step {trainer.global_step}, exit status {STOPPED}", flush=True)
         raise SystemExit(STOPPED)
@@ -249,7 +255,8 @@ class StepProgressBar(TQDMProgressBar):
         """Moves the bar one step."""
         # Not get_metrics: those are of the step before, Lightning updates them after this hook.
         assert isinstance(pl_module, HybridPruneModule), type(pl_module)
-        forms = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f"}
+        forms = {"loss": ".4f", "lr": ".2e", "tokens/s": ".0f", "GiB": ".1f", "TFLOP/s": ".3g", "of peak": ".0%"}
+        forms["budget"] = ".2f"
         shown = {name: format(value, forms[name]) for name, value in pl_module.shown.items()}
         self.train_progress_bar.set_postfix(shown, refresh=False)
         self.train_progress_bar.update(1)

@@ -51,6 +51,7 @@ from hybridprune_megatron.engine.checkpoint_index import read_index
 from hybridprune_megatron.engine.optimization import TrainState, allocate_state, load_optimizer_state
 from hybridprune_megatron.engine.parallel import from_rank_0
 from hybridprune_megatron.engine.rng_state import rng_state
+from hybridprune_megatron.engine.second_place import SecondPlace
 
 SHARDED_FORMAT = {
     # Gathers the optimizer's parts over replicas when saving, and gives one tensor a parameter and moment. The other
@@ -155,6 +156,7 @@ class CheckpointSaver:
         asynchronous: bool = False,
         keep_every_n_steps: int = 0,
         own: Iterable[int] = (),
+        second: SecondPlace | None = None,
     ) -> None:
         """Nothing is written yet.
 
@@ -164,11 +166,14 @@ class CheckpointSaver:
             asynchronous: write in the background.
             keep_every_n_steps: checkpoints of multiples of it stay too; 0: of none.
             own: steps of checkpoints that the run wrote before it was resumed; no others are ever removed.
+            second: gets every checkpoint that is whole; on rank 0.
         """
         self._directory = directory
         self._keep_last = keep_last
         self._keep_every = keep_every_n_steps
         self._own = set(own)
+        self._second = second
+        self._best: int | None = None
         self._queue = AsyncCallsQueue() if asynchronous else None
         self._scratch = directory
 
@@ -271,13 +276,28 @@ class CheckpointSaver:
                 _sync_entry(self._directory)
                 # Only now: until this one is whole, those before it are all that there is.
                 self._own.add(header["step"])
-                for old in outdated_checkpoints(self._directory, self._own, self._keep_last, self._keep_every, best):
-                    _retire(old)
+                self._best = best
+                if self._second is not None:
+                    self._second.copy(final, best)
+                self._remove_outdated()
             except OSError as error:
                 failure = [str(error)]
         dist.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
             raise OSError(failure[0])
+
+    def finish_copies(self) -> None:
+        """Waits for copies that are not made yet, and removes the checkpoints that were kept for them."""
+        if self._second is not None:
+            self._second.finish()
+            self._remove_outdated()
+
+    def _remove_outdated(self) -> None:
+        """Rank 0 only. A checkpoint that is being copied goes later."""
+        held = set() if self._second is None else self._second.held
+        for old in outdated_checkpoints(self._directory, self._own, self._keep_last, self._keep_every, self._best):
+            if old not in held:
+                _retire(old)
 
     def _failure(self, error: BaseException) -> RuntimeError:
         if dist.get_rank() == 0:

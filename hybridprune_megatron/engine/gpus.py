@@ -20,18 +20,22 @@ _DRIVER = Path("/proc/driver/nvidia/gpus")
 _FIX = "`nvidia-smi` must show them here (driver, `--nv`, `--gpus all`); export CUDA_VISIBLE_DEVICES= to use the CPUs"
 
 
-def check_gpus() -> None:
+def check_gpus() -> int:
     """Raises if this process was given GPUs and cannot use one.
+
+    Returns:
+        How many it can use; 0: it was given none.
 
     Raises:
         ValueError: one line that says who gave them and why they cannot be used.
     """
     given = given_gpus()
     if given is None:
-        return
-    reason = _unusable()
-    if reason is not None:
-        raise ValueError(f"{given}, but {reason}: {_FIX}")
+        return 0
+    found = _usable()
+    if isinstance(found, str):
+        raise ValueError(f"{given}, but {found}: {_FIX}")
+    return found
 
 
 def given_gpus() -> str | None:
@@ -49,8 +53,8 @@ def given_gpus() -> str | None:
     return None
 
 
-def _unusable() -> str | None:
-    """Why CUDA cannot be used; None: it can, as far as the driver says."""
+def _usable() -> int | str:
+    """GPUs that the driver sees, at least one, or why CUDA cannot be used."""
     built = torch_cuda()
     if built is None:
         return "the installed torch is built without CUDA"
@@ -67,7 +71,7 @@ def _unusable() -> str | None:
         return f"the driver offers CUDA {offered} and torch is built for CUDA {built[0]}.{built[1]}"
     if status := driver.cuDeviceGetCount(ctypes.byref(count)):
         return f"the driver cannot count them (cuDeviceGetCount: error {status})"
-    return None if count.value else "the driver sees none"
+    return count.value or "the driver sees none"
 
 
 def torch_cuda() -> tuple[int, int] | None:

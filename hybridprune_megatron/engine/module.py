@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hybridprune_megatron.config.schema import Config
     from hybridprune_megatron.data.batch import PackedBatch
     from hybridprune_megatron.data.task_encoder import TrainLoader
+    from hybridprune_megatron.method.counts import PackSizes
 
 
 class BudgetSampler:
@@ -51,7 +53,8 @@ class BudgetSampler:
         """
         keys = batch.keys if self._per_sample else [""] * len(batch.keys)
         budgets = [draw_budget(self._levels, self._seed, step, key) for key in keys]
-        return replace(batch, retention=tuple(self._retention[budget] for budget in budgets))
+        retention = tuple(self._retention[budget] for budget in budgets)
+        return replace(batch, retention=retention, budgets=tuple(budgets))
 
 
 #: A single bad batch is skipped; a model that has diverged must not run on until the job's time is up.
@@ -62,6 +65,16 @@ _MAX_SKIPPED_IN_A_ROW = 10
 ModelFactory = Callable[..., MegatronModule]
 #: (data-parallel rank, number of data-parallel ranks) -> this rank's loader.
 LoaderFactory = Callable[[int, int], "TrainLoader"]
+
+
+class Costs(Protocol):
+    """The cost model of a run; see ``cost.training.StepCost``."""
+
+    def operations(self, sizes: PackSizes) -> int:
+        """Of forward and backward over a packed sequence."""
+
+    def peak(self, device: str) -> float | None:
+        """Operations a second that a device of a name can do at most; None: not known."""
 
 
 class HybridPruneModule(LightningModule):
@@ -84,7 +97,12 @@ class HybridPruneModule(LightningModule):
     state: TrainState
 
     def __init__(
-        self, cfg: Config, model_factory: ModelFactory, loader_factory: LoaderFactory, log_path: Path | None = None
+        self,
+        cfg: Config,
+        model_factory: ModelFactory,
+        loader_factory: LoaderFactory,
+        log_path: Path | None = None,
+        costs: Costs | None = None,
     ) -> None:
         """Nothing is built yet.
 
@@ -92,6 +110,7 @@ class HybridPruneModule(LightningModule):
             model_factory: called once (in an interleaved pipeline once a chunk), after megatron's groups exist.
             loader_factory: called once, after that.
             log_path: where the step log goes; default ``<output_dir>/train_log.jsonl``.
+            costs: counts operations for the log; None: it has none.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -101,6 +120,8 @@ class HybridPruneModule(LightningModule):
         self._budgets = BudgetSampler(cfg) if cfg.tuning.budget.distribution != "fixed" else None
         self._log_path = log_path or Path(cfg.output_dir) / TRAIN_LOG
         self._log: TrainLog | None = None
+        self._costs = costs
+        self._peak: float | None = None
         self._resumed: dict[str, Any] | None = None
         self.loader: TrainLoader | None = None
         self.consumed_samples = 0
@@ -120,6 +141,8 @@ class HybridPruneModule(LightningModule):
             assert isinstance(module, DistillingModel), type(module)
             module.keep_initial_weights()
         self._num_microbatches = micro_batches_per_step(self.cfg.trainer.global_batch_size)
+        if self._costs is not None and device.type == "cuda":
+            self._peak = self._costs.peak(torch.cuda.get_device_name(device))
 
     def build_stage(self) -> MegatronModule:
         """This stage of the model, or the chunks that it holds."""
@@ -179,7 +202,13 @@ class HybridPruneModule(LightningModule):
         # Lightning yields (batch, index, loader index).
         batches = (self._with_budgets(item[0], step) for item in dataloader_iter)
         result = train_step(
-            self.state, batches, self._num_microbatches, self.cfg.data.sequence_length, step, self.cfg.trainer.nonfinite
+            self.state,
+            batches,
+            self._num_microbatches,
+            self.cfg.data.sequence_length,
+            step,
+            self.cfg.trainer.nonfinite,
+            None if self._costs is None else self._costs.operations,
         )
         self._count_skipped(result)
         # Lightning counts steps by its own optimizers, of which there are none; the count ends the run and
@@ -207,17 +236,36 @@ class HybridPruneModule(LightningModule):
 
     def _record(self, step: int, result: StepResult, seconds: float) -> None:
         """Writes the step to log, loggers and progress bar; ``seconds`` counts data and compute, not saving."""
+        # In place of a figure that is not known there is none.
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        memory = "device_memory_gib" if on_gpu else "resident_memory_gib"
+        more = {memory: round(result.memory / 2**30, 3)}
+        if result.operations:
+            per_rank = result.operations / seconds / dist.get_world_size()
+            more["tflops_per_rank"] = per_rank / 1e12
+            if self._peak is not None:
+                more["peak_share"] = per_rank / self._peak
+        if result.budget is not None:
+            more["budget"] = result.budget
+        if result.parts is not None:
+            more["answer_loss"], more["distillation_loss"] = result.parts
+        tokens_per_second = result.tokens / seconds
         if self._log is not None:
             row: dict[str, Any] = {"step": step, "loss": result.loss, "lr": result.lr, "grad_norm": result.grad_norm}
             row |= {"tokens": result.tokens, "loss_tokens": result.loss_tokens}
-            row |= {"seconds": round(seconds, 4), "samples": result.samples}
+            row |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens_per_second, 2)}
+            row |= {"operations": result.operations} if result.operations else {}
+            row |= more | {"samples": result.samples}
             row |= {"skipped": result.skipped} if result.skipped else {}
             self._log.append(row)
         # batch_size is given because Lightning cannot see it behind an iterator.
-        self.shown = {"loss": result.loss, "lr": result.lr, "tokens/s": result.tokens / seconds}
+        self.shown = {"loss": result.loss, "lr": result.lr, "tokens/s": tokens_per_second}
+        logged = self.shown | more
+        shown_as = {memory: "GiB", "tflops_per_rank": "TFLOP/s", "peak_share": "of peak", "budget": "budget"}
+        self.shown |= {short: more[name] for name, short in shown_as.items() if name in more}
         self.log_dict(
             {
-                **self.shown,
+                **logged,
                 "grad_norm": result.grad_norm,
                 "loss_tokens": float(result.loss_tokens),
                 "tokens_spread": result.spread,

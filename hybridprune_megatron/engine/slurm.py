@@ -180,27 +180,33 @@ def slurm_first_host() -> str:
     raise ValueError("SLURM_NODELIST is not set, so the ranks do not know where rank 0 is: export MASTER_ADDR")
 
 
+def step_hosts() -> list[str]:
+    """All hosts of the step in order, as ``scontrol show hostnames`` names them; empty where it cannot be asked."""
+    names = ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
+    return _told_by_scontrol(next((os.environ[name] for name in names if os.environ.get(name)), ""))
+
+
 def first_host(node_list: str) -> str:
     """First host of a Slurm node list: "n[03-05,9],m1" -> "n03", "r[1-2]n[3-4]" -> "r1n3", "g[1-4]-ib" -> "g1-ib".
 
     Raises:
         ValueError: it is not such a list.
     """
-    return _told_by_scontrol(node_list) or _first_of(node_list)
+    told = _told_by_scontrol(node_list)
+    return told[0] if told else _first_of(node_list)
 
 
-def _told_by_scontrol(node_list: str) -> str | None:
-    """What ``scontrol show hostnames`` says first; None where there is no Slurm, or it does not know this form."""
+def _told_by_scontrol(node_list: str) -> list[str]:
+    """What ``scontrol show hostnames`` says; nothing where there is no Slurm, or it does not know this form."""
     scontrol = shutil.which("scontrol")
     if scontrol is None or not node_list.strip() or node_list.startswith("-"):
-        return None
+        return []
     command = [scontrol, "show", "hostnames", node_list]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SCONTROL_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    hosts = done.stdout.split()
-    return hosts[0] if done.returncode == 0 and hosts else None
+        return []
+    return done.stdout.split() if done.returncode == 0 else []
 
 
 def _first_of(node_list: str) -> str:

@@ -18,7 +18,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from hybridprune_megatron.config.checkpoint_folder import checkpoint_step, complete_checkpoints, remove_incomplete
+from hybridprune_megatron.config.checkpoint_folder import (
+    checkpoint_step,
+    complete_checkpoints,
+    copies_folder,
+    remove_incomplete,
+)
 from hybridprune_megatron.config.flat import config_values, plain_config
 from hybridprune_megatron.data.streams import streams_of
 from hybridprune_megatron.engine.checkpoint import CheckpointSaver, load_checkpoint, start_save_helper
@@ -26,6 +31,7 @@ from hybridprune_megatron.engine.deterministic import choose_algorithms
 from hybridprune_megatron.engine.launch import Launch, check_launch
 from hybridprune_megatron.engine.module import HybridPruneModule
 from hybridprune_megatron.engine.parallel import LaunchedEnvironment, data_rank, init_distributed, init_model_parallel
+from hybridprune_megatron.engine.second_place import SecondPlace
 from hybridprune_megatron.engine.watch import report_failure, start_watch
 
 
@@ -43,6 +49,7 @@ class MegatronStrategy(DDPStrategy):
         self._launch = launch
         self._checkpoints = checkpoints
         self._saver: CheckpointSaver | None = None
+        self._second: SecondPlace | None = None
         # Steps of checkpoints that this run wrote before it was resumed.
         self._own: list[int] = []
         self._device = torch.device("cpu")
@@ -114,7 +121,12 @@ class MegatronStrategy(DDPStrategy):
         if self._saver is None:
             trainer = module.cfg.trainer
             self._saver = CheckpointSaver(
-                self._checkpoints, trainer.keep_last, trainer.async_save, trainer.keep_every_n_steps, self._own
+                self._checkpoints,
+                trainer.keep_last,
+                trainer.async_save,
+                trainer.keep_every_n_steps,
+                self._own,
+                self._second_place(),
             )
         common = {name: checkpoint[name] for name in ("pytorch-lightning_version", "epoch", "global_step", "loops")}
         common["callbacks"] = plain(checkpoint.get("callbacks", {}), "callbacks")
@@ -135,6 +147,20 @@ class MegatronStrategy(DDPStrategy):
         if self._saver is not None:
             self._saver.finish(wait)
 
+    def finish_copies(self) -> None:
+        """Waits for copies of checkpoints that are not made yet."""
+        if self._saver is not None:
+            self._saver.finish_copies()
+
+    def _second_place(self) -> SecondPlace | None:
+        """Where this run's checkpoints are copied to; None: nowhere, or another rank does it."""
+        cfg = self._module().cfg
+        folder = copies_folder(cfg)
+        if self._second is None and folder is not None and dist.get_rank() == 0:
+            trainer = cfg.trainer
+            self._second = SecondPlace(folder, cfg.output_dir, trainer.keep_last, trainer.keep_every_n_steps)
+        return self._second
+
     def load_checkpoint(self, checkpoint_path: Any) -> dict[str, Any]:
         """Loads everything of a checkpoint and gives Lightning its own part."""
         module = self._module()
@@ -142,7 +168,11 @@ class MegatronStrategy(DDPStrategy):
         streams = streams_of(where.rank, where.size, module.cfg.trainer.global_batch_size)
         loaded = load_checkpoint(Path(checkpoint_path), module.state, streams)
         module.resume_from(loaded)
-        if Path(checkpoint_path).parent == self._checkpoints:
+        second = self._second_place()
+        if second is not None and Path(checkpoint_path).parent == self._checkpoints:
+            # A run that was ended may not have come to it.
+            second.copy(Path(checkpoint_path))
+        if Path(checkpoint_path).parent in (self._checkpoints, copies_folder(module.cfg)):
             saved = map(checkpoint_step, complete_checkpoints(self._checkpoints))
             self._own = [step for step in saved if step <= loaded["step"]]
         return {**loaded["trainer"], "state_dict": {}, "lr_schedulers": []}

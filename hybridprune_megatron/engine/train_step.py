@@ -10,7 +10,9 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from hybridprune_megatron.data.batch import PADDING_KEY
 from hybridprune_megatron.models.stage_cut import StageCommunicator
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
     from hybridprune_megatron.data.batch import PackedBatch
     from hybridprune_megatron.engine.optimization import TrainState
+    from hybridprune_megatron.method.counts import PackSizes
 
 
 #: Samples that a message names.
@@ -46,6 +50,12 @@ class StepResult:
         lr: learning rate of the update, before ``optim.lr_scale``.
         samples: 16 hex digits that identify the samples of this step and their order, whichever replica had which.
         spread: tokens of the replica that had most, over their mean; what the others wait.
+        memory: bytes that tensors have taken at most so far on the fullest rank's GPU; on CPUs, that its process was
+            resident with at most.
+        operations: of forward and backward, in the whole job; 0: not counted.
+        budget: mean of what was drawn for the samples; None: nothing was.
+        parts: means per loss token of the answers' loss and of distillation's, before they are weighed (nats); None
+            where the loss has one part.
         skipped: why the update was left out, naming samples; None if it was made.
     """
 
@@ -56,28 +66,66 @@ class StepResult:
     lr: float
     samples: str
     spread: float
+    memory: int = 0
+    operations: float = 0.0
+    budget: float | None = None
+    parts: tuple[float, float] | None = None
     skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the pipeline found.
+
+    Attributes:
+        total: loss sum of the whole job, equal on all ranks.
+        tokens: loss tokens of the whole job, equal on all ranks.
+        micro: this rank's loss sum of each of its micro batches; none but on the last stage.
+        parts: sums of the whole job of the answers' loss and of distillation's; None where the loss has one part.
+        operations: see ``StepResult``, as is ``budget``.
+    """
+
+    total: float
+    tokens: int
+    micro: list[Tensor]
+    parts: tuple[float, float] | None
+    operations: float
+    budget: float | None
 
 
 class Recorder:
     """Hands micro-batches to the schedule and keeps what the log needs of them."""
 
-    def __init__(self, batches: Iterator[PackedBatch], device: torch.device) -> None:
+    def __init__(
+        self, batches: Iterator[PackedBatch], device: torch.device, count: Callable[[PackSizes], int] | None = None
+    ) -> None:
+        """Args: batches: are read. device: they are moved there. count: operations of one; None: nobody asks."""
         self._batches = batches
         self._device = device
+        self._count = count
         # Read, and not handed out to every chunk of layers yet.
         self._waiting: dict[int, PackedBatch] = {}
         # Of each micro-batch in order.
         self.keys: list[tuple[str, ...]] = []
+        self.sizes: list[PackSizes] = []
         self.tokens = 0
+        # Drawn for samples, not for what fills a sequence up.
+        self.budgets: list[float] = []
 
     def batch(self, index: int) -> PackedBatch:
         """A micro-batch that was not handed out to every chunk of layers, maybe ahead of its turn."""
         while index >= len(self.keys):
             self._waiting[len(self.keys)] = batch = self._read()
             self.keys.append(tuple(batch.keys))
+            if self._count is not None:
+                self.sizes.append(batch.sizes)
             self.tokens += batch.input_ids.numel()
+            self.budgets += [budget for key, budget in zip(batch.keys, batch.budgets or ()) if key != PADDING_KEY]
         return self._waiting[index]
+
+    def operations(self) -> int:
+        """Of forward and backward over all micro-batches; 0 where nobody asks."""
+        return 0 if self._count is None else sum(map(self._count, self.sizes))
 
     def one_each(self, num_chunks: int) -> list[Iterator[PackedBatch]]:
         """All micro-batches, once for every chunk of layers on this stage."""
@@ -98,16 +146,23 @@ class Recorder:
             raise ValueError("the training data ended; the loader must repeat it (data.train)") from None
 
 
-def _loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The schedule's loss function: sum of ``output`` (float32 [R], this rank's), its token count, both for the log."""
+def _loss(model: torch.nn.Module, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The schedule's loss function: sum of ``output`` (float32 [R], this rank's), its token count, all for the log."""
     total = output.float().sum()
     tokens = torch.tensor(output.numel(), dtype=torch.int, device=output.device)
+    parts = _loss_parts(model)
     # A clone, not a detach: the schedule scales the returned loss in place.
-    return total, tokens, {"sum": total.detach().clone(), "tokens": tokens.clone()}
+    found = {"sum": total.detach().clone(), "tokens": tokens.clone()}
+    return total, tokens, found | {"parts": total.new_zeros(2) if parts is None else parts}
 
 
-def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-    return model(next(batches)), _loss
+def _loss_parts(chunk: torch.nn.Module) -> Tensor | None:
+    """See ``DistillingModel.loss_parts``; None for every other model."""
+    return getattr(unwrap_model(chunk), "loss_parts", None)
+
+
+def _forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    return model(next(batches)), partial(_loss, model)
 
 
 def run_schedule(
@@ -167,23 +222,34 @@ def sum_over_job(totals: Tensor) -> None:
 
 def summed_losses(
     chunks: list[torch.nn.Module], batches: Recorder, num_microbatches: int, sequence_length: int, forward_only: bool
-) -> tuple[float, int, list[Tensor]]:
+) -> Losses:
     """Runs the pipeline for its loss.
 
     Args: as for ``run_schedule``.
-
-    Returns:
-        Loss sum and loss tokens of the whole job, equal on all ranks; and this rank's loss sum of each of its micro
-        batches (none but on the last stage).
     """
     outputs = run_schedule(chunks, batches, num_microbatches, sequence_length, _forward_step, forward_only)
+    # Counted while the device is still at work on what was queued.
+    work = [float(batches.operations()), sum(batches.budgets), float(len(batches.budgets))]
     device = next(chunks[0].parameters()).device
     # float64: the sums of many micro batches keep every digit of their float32 losses.
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
     for output in outputs:
-        totals += torch.stack([output["sum"].double(), output["tokens"].double()])
+        pair = torch.stack([output["sum"].double(), output["tokens"].double()])
+        totals += torch.cat([pair, output["parts"].double()])
+    totals = torch.cat([totals, torch.tensor(work, dtype=torch.float64).to(device, non_blocking=True)])
     sum_over_job(totals)
-    return float(totals[0]), int(totals[1]), [output["sum"] for output in outputs]
+    total, tokens, answers, distillation, *summed = totals.tolist()
+    # Context-parallel ranks have counted the same sequences.
+    operations, drawn, number = (value / parallel_state.get_context_parallel_world_size() for value in summed)
+    return Losses(
+        total=total,
+        tokens=int(tokens),
+        micro=[output["sum"] for output in outputs],
+        # No pipeline distils, so every rank knows whether this one did.
+        parts=None if _loss_parts(chunks[0]) is None else (answers, distillation),
+        operations=operations,
+        budget=drawn / number if number else None,
+    )
 
 
 def _gather_counts(batches: Recorder, device: torch.device) -> tuple[list[int], str]:
@@ -196,6 +262,18 @@ def _gather_counts(batches: Recorder, device: torch.device) -> tuple[list[int], 
     dist.all_reduce(counts, group=parallel_state.get_data_parallel_group())
     fingerprint = hashlib.sha256(repr(counts[:, 1:].flatten().tolist()).encode()).hexdigest()[:16]
     return counts[:, 0].tolist(), fingerprint
+
+
+def _most_memory(device: torch.device) -> int:
+    """See ``StepResult.memory``. The allocator's own count: nothing waits for the device's memory to be read."""
+    if device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(device)
+    else:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        own = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+    most = torch.tensor(own, dtype=torch.int64, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _named_samples(batches: Recorder, sums: list[Tensor]) -> str:
@@ -224,6 +302,7 @@ def train_step(
     sequence_length: int,
     step: int,
     nonfinite: str = "stop",
+    operations: Callable[[PackSizes], int] | None = None,
 ) -> StepResult:
     """Forward, backward, update and schedule for one global batch.
 
@@ -235,6 +314,7 @@ def train_step(
         step: number of this step, from 1, for error messages.
         nonfinite: what a loss or gradient that is not finite does; "stop" raises, "skip" leaves the update out (the
             schedule counts the step) at the price of a second gradient norm.
+        operations: of forward and backward over a packed sequence; None: not counted.
 
     Returns:
         The step's result, equal on all ranks.
@@ -244,15 +324,14 @@ def train_step(
         ValueError: if the data ends.
     """
     device = next(state.ddp[0].parameters()).device
-    recorder = Recorder(batches, device)
+    recorder = Recorder(batches, device, operations)
     for chunk in state.ddp:
         chunk.train()
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    loss_sum, loss_tokens, sums = summed_losses(
-        state.ddp, recorder, num_microbatches, sequence_length, forward_only=False
-    )
-    loss = loss_sum / max(loss_tokens, 1)
+    losses = summed_losses(state.ddp, recorder, num_microbatches, sequence_length, forward_only=False)
+    divisor = max(losses.tokens, 1)
+    loss = losses.total / divisor
     lr = max(group["lr"] / group["lr_mult"] for group in state.optimizer.param_groups)
     skips = nonfinite == "skip"
     finite, grad_norm = math.isfinite(loss), 0.0
@@ -268,7 +347,7 @@ def train_step(
     problem = None
     if not finite:
         what = f"loss={loss}" if not math.isfinite(loss) else f"gradient norm={grad_norm} (loss={loss})"
-        problem = f"{what} at step {step}; {_named_samples(recorder, sums)}"
+        problem = f"{what} at step {step}; {_named_samples(recorder, losses.micro)}"
         if not skips:
             raise FloatingPointError(
                 f"{problem}; lower optim.lr or check those samples; the same command continues from the last "
@@ -277,4 +356,17 @@ def train_step(
     state.scheduler.step(increment=1)
     tokens, samples = _gather_counts(recorder, device)
     spread = max(tokens) * len(tokens) / max(sum(tokens), 1)
-    return StepResult(loss, loss_tokens, sum(tokens), grad_norm, lr, samples, spread, problem)
+    return StepResult(
+        loss=loss,
+        loss_tokens=losses.tokens,
+        tokens=sum(tokens),
+        grad_norm=grad_norm,
+        lr=lr,
+        samples=samples,
+        spread=spread,
+        memory=_most_memory(device),
+        operations=losses.operations,
+        budget=losses.budget,
+        parts=None if losses.parts is None else (losses.parts[0] / divisor, losses.parts[1] / divisor),
+        skipped=problem,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,13 @@ from lightning.pytorch import Trainer
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridprune_megatron.checks import ConfigError
-from hybridprune_megatron.config.checkpoint_folder import checkpoint_folder, resume_point
+from hybridprune_megatron.config.checkpoint_folder import (
+    checkpoint_folder,
+    copies_folder,
+    latest_checkpoint,
+    newest_of_run,
+    resume_point,
+)
 from hybridprune_megatron.engine.callbacks import StepCheckpoint, StepProgressBar, StopOnSignal, Validation
 from hybridprune_megatron.engine.launch import Launch
 from hybridprune_megatron.engine.quiet import quiet_libraries
@@ -18,6 +24,8 @@ from hybridprune_megatron.engine.run_lock import hold_folder
 from hybridprune_megatron.engine.strategy import MegatronStrategy
 
 if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
     from hybridprune_megatron.config.schema import Config
     from hybridprune_megatron.engine.validation import Samples
 
@@ -70,8 +78,15 @@ def resume_checkpoint(cfg: Config, say: bool) -> Path | None:
     Raises:
         ValueError: all checkpoints are damaged.
     """
-    newest, damaged = resume_point(checkpoint_folder(cfg))
-    lines = [*damaged, *([f"resuming from {newest}"] if newest else [])]
+    own, copies = checkpoint_folder(cfg), copies_folder(cfg)
+    newest = newest_of_run(cfg)
+    if newest is None or newest.parent == own:
+        newest, damaged = resume_point(own)
+        lines = [*damaged, *([f"resuming from {newest}"] if newest else [])]
+    else:
+        assert newest.parent == copies, (newest, copies)
+        older = latest_checkpoint(own)
+        lines = [f"resuming from the copy {newest}; the newest whole one in {own} is {older.name if older else 'none'}"]
     if say and lines:
         print("\n".join(lines), flush=True)
     return newest
@@ -102,6 +117,8 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
         log_dir = log_dir / "logs"
     settings["explicit_log_dir"] = str(log_dir)
     settings["create_checkpoint_callback"] = False
+    # NeMo gives MLflow's logger its run_name twice, which fails.
+    wants_mlflow, mlflow = settings.pop("create_mlflow_logger", False), settings.pop("mlflow_logger_kwargs", None)
     if settings.get("resume_if_exists"):
         newest = resume_checkpoint(cfg, trainer.is_global_zero)
         # NeMo's own search knows other names ("*-last") and would warn that it finds none: ours is given as a path.
@@ -114,6 +131,20 @@ def start_experiment(trainer: Trainer, cfg: Config) -> Path:
         # Its keys are known to NeMo alone.
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"exp_manager.{error.full_key}: {reason}; give a key of NeMo's ExpManagerConfig") from error
+    if wants_mlflow and trainer.is_global_zero:
+        trainer.loggers = [*trainer.loggers, _mlflow_logger(cfg, mlflow or {})]
     # exp_manager lets megatron log at its own level.
     quiet_libraries()
     return log_dir
+
+
+def _mlflow_logger(cfg: Config, given: Mapping[str, Any]) -> Logger:
+    """MLflow's logger, by default with a database of its own in the run's folder."""
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    settings = {"experiment_name": cfg.name, **{key: value for key, value in given.items() if value is not None}}
+    if "tracking_uri" not in settings:
+        # Not among the logs, which exp_manager moves away when a run starts again.
+        folder = Path(cfg.output_dir).resolve()
+        settings |= {"tracking_uri": f"sqlite:///{folder / 'mlflow.db'}", "artifact_location": str(folder / "mlruns")}
+    return MLFlowLogger(**settings)

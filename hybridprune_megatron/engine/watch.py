@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from hybridprune_megatron.engine.bad_node import HARDWARE, SILENT, blame, is_hardware, own_node
 from hybridprune_megatron.engine.launch import Launch
 
 #: After the first sign of a failure, for what other ranks have to say about it.
@@ -47,8 +48,12 @@ def report_failure(error: BaseException) -> None:
 
     A SystemExit is not a failure: all ranks have agreed on it.
     """
-    if _current is not None and not isinstance(error, SystemExit):
+    if isinstance(error, SystemExit):
+        return
+    if _current is not None:
         _current.fail(error)
+    elif is_hardware(str(error)):
+        blame(own_node(), HARDWARE, str(error))
 
 
 def end_watch() -> None:
@@ -64,9 +69,14 @@ def end_watch() -> None:
 
 @dataclass
 class _Peer:
-    """What rank 0 knows of a rank. ``reason`` is what it said, or that it is gone; ``lost``: it only misses others."""
+    """What rank 0 knows of a rank.
+
+    ``node``: its machine, as Slurm calls it; ``reason``: what it said, or that it is gone; ``lost``: it only misses
+    others.
+    """
 
     name: str
+    node: str
     connection: socket.socket
     left: bool = False
     reason: str | None = None
@@ -92,16 +102,18 @@ class Watch:
         self._sockets: list[socket.socket] = []
         # A loader or writer process that lives on must not hold the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._close)
-        where: list[Any] = [None]
+        where: list[Any] = [None, own_node()]
         if self._rank == 0:
             server = socket.create_server(("", 0), backlog=self._size)
-            where = [server.getsockname()[1]]
+            where[0] = server.getsockname()[1]
             threading.Thread(target=self._serve, args=(server,), daemon=True).start()
         dist.broadcast_object_list(where, src=0)
+        self._first_node = where[1]
         self._connection = socket.create_connection((launch.main_address, where[0]), timeout=60)
         self._connection.settimeout(None)
         self._keep(self._connection)
-        self._say(rank=self._rank, name=f"rank {self._rank} ({socket.gethostname()}, process {os.getpid()})")
+        name = f"rank {self._rank} ({socket.gethostname()}, process {os.getpid()})"
+        self._say(rank=self._rank, name=name, node=own_node())
         threading.Thread(target=self._listen, daemon=True).start()
         # Nobody starts before all are connected.
         dist.barrier()
@@ -145,6 +157,8 @@ class Watch:
         if verdict["rank"] == self._rank and not self._lost_others:
             self._over.set()
             return
+        if told is None:
+            blame(self._first_node, SILENT, verdict["line"])
         if self._rank == 0 or told is None:
             message = f"job ended: {verdict['line']}; the same command continues from the last checkpoint\n"
             os.write(2, message.encode())
@@ -177,6 +191,7 @@ class Watch:
         time.sleep(_GATHER_SECONDS)
         with book.changed:
             verdict = _verdict(book.peers)
+            _blame_node(verdict, book.peers)
             for peer in book.peers.values():
                 try:
                     _send(peer.connection, verdict)
@@ -208,7 +223,7 @@ def _hear(connection: socket.socket, book: _Ledger) -> None:
     for message in _messages(connection):
         with book.changed:
             if peer is None:
-                peer = book.peers[message["rank"]] = _Peer(message["name"], connection)
+                peer = book.peers[message["rank"]] = _Peer(message["name"], message["node"], connection)
             elif "left" in message:
                 peer.left = True
             elif peer.reason is None:
@@ -218,6 +233,17 @@ def _hear(connection: socket.socket, book: _Ledger) -> None:
         with book.changed:
             peer.reason = _SILENT
             book.changed.notify_all()
+
+
+def _blame_node(verdict: dict[str, Any], peers: dict[int, _Peer]) -> None:
+    """Writes down the machine of a rank that died, or that failed of its hardware."""
+    peer = peers.get(verdict["rank"])
+    if peer is None or peer.reason is None:
+        return
+    if peer.reason == _SILENT:
+        blame(peer.node, SILENT, verdict["line"])
+    elif is_hardware(peer.reason):
+        blame(peer.node, HARDWARE, verdict["line"])
 
 
 def _verdict(peers: dict[int, _Peer]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The picture of one run or several, from their logs: loss, validation, tokens per second. Colour-blind safe."""
+"""The picture of one run or several, from their logs: losses, validation, tokens per second. Colour-blind safe."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def plot_runs(path: Path, logs: Logs, creator: str) -> None:
     """
     losses, shares = validated(logs)
     panels = [("training loss (nats per answer token)", _draw_loss), ("tokens per second", _draw_speed)]
+    if any("distillation_loss" in row for steps, _ in logs.values() for row in steps):
+        panels.append(("parts of the training loss (nats per answer token)", _draw_parts))
     panels += [("validation loss (nats per answer token)", _drawing(losses))] if losses else []
     panels += [("validation, share of exact answers", _drawing(shares))] if shares else []
     rows = 1 if len(panels) < 4 else 2
@@ -100,6 +102,18 @@ def _draw_loss(axes: Axes, log: tuple[Sequence[Mapping[str, Any]], Any], look: d
 def _draw_speed(axes: Axes, log: tuple[Sequence[Mapping[str, Any]], Any], look: dict[str, Any]) -> None:
     speeds = [row["tokens"] / row["seconds"] if row["seconds"] else float("nan") for row in log[0]]
     axes.plot([row["step"] for row in log[0]], smoothed(speeds, _width(speeds)), **look)
+
+
+def _draw_parts(axes: Axes, log: tuple[Sequence[Mapping[str, Any]], Any], look: dict[str, Any]) -> None:
+    """Answers' and distillation's loss of a run that distils."""
+    for name, width in (("answer_loss", 1.6), ("distillation_loss", 0.8)):
+        found = [(row["step"], row[name]) for row in log[0] if name in row]
+        if found:
+            steps, losses = zip(*found)
+            line = smoothed(losses, _width(steps))
+            axes.plot(steps, line, linewidth=width, **look)
+            label, end = name.removesuffix("_loss"), (steps[-1], line[-1])
+            axes.annotate(label, end, xytext=(-4, 4), textcoords="offset points", ha="right", fontsize=7)
 
 
 def _drawing(names: Sequence[str]) -> Any:

@@ -8,11 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
 # Sums of shares times tokens are exact up to this.
 _ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class PackSizes:
+    """What decides how much work a packed sequence is; known on the host.
+
+    Attributes:
+        visual: S visual tokens of the samples before any reduction.
+        text: S numbers of all their other tokens.
+        question: S numbers of those of them that score.
+        loss_rows: tokens of all samples with a loss.
+        frames: frames of all samples.
+        encoded: of these, frames that run through the tower; the others come as its features.
+        retentions: S shares per layer; None: the model's own for all.
+    """
+
+    visual: tuple[int, ...]
+    text: tuple[int, ...]
+    question: tuple[int, ...]
+    loss_rows: int
+    frames: int
+    encoded: int
+    retentions: tuple[tuple[float, ...], ...] | None = None
 
 
 @lru_cache(maxsize=4096)

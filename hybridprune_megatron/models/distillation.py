@@ -57,12 +57,17 @@ class DistillingModel(VideoLanguageModel):
         args, kwargs: as for ``VideoLanguageModel``.
         weight: w, from 0 to 1.
         temperature: T, above 0. T^2 keeps the size of the gradient (Hinton et al. 2015).
+
+    Attributes:
+        loss_parts: float32 [2], without gradient, of the last forward pass in training: the sums of CE and of
+            T^2 KL over its rows; None: there was none.
     """
 
     def __init__(self, *args: Any, weight: float, temperature: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.weight, self.temperature = weight, temperature
         self._initial: dict[str, Tensor] = {}
+        self.loss_parts: Tensor | None = None
 
     def keep_initial_weights(self) -> None:
         """Makes the present weights the teacher's, whatever the model learns; call it where they have their dtype."""
@@ -70,6 +75,7 @@ class DistillingModel(VideoLanguageModel):
 
     def forward(self, batch: PackedBatch, judged: bool = False) -> Tensor:
         """As ``VideoLanguageModel.forward``; in eval mode, and ``judged``, the plain cross entropy."""
+        self.loss_parts = None
         if judged or not self.training:
             return super().forward(batch, judged)
         rows = loss_rows(batch)
@@ -79,6 +85,7 @@ class DistillingModel(VideoLanguageModel):
         # Last: megatron's cross entropy overwrites fp32 logits.
         labels = batch.labels[rows].unsqueeze(0)
         entropy = self.language_model.compute_language_model_loss(labels, student.unsqueeze(1)).squeeze(0).float()
+        self.loss_parts = torch.stack([entropy.detach().sum(), self.temperature**2 * divergence.detach().sum()])
         return (1 - self.weight) * entropy + self.weight * self.temperature**2 * divergence
 
     @torch.no_grad()

@@ -75,6 +75,7 @@ def run_job(
 
     import torch.distributed as dist
 
+    from hybridprune_megatron.cost.training import StepCost
     from hybridprune_megatron.engine import checkpoint
     from hybridprune_megatron.engine.launch import Launch
     from hybridprune_megatron.engine.module import HybridPruneModule
@@ -102,7 +103,8 @@ def run_job(
     job.trainer.devices = dist.get_world_size()
     streams = job.trainer.global_batch_size
     if video:
-        module = DyingModule(job, partial(build_model, job), partial(ClipLoader, streams=streams))
+        loader = partial(ClipLoader, streams=streams)
+        module = DyingModule(job, partial(build_model, job), loader, costs=StepCost(job))
     else:
         module = DyingModule(job, partial(tiny_model, dropout=dropout), partial(CountingLoader, streams=streams))
     launch = Launch(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())

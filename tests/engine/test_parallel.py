@@ -66,10 +66,10 @@ def _evaluation_loss(chunks: list[Any], batches: Iterator[Any], count: int, leng
         chunk.eval()
     recorder = Recorder(batches, torch.device("cpu"))
     with torch.no_grad():
-        total, tokens, _ = summed_losses(chunks, recorder, count, length, forward_only=True)
+        losses = summed_losses(chunks, recorder, count, length, forward_only=True)
     for chunk in chunks:
         chunk.train()
-    return total / max(tokens, 1), tokens
+    return losses.total / max(losses.tokens, 1), losses.tokens
 
 
 @pytest.fixture(scope="module")

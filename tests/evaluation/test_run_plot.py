@@ -48,6 +48,17 @@ def test_one_run_gets_its_picture_in_its_folder(tmp_path: Path, capsys: pytest.C
     assert Image.open(run / "runs.png").size[1] > narrow[1]
 
 
+def test_a_run_that_distils_gets_a_panel_of_the_parts(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    plot.main([str(run)])
+    narrow = Image.open(run / "runs.png").size[0]
+    rows = [json.loads(line) for line in (run / "train_log.jsonl").read_text().splitlines()]
+    rows = [row | {"answer_loss": 1.0, "distillation_loss": 0.5} for row in rows]
+    (run / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot.main([str(run)])
+    assert Image.open(run / "runs.png").size[0] > narrow
+
+
 def test_several_runs_are_one_picture(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / str(n), 10 + n, loss=1.0, loss_full=0.9, accuracy=0.1 * n) for n in range(9)]
     plot.main([*map(str, runs), "--out", str(tmp_path / "all.png")])

@@ -178,9 +178,29 @@ REFUSED = {
         ["trainer.timeout_minutes=1e300"],
         "trainer.timeout_minutes=1e+300: must be above 0 and at most 525600",
     ),
+    "copies among the checkpoints": (
+        ["output_dir=runs/a", "trainer.copy_checkpoints_to=runs/a/checkpoints"],
+        "trainer.copy_checkpoints_to=runs/a/checkpoints: lies in output_dir=runs/a, and what happens to that",
+    ),
     "W&B": (
         ["exp_manager.create_wandb_logger=true"],
         "exp_manager.wandb_logger_kwargs.project=None: exp_manager.create_wandb_logger=true needs a project",
+    ),
+    "MLflow's typo": (
+        ["+exp_manager.mlflow_logger_kwargs={experimant_name: mine}"],
+        "exp_manager.mlflow_logger_kwargs.experimant_name=mine: unknown key; allowed are experiment_name, run_name",
+    ),
+    "MLflow's tags": (
+        ["+exp_manager.mlflow_logger_kwargs={tags: mine}"],
+        "exp_manager.mlflow_logger_kwargs.tags=mine: must be a group of keys",
+    ),
+    "a folder for MLflow": (
+        ["+exp_manager.mlflow_logger_kwargs={tracking_uri: mlruns}"],
+        "exp_manager.mlflow_logger_kwargs.tracking_uri=mlruns: is a folder, and MLflow 3 writes to none; give",
+    ),
+    "a word for MLflow": (
+        ["exp_manager.create_mlflow_logger=perhaps"],
+        "exp_manager.create_mlflow_logger=perhaps: must be true or false",
     ),
     "NeMo's checkpoints": (
         ["exp_manager.create_checkpoint_callback=true"],

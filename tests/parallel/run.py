@@ -57,9 +57,7 @@ def step(
     for chunk in state.ddp:
         chunk.train()
         chunk.zero_grad_buffer()
-    total, tokens, *_ = summed_losses(
-        state.ddp, Recorder(iter(batches), device), len(batches), cfg.data.sequence_length, False
-    )
+    losses = summed_losses(state.ddp, Recorder(iter(batches), device), len(batches), cfg.data.sequence_length, False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter))
@@ -68,7 +66,7 @@ def step(
     torch.distributed.barrier()
     sharded = model.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
     dist_checkpointing.save(sharded, gradients, content_metadata=dict(SHARDED_FORMAT))
-    return total / tokens, seen
+    return losses.total / losses.tokens, seen
 
 
 def own_device() -> Any:

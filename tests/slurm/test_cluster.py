@@ -87,17 +87,17 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _submit(cluster: Cluster, data: Path, folder: Path) -> str:
-    """A job of two nodes with one rank each, without GPUs."""
+def _submit(cluster: Cluster, data: Path, folder: Path, nodes: int = 2, steps: int = STEPS) -> str:
+    """A job of one rank per node, without GPUs."""
     return cluster.submit(
-        *("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"),
+        *(f"--nodes={nodes}", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"),
         f"--output={folder}.log",
         "slurm/finetune.sh",
-        *("experiment=demo", "trainer.num_nodes=2", f"output_dir={folder}", f"data.train={data / 'train'}"),
+        *("experiment=demo", f"trainer.num_nodes={nodes}", f"output_dir={folder}", f"data.train={data / 'train'}"),
         *("data.num_frames=4", "data.sequence_length=320", "data.packing_buffer=4", "data.shuffle_buffer=6"),
         *("data.validation=null", "model.init_checkpoint=null", "data.num_workers=1"),
         # No checkpoint but the last, and the one that a signal asks for.
-        *(f"trainer.max_steps={STEPS}", "trainer.save_every_n_steps=1000", "trainer.eval_samples=0"),
+        *(f"trainer.max_steps={steps}", "trainer.save_every_n_steps=1000", "trainer.eval_samples=0"),
     )
 
 
@@ -161,3 +161,31 @@ def test_preempted_job_requeues_itself_and_ends_with_the_same_losses(
     # Straight on from the step at which it stopped.
     assert f"resuming from {saved / f'step_{int(stopped_at):08d}'}" in text
     assert _digits(_rows(preempted)) == expected
+    # What is looked at before the ranks start, at both starts.
+    assert text.count("preflight: GPUs: 0 on each of 2 nodes") == 2
+    assert text.count("preflight: output_dir: one folder on all nodes, writable") == 2
+    assert "all-reduce" not in text
+
+
+def test_a_job_comes_back_without_the_node_that_failed(cluster: Cluster, data: Path, tmp_path: Path) -> None:
+    site, log = tmp_path / "site.sh", Path(f"{tmp_path / 'run'}.log")
+    # A GPU that is not there, on the node that the job begins on.
+    site.write_text('[[ -s "$BEGAN" ]] || echo "$SLURMD_NODENAME" > "$BEGAN"\n')
+    with site.open("a") as stream:
+        stream.write('[[ "$(< "$BEGAN")" != "$SLURMD_NODENAME" ]] || export CUDA_VISIBLE_DEVICES=99\n')
+    cluster.environment |= {"SITE": str(site), "BEGAN": str(tmp_path / "began"), "PREFLIGHT": "nccl"}
+    try:
+        number = _submit(cluster, data, tmp_path / "run", nodes=1, steps=2)
+        job = _finish(cluster, number, log)
+    finally:
+        for name in ("SITE", "BEGAN", "PREFLIGHT"):
+            del cluster.environment[name]
+    first = (tmp_path / "began").read_text().strip()
+    other = {"n1": "n2", "n2": "n1"}[first]
+    text = _text(log)
+    assert (job["Restarts"], job["ExcNodeList"], job["NodeList"]) == ("1", first, other)
+    assert f"{first}: CUDA_VISIBLE_DEVICES=99 names GPUs, but " in text
+    assert "; queued again without it (restart 1 of 3)" in text
+    assert "preflight: all-reduce: " in text
+    assert [row["step"] for row in _rows(tmp_path / "run")] == [1, 2]
+    assert not (ROOT / f"slurm-left-out-{number}").exists()

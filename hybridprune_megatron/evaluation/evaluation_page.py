@@ -11,7 +11,7 @@ from typing import Any
 from hybridprune_megatron.evaluation.figure import new_figure
 from hybridprune_megatron.evaluation.intervals import Interval
 from hybridprune_megatron.evaluation.judging import Figures, Outcome, Share
-from hybridprune_megatron.evaluation.report import percent, text_table
+from hybridprune_megatron.evaluation.report import percent
 
 _EXACT, _CHOICE, _LOSS, _GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
 #: Whom the picture names as its maker.
@@ -70,24 +70,29 @@ def write_evaluation(
     found: Mapping[str, Figures],
     budgets: Mapping[str, float],
     about: Mapping[str, Any],
+    table: str,
+    plot: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes evaluation.json, table.txt, predictions.jsonl and, over several budgets, evaluation.png.
+    """Writes evaluation.json, table.txt, predictions.jsonl and, over several columns, evaluation.png.
 
     Args:
         folder: is there.
         outcomes, found, budgets: by the name of the column.
         about: what evaluation.json says besides the figures.
+        table: text of table.txt.
+        plot: draws the picture; None: right answers and loss over the budget.
     """
     columns = [{"name": name, "budget": budgets[name]} | asdict(each) for name, each in found.items()]
     report = json.dumps({**about, "columns": columns}, indent=1, ensure_ascii=False)
     (folder / "evaluation.json").write_text(f"{report}\n", encoding="utf-8")
-    (folder / "table.txt").write_text(f"{text_table(table_rows(found, budgets))}\n", encoding="utf-8")
+    (folder / "table.txt").write_text(f"{table}\n", encoding="utf-8")
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for name, each in outcomes.items():
             for outcome in each:
-                file.write(json.dumps(outcome.row(budgets[name]), ensure_ascii=False) + "\n")
+                file.write(json.dumps({"column": name} | outcome.row(budgets[name]), ensure_ascii=False) + "\n")
     if len(found) > 1:
-        plot_budgets(folder / "evaluation.png", found, budgets)
+        path = folder / "evaluation.png"
+        plot(path) if plot is not None else plot_budgets(path, found, budgets)
 
 
 def plot_budgets(path: Path, found: Mapping[str, Figures], budgets: Mapping[str, float]) -> None:

@@ -18,6 +18,7 @@ from tests.worlds import run_world
 
 WEIGHTS = ROOT / "assets" / "demo" / "base.safetensors"
 SAMPLES, ASKED = 8, 6
+_DEMO = [f"checkpoint={WEIGHTS}", "experiment=demo", "data=tests"]
 SAID = {"role": "assistant", "content": "It is red."}
 
 
@@ -89,6 +90,7 @@ def _evaluate(data: Path, out: Path) -> None:
     export_model(model, cfg, out / "hf")
     _evaluate_export(data, out, rows)
     _evaluate_any(out)
+    _compare_methods(out, data)
 
 
 def _evaluate_export(data: Path, out: Path, rows: list[dict[str, Any]]) -> None:
@@ -100,6 +102,7 @@ def _evaluate_export(data: Path, out: Path, rows: list[dict[str, Any]]) -> None:
     assert [column["budget"] for column in columns] == [1.0, 0.5, 0.25]
     assert len(exported) == 3 * ASKED
     for ours, theirs in zip(rows, exported):
+        assert {ours.pop("column"), theirs.pop("column")} in ({"full", "1"}, {"reduced", "0.5"})
         assert theirs.pop("loss") == pytest.approx(ours.pop("loss"), rel=1e-3, abs=1e-5)
         assert theirs == ours
     # An earlier evaluation is replaced, anything else is not.
@@ -125,6 +128,27 @@ def _evaluate_any(out: Path) -> None:
     # Right is what the meta says, not the turn; and that is compared as text.
     assert [row["correct"] for row in rows[:2]] == [False, True]
     assert rows[0]["loss"] == pytest.approx(rows[1]["loss"], rel=1e-4)
+
+
+def _compare_methods(out: Path, data: Path) -> None:
+    """The model's own way gives what it gives alone; another is told apart question by question."""
+    methods = "methods=[query,random,query reduction.score=random]"
+    model = [f"checkpoint={out / 'hf'}", f"data={data}", f"samples={ASKED}"]
+    lines = _printed(*model, methods, "budgets=[1,0.5]", f"out={out / 'methods'}")
+    _, rows, _ = _report(out / "methods")
+    columns = {row["column"] for row in rows}
+    assert columns == {"none", "query 0.5", "random 0.5", "query reduction.score=random 0.5"}
+    _, alone, _ = _report(out / "export")
+    for column, budget in (("none", 1.0), ("query 0.5", 0.5)):
+        assert [row["prediction"] for row in rows if row["column"] == column] == [
+            row["prediction"] for row in alone if row["budget"] == budget
+        ]
+    right = {column: [row["correct"] for row in rows if row["column"] == column] for column in columns}
+    apart = 100 * (sum(right["query 0.5"]) - sum(right["random 0.5"])) / ASKED
+    (line,) = [line for line in lines[: len(lines) // 2] if line.startswith("  query minus random ")]
+    assert f"{apart:+.1f} (" in line
+    with pytest.raises(SystemExit, match="2"):
+        _printed(*model, methods, "reduction.layers=all")
 
 
 def test_figures_are_the_demo_s_and_the_export_s(tmp_path: Path) -> None:
@@ -179,6 +203,11 @@ def _written(data: Path) -> str:
         ([f"checkpoint={WEIGHTS}", "budgets=[1.5]"], "budgets[0]=1.5: must be above 0"),
         ([f"checkpoint={WEIGHTS}", "batch_size=0"], "batch_size=0: must be"),
         ([f"checkpoint={WEIGHTS}", "experiment=demo", "bugdets=1"], "bugdets"),
+        ([f"checkpoint={WEIGHTS}", "methods=[evs,evs]"], "methods=['evs', 'evs']: must be one or more, each once"),
+        ([*_DEMO, "methods=[evss]"], "methods=evss at 0.25: reduction=evss"),
+        ([*_DEMO, "methods=[evs trainer.seed=3]"], "changes to a method are keys of reduction"),
+        ([*_DEMO, "methods=[evs]", "budgets=[1]"], "methods drop nothing at 1"),
+        ([*_DEMO, "methods=[query reduction.score=nowhere.Score]"], "nowhere"),
     ],
 )
 def test_a_wrong_setting_is_one_line(

@@ -172,12 +172,12 @@ def _hear(launch: Launch, token: str, reports: dict[int, Found], offsets: dict[i
         connection.settimeout(max(deadline - time.monotonic(), 0.01) + _SEEN_SECONDS)
         try:
             message: dict[str, Any] = json.loads(connection.makefile().readline())
-        except (OSError, ValueError):
+            rank, report = message.pop("rank"), Found(**message)
+            connection.sendall(b"heard\n")
+        except (OSError, ValueError, TypeError, AttributeError, KeyError):
+            # Cut off, or somebody else's connection.
             continue
-        connection.sendall(b"heard\n")
-        rank = message.pop("rank")
-        reports[rank] = Found(**message)
-        offsets[rank] = reports[rank].now - time.time()
+        reports[rank], offsets[rank] = report, report.now - time.time()
     server.close()
 
 

@@ -50,7 +50,7 @@ def write_overlay(
     scratch = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with av.open(scratch, "w", format="mp4") as out:
+        with av.open(scratch, mode="w", format="mp4") as out:
             stream, words = None, np.empty((0, 0, 3), dtype=np.uint8)
             for number, picture in enumerate(every_frame(video)):
                 if stream is None:

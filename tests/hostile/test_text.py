@@ -191,7 +191,7 @@ def test_a_tokenizer_that_makes_marks_of_other_text_forges_nothing(tmp_path: Pat
     with pytest.raises(ValueError, match="reads as <SPECIAL_11>"):
         samples.prompts.encode_next_turn(f"And {mark}?")
     (draft,) = samples.draft("k", chat("user", "Where is it?"), [])
-    assert draft.prompt.input_ids.count(turn[0]) == 2
+    assert draft.fitted.prompt.input_ids.count(turn[0]) == 2
 
 
 def test_reserved_numbers_are_looked_for_in_long_texts_and_again(tokenizer: Any) -> None:

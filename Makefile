@@ -11,7 +11,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 # Versions and hashes of everything that is installed; `make lock` renews them.
 LOCKS := requirements/build.lock requirements/dev.lock requirements/newest.lock requirements/gpu_sources.lock
-# What builds the docs site, beside what is installed.
+# What builds the docs site, in addition to what is installed.
 DOCS := $(VENV)/docs
 # Next to the installed transformers, for the tests that run under both: first on PYTHONPATH.
 NEWEST := $(VENV)/newest

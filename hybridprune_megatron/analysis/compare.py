@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridprune_megatron.analysis.conclusions import conclusions
+from hybridprune_megatron.analysis.conclusions import conclusions, known_mean
 from hybridprune_megatron.analysis.figures import TYPE_COLOURS
 from hybridprune_megatron.analysis.report import JSON_FILE, SECTIONS, image, page, table, text
 from hybridprune_megatron.config.json_text import read_json
@@ -43,8 +43,10 @@ def read_analysis(folder: Path) -> tuple[Path, dict[str, Any]]:
     return found, result
 
 
-def compare(folders: tuple[Path, Path], results: tuple[dict[str, Any], dict[str, Any]], made_by: str) -> str:
-    """The page, which needs no other file.
+def compare(
+    folders: tuple[Path, Path], results: tuple[dict[str, Any], dict[str, Any]], made_by: str
+) -> tuple[str, int]:
+    """The page, which needs no other file, and the number of clips that both analyses have.
 
     Args:
         folders: of the two analyses, with their figures.
@@ -74,7 +76,7 @@ def compare(folders: tuple[Path, Path], results: tuple[dict[str, Any], dict[str,
             both = "".join(f"<figure><figcaption>{run}</figcaption>{each}</figure>" for run, each in zip(_NAMES, shown))
             parts.append(f'<h2 id="{name}">{title}</h2><div class="both">{both}</div>')
     parts.append(f"<p>Made by {made_by}.</p>")
-    return page("Two analyses", parts)
+    return page("Two analyses", parts), clips
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[tuple[str, ...]], int]:
@@ -86,7 +88,7 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[tuple[str, .
     common = [key for key in of_a if key in of_b] if a["run"]["data"] == b["run"]["data"] else []
     rows: list[tuple[str, ...]] = [("", *_NAMES, "difference", "95 % interval")]
     for name, read in _figures(a, b).items():
-        means = [_mean([read(clip) for clip in clips.values()]) for clips in (of_a, of_b)]
+        means = [known_mean([read(clip) for clip in clips.values()]) for clips in (of_a, of_b)]
         pairs = [(read(of_a[key]), read(of_b[key])) for key in common]
         gaps = np.array([second - first for first, second in pairs if first is not None and second is not None])
         told, span = "-", "-"
@@ -111,11 +113,6 @@ def _figures(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Callable[[dict[s
         found[f"AUC of needed frames, {kind} layers"] = lambda clip, kind=kind: clip["auc"].get(kind)  # type: ignore[misc]
         found[f"tokens that hold half of the mass, {kind} layers"] = lambda clip, kind=kind: clip["half"].get(kind)  # type: ignore[misc]
     return found
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _settings(results: tuple[dict[str, Any], dict[str, Any]]) -> str:

@@ -33,7 +33,8 @@ def conclusions(result: dict[str, Any]) -> list[str]:
 
 def _mass(rows: list[dict[str, Any]]) -> str:
     kinds = sorted({row["type"] for row in rows})
-    shares = {kind: _mean([row["tokens_that_hold"]["0.5"] for row in rows if row["type"] == kind]) for kind in kinds}
+    held = {kind: [row["tokens_that_hold"]["0.5"] for row in rows if row["type"] == kind] for kind in kinds}
+    shares = {kind: known_mean(each) for kind, each in held.items()}
     words = " and ".join(f"{_percent(share)} of the visual tokens in {kind} layers" for kind, share in shares.items())
     sparse = " and ".join(kind for kind, share in shares.items() if share is not None and share < _NOISE / 2)
     verdict = f"scores of {sparse} layers are sparse" if sparse else "no kind of layer is twice as sparse as noise"
@@ -97,7 +98,7 @@ def _traces(probe: dict[str, Any]) -> list[str]:
     for content, found in probe["contents"].items():
         high = max((row["shuffled_high"] for row in found["rows"] if row["shuffled_high"] is not None), default=0.0)
         for kind, rows in found["by_drop"].items():
-            held, dropped, absent = (_mean([row[name] for row in rows]) for name in ("held", "score", "absent"))
+            held, dropped, absent = (known_mean([row[name] for row in rows]) for name in ("held", "score", "absent"))
             if held is None or dropped is None or absent is None:
                 continue
             figures = f"{dropped:.2f} after a drop, {held:.2f} with nothing dropped, {absent:.2f} if they never entered"
@@ -108,7 +109,8 @@ def _traces(probe: dict[str, Any]) -> list[str]:
     return said
 
 
-def _mean(values: list[float | None]) -> float | None:
+def known_mean(values: list[float | None]) -> float | None:
+    """Mean of the values that are known; None: none is."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 

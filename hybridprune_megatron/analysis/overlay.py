@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from hybridprune_megatron.analysis.strip import KeptPatches, chosen_layers, grey_out, wrapped
+from hybridprune_megatron.config.outputs import whole_file
 from hybridprune_megatron.data.video import FrameSampling, every_frame, video_seconds
 from hybridprune_megatron.evaluation.figure import new_figure
 
@@ -44,32 +45,26 @@ def write_overlay(
     """
     layers = chosen_layers(clip.kept, _PANELS) if layers is None else layers
     times = video_seconds(video)
-    shown = [times[index] for index in sampling.choose(times)]
+    shown = sampling.taken(times)
     if len(shown) != clip.num_frames:
         raise ValueError(f"{video}: {len(shown)} frames are shown of it, and the model saw {clip.num_frames}")
-    scratch = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with av.open(scratch, mode="w", format="mp4") as out:
-            stream, words = None, np.empty((0, 0, 3), dtype=np.uint8)
-            for number, picture in enumerate(every_frame(video)):
-                if stream is None:
-                    size = _panel_size(*picture.shape[:2])
-                    words = _words(clip, layers, size)
-                    rate = Fraction(len(times) / times[-1] if times[-1] else 1).limit_denominator(1000)
-                    stream = out.add_stream("libx264", rate=rate, options={"crf": "18", "threads": "1"})
-                    stream.width, stream.height = words.shape[1], words.shape[0] + size[0]
-                    stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, _CLOCK)
-                seen = bisect_right(shown, times[number]) - 1
-                panels = _panels(picture, [clip.of(layer, seen) for layer in layers], size)
-                frame = av.VideoFrame.from_ndarray(np.concatenate([words, panels]), format="rgb24")
-                frame.pts, frame.time_base = round(times[number] * _CLOCK), Fraction(1, _CLOCK)
-                out.mux(stream.encode(frame))
-            assert stream is not None, "video_seconds has seen a frame"
-            out.mux(stream.encode())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with whole_file(path) as scratch, av.open(scratch, mode="w", format="mp4") as out:
+        stream, words = None, np.empty((0, 0, 3), dtype=np.uint8)
+        for number, picture in enumerate(every_frame(video)):
+            if stream is None:
+                size = _panel_size(*picture.shape[:2])
+                words = _words(clip, layers, size)
+                rate = Fraction(len(times) / times[-1] if times[-1] else 1).limit_denominator(1000)
+                stream = out.add_stream("libx264", rate=rate, options={"crf": "18", "threads": "1"})
+                stream.width, stream.height = words.shape[1], words.shape[0] + size[0]
+                stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, _CLOCK)
+            seen = bisect_right(shown, times[number]) - 1
+            panels = _panels(picture, [clip.of(layer, seen) for layer in layers], size)
+            frame = av.VideoFrame.from_ndarray(np.concatenate([words, panels]), format="rgb24")
+            frame.pts, frame.time_base = round(times[number] * _CLOCK), Fraction(1, _CLOCK)
+            out.mux(stream.encode(frame))
+        assert stream is not None, "video_seconds has seen a frame"
+        out.mux(stream.encode())
 
 
 def _panel_size(height: int, width: int) -> tuple[int, int]:

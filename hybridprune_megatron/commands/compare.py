@@ -38,10 +38,10 @@ def main(argv: list[str]) -> None:
         if not folder.is_dir():
             raise ValueError(f"{folder}: is not a folder (looked from {Path.cwd()}); give one of hybridprune analyze")
     quiet_libraries()
-    from hybridprune_megatron.analysis.compare import compare, differences, read_analysis
+    from hybridprune_megatron.analysis.compare import compare, read_analysis
 
     (folder_a, a), (folder_b, b) = map(read_analysis, options.analyses)
+    page, clips = compare((folder_a, folder_b), (a, b), COMMAND)
     with whole_file(out) as scratch:
-        scratch.write_text(compare((folder_a, folder_b), (a, b), COMMAND))
-    _, clips = differences(a, b)
+        scratch.write_text(page)
     print(f"{out}: {folder_a} and {folder_b}, {clips} clips in common")

@@ -91,9 +91,11 @@ def main(argv: list[str]) -> None:
     # Before the slow imports, which take half a minute.
     settings, overrides = read_command_line("evaluate", __doc__, EvaluationSettings, argv)
     source, cfg, is_export = checkpoint_or_export(settings.checkpoint, overrides)
-    budgets, methods = columns(cfg, settings.budgets), None
-    if settings.methods is not None:
+    if settings.methods is None:
+        methods, budgets = {}, columns(cfg, settings.budgets)
+    else:
         methods = compared(cfg, settings.methods, settings.budgets, overrides)
+        budgets = {name: each.budget for name, each in methods.items()} | {EVERY_TOKEN: 1.0}
     data = data_path(settings.data, cfg.data.validation)
     if data.is_dir():
         check_folder(cfg, f"data={data}", data)
@@ -107,14 +109,14 @@ def main(argv: list[str]) -> None:
     from hybridprune_megatron.data.sample_encoder import SampleEncoder
     from hybridprune_megatron.evaluation.answering import answering
     from hybridprune_megatron.evaluation.asked import read_questions
-    from hybridprune_megatron.evaluation.evaluation_page import table_rows, write_evaluation
+    from hybridprune_megatron.evaluation.evaluation_page import plot_budgets, table_rows, write_evaluation
     from hybridprune_megatron.evaluation.judging import figures, judge, reduction_at
     from hybridprune_megatron.evaluation.methods_page import method_rows, plot_methods
 
-    reductions = {name: reduction_at(cfg, None if name == OWN else budget) for name, budget in budgets.items()}
-    if methods is not None:
+    if methods:
         reductions = {name: reduction_at(each.cfg) for name, each in methods.items()} | {EVERY_TOKEN: None}
-        budgets = {name: each.budget for name, each in methods.items()} | {EVERY_TOKEN: 1.0}
+    else:
+        reductions = {name: reduction_at(cfg, None if name == OWN else budget) for name, budget in budgets.items()}
     encoder, left_out = SampleEncoder(cfg), LeftOut()
     with answering(source, cfg, is_export) as model, tqdm(desc="  asked", unit="sample", leave=False) as bar:
         questions = read_questions(data, encoder, settings.samples, left_out)
@@ -124,8 +126,8 @@ def main(argv: list[str]) -> None:
         first = f"; the first one: {left_out.rows[0]}" if left_out.rows else ""
         raise ValueError(f"data={data}: none of its samples can be used, {left_out.words('samples')}{first}")
     found = {name: figures(each) for name, each in outcomes.items()}
-    rows, plot = table_rows(found, budgets), None
-    if methods is not None:
+    rows, plot = table_rows(found, budgets), partial(plot_budgets, found=found, budgets=budgets)
+    if methods:
         by_method: dict[str, dict[float, list[Outcome]]] = {}
         for name, each in methods.items():
             by_method.setdefault(each.method, {})[each.budget] = outcomes[name]
@@ -174,7 +176,7 @@ def compared(
     for override in overrides:
         if override.lstrip("+").startswith("reduction"):
             reason = "stands against methods, each of which is a reduction"
-            raise fail(override.partition("=")[0], override.partition("=")[2], reason, "put it behind a method's name")
+            raise fail(override.partition("=")[0], override.partition("=")[2], reason, "put it after a method's name")
     own = cfg.reduction.budget if cfg.drops else _DEFAULT_BUDGET
     wanted = [own] if budgets is None else [float(budget) for budget in budgets if budget < 1]
     if not wanted:

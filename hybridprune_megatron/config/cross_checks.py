@@ -220,7 +220,7 @@ def least_video(cfg: RunConfig) -> int:
     vision = cfg.model.vision
     if vision is None:
         return 0
-    return math.ceil(cfg.data.least_frames * vision.tokens_per_frame * cfg.visual_cost)
+    return cfg.counted(0, cfg.data.least_frames * vision.tokens_per_frame)
 
 
 def check_kept(cfg: RunConfig, budget: float, retention: tuple[float, ...]) -> None:

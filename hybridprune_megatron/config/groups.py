@@ -54,7 +54,7 @@ class DataConfig:
         num_frames: frames per video with uniform sampling.
         fps: frames per second with fps sampling.
         max_frames: most frames of one video with fps sampling.
-        max_tiles: most tiles that an image is cut into, a thumbnail beside them; 1 = the whole image as one.
+        max_tiles: most tiles that an image is cut into, plus a thumbnail; 1 = the whole image as one.
         frame_text: text before a frame; {index} counts from 1, {seconds:.2f} is its time.
         conversation: turns that become samples; first_question (it scores for all turns), split_turns, all_turns.
         max_bad_share: share of broken samples (0 to 1) that is skipped and counted before the job fails.
@@ -261,8 +261,8 @@ class ParallelConfig:
         return self.tensor * self.pipeline * self.context
 
     @property
-    def frame_sharers(self) -> int:
-        """Processes of the first stage that share a packed sequence's frames."""
+    def sequence_shares(self) -> int:
+        """Processes of a stage that share a packed sequence between its layers, and on the first stage its frames."""
         return self.context * (self.tensor if self.sequence_parallel else 1)
 
 
@@ -314,6 +314,10 @@ class RunConfig:
             return 1.0
         return self.tuning.budget.largest(self.reduction.budget)
 
+    def counted(self, text: int, visual: int) -> int:
+        """What tokens of text and visual tokens count for in ``data.sequence_length``."""
+        return text + math.ceil(visual * self.visual_cost)
+
     @property
     def longest_sequence(self) -> int:
         """Most tokens of a packed sequence before any reduction."""
@@ -333,11 +337,9 @@ class RunConfig:
     @property
     def length_multiple(self) -> int:
         """What the length of a packed sequence divides by: ranks that share it, FP8's tiles, the reduction's own."""
-        parallel = self.parallel
-        shares = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
         # Attention cuts a sequence into two chunks a context-parallel rank; a rank's part has whole tiles.
-        unit = math.lcm(2 if parallel.context > 1 else 1, self.fp8.tile)
-        return math.lcm(shares * unit, self.reduction.select.multiple_of)
+        unit = math.lcm(2 if self.parallel.context > 1 else 1, self.fp8.tile)
+        return math.lcm(self.parallel.sequence_shares * unit, self.reduction.select.multiple_of)
 
     @property
     def retention_by_layer(self) -> tuple[float, ...]:

@@ -265,7 +265,7 @@ class Stage:
 
     def _frames(self, packed: Packed) -> int:
         """Frames that this rank encodes."""
-        return -(-packed.samples * packed.frames // self.cfg.parallel.frame_sharers)
+        return -(-packed.samples * packed.frames // self.cfg.parallel.sequence_shares)
 
     def _layer(self, symbol: str) -> list[Kept]:
         model, parallel = self.cfg.model, self.cfg.parallel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,7 +116,7 @@ class _Counter:
     @property
     def counted(self) -> int:
         """What the sample counts for in ``data.sequence_length``."""
-        return self.prompt.text + math.ceil(self.prompt.visual * self.cfg.visual_cost)
+        return self.cfg.counted(self.prompt.text, self.prompt.visual)
 
     def _memory(self, kind: str, visual: tuple[int, ...]) -> Memory:
         prompt = self.prompt

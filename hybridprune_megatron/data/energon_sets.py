@@ -66,9 +66,12 @@ def energon_path(path: AnyPath) -> EPath:
 
 def plain_path(path: EPath) -> AnyPath:
     """The reverse of ``energon_path``."""
-    if path.profile != _S3:
-        return located(str(path), "data")
-    bucket, _, key = str(path.internal_path).lstrip("/").partition("/")
+    return located(str(path), "data") if path.profile != _S3 else _object(str(path.internal_path))
+
+
+def _object(path: str) -> StorePath:
+    """What ``/bucket/key`` names."""
+    bucket, _, key = path.lstrip("/").partition("/")
     return StorePath("s3", bucket, key)
 
 
@@ -89,19 +92,15 @@ class _S3Descriptions:
 
     def open(self, path: str, mode: str = "r", prefetch_file: bool = False) -> Any:
         """An object, read whole: descriptions are small, and were checked to be."""
-        content = self._path(path).read_bytes()
+        content = _object(path).read_bytes()
         return io.BytesIO(content) if "b" in mode else io.StringIO(content.decode())
 
     def is_file(self, path: str) -> bool:
         """Whether there is such an object."""
-        return self._path(path).is_file()
+        return _object(path).is_file()
 
     def get_posix_path(self, path: str) -> None:
         """Nothing here is a local file."""
-
-    def _path(self, path: str) -> StorePath:
-        bucket, _, key = path.lstrip("/").partition("/")
-        return StorePath("s3", bucket, key)
 
 
 def blend_mode(sets: Sequence[DataSet]) -> DatasetBlendMode:

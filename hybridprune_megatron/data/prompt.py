@@ -1,4 +1,4 @@
-"""From a conversation and frame timestamps to tokens, labels and the layout of the sample.
+"""From a conversation and frame shown to tokens, labels and the layout of the sample.
 
 The same code builds training samples and inference prompts, so that both see the same tokens. Text is tokenized in
 pieces that end where a special token, a question or an answer starts or ends; a span therefore never cuts a token.
@@ -108,19 +108,19 @@ class PromptEncoder:
         return ids
 
     def encode_prompt(
-        self, conversation: Conversation, timestamps: Sequence[Shown], mode: str = "first_question"
+        self, conversation: Conversation, shown: Sequence[Shown], mode: str = "first_question"
     ) -> EncodedPrompt:
         """A prompt that ends with the assistant's marker, for inference.
 
         Args:
             conversation: has one more question than answers.
-            timestamps: what of every medium is shown.
+            shown: what of every medium.
             mode: which questions score, as in training: the first, the last (``split_turns``) or all of them.
         """
         turns = len(conversation.questions)
         if len(conversation.answers) != turns - 1:
             raise ValueError(f"the conversation ends with an answer ({turns} turns): a prompt ends with a question")
-        return self._encode(conversation, timestamps, _scoring_turns(mode, turns), range(0))
+        return self._encode(conversation, shown, _scoring_turns(mode, turns), range(0))
 
     def answer_ids(self, text: str) -> tuple[int, ...]:
         """The tokens of an answer, as training writes it: its text, one newline and its end."""
@@ -148,13 +148,13 @@ class PromptEncoder:
         return pieces.ids
 
     def encode_samples(
-        self, conversation: Conversation, timestamps: Sequence[Shown], mode: str = "first_question"
+        self, conversation: Conversation, shown: Sequence[Shown], mode: str = "first_question"
     ) -> list[EncodedPrompt]:
         """Training samples: one, or one per turn with ``split_turns``.
 
         Args:
             conversation: every question has its answer.
-            timestamps: what of every medium is shown.
+            shown: what of every medium.
             mode: ``first_question``: the first question scores, every answer carries loss. ``split_turns``: every turn
                 is a sample whose own question scores and whose own answer carries loss, after the earlier turns as
                 plain text. ``all_turns``: every question scores, every answer carries loss. Later questions then
@@ -175,7 +175,7 @@ class PromptEncoder:
             parts = [(conversation, range(turns))]
         samples = []
         for part, loss_turns in parts:
-            used = timestamps[: part.num_videos] if part is not conversation else timestamps
+            used = shown[: part.num_videos] if part is not conversation else shown
             sample = self._encode(part, used, _scoring_turns(mode, len(part.questions)), loss_turns)
             if sample.num_videos and not sample.layout.count(TokenKind.QUESTION):
                 raise ValueError("the sample shows a video but its question has no text: nothing to score frames with")
@@ -185,11 +185,11 @@ class PromptEncoder:
     def _encode(
         self,
         conversation: Conversation,
-        timestamps: Sequence[Shown],
+        shown: Sequence[Shown],
         scoring_turns: range,
         loss_turns: range,
     ) -> EncodedPrompt:
-        check_videos(conversation, len(timestamps))
+        check_videos(conversation, len(shown))
         pieces = _Pieces()
         if conversation.system is not None:
             self._special_token(pieces, SYSTEM_TOKEN)
@@ -199,31 +199,29 @@ class PromptEncoder:
             if turn:
                 self._text(pieces, "\n")
             kind = TokenKind.QUESTION if turn in scoring_turns else TokenKind.TEXT
-            video = self._user_turn(pieces, question, kind, timestamps, video)
+            video = self._user_turn(pieces, question, kind, shown, video)
             if turn < len(conversation.answers):
                 loss = turn in loss_turns
                 kind = TokenKind.ANSWER if loss else TokenKind.TEXT
                 pieces.add(self.answer_ids(conversation.answers[turn]), kind, loss=loss)
         return pieces.finish(num_videos=video)
 
-    def _user_turn(
-        self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Shown], video: int
-    ) -> int:
+    def _user_turn(self, pieces: _Pieces, content: str, kind: TokenKind, shown: Sequence[Shown], video: int) -> int:
         """Writes a user turn and the assistant's marker; returns the number of videos written so far."""
         self._special_token(pieces, TURN_TOKEN)
-        video = self._question(pieces, content, kind, timestamps, video)
+        video = self._question(pieces, content, kind, shown, video)
         self._special_token(pieces, TURN_TOKEN)
         self._text(pieces, "Assistant\n")
         return video
 
-    def _question(self, pieces: _Pieces, content: str, kind: TokenKind, timestamps: Sequence[Shown], video: int) -> int:
+    def _question(self, pieces: _Pieces, content: str, kind: TokenKind, shown: Sequence[Shown], video: int) -> int:
         """Writes one user content; returns the number of videos written so far."""
         before = "User\n"
         texts = MEDIA_PATTERN.split(content)
         for position, text in enumerate(texts):
             last = position == len(texts) - 1
             if position:
-                self._medium(pieces, before, timestamps[video], video)
+                self._medium(pieces, before, shown[video], video)
                 video, before = video + 1, "\n"
                 text = text.removeprefix("\n")
             if text or last:
@@ -248,7 +246,7 @@ class PromptEncoder:
     def _medium(self, pieces: _Pieces, before: str, shown: Shown, number: int) -> None:
         """Writes the frames of a video, each with its time, or the tiles of an image, side by side."""
         if isinstance(shown, int):
-            # Tiles are no frames of one video: each stands for itself.
+            # Tiles are not frames of one video: each stands for itself.
             self._frames(pieces, before, [(pieces.new_video(), 0) for _ in range(shown)])
             return
         if not shown:
@@ -262,8 +260,8 @@ class PromptEncoder:
         """Writes frames between one pair of marks; each is the number of its video and its own."""
         self._text(pieces, before)
         self._special_token(pieces, IMAGE_START_TOKEN)
+        tokens = (self._special[IMAGE_TOKEN],) * self.tokens_per_frame
         for video, frame in frames:
-            tokens = (self._special[IMAGE_TOKEN],) * self.tokens_per_frame
             pieces.add(tokens, TokenKind.FRAME, video=video, frame=frame)
         self._special_token(pieces, IMAGE_END_TOKEN)
 

@@ -6,7 +6,6 @@ many times larger than the file they come from, and a packing buffer holds many 
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from hybridprune_megatron.data.prompt import EncodedPrompt, PromptEncoder, Shown
 from hybridprune_megatron.data.stored_media import StoredImage, StoredMedium, kinds_of
 from hybridprune_megatron.data.tokenizer import load_tokenizer
 from hybridprune_megatron.data.video import FrameSampling, decode_video, list_frames
-from hybridprune_megatron.method.layout import SampleLayout, Span, TokenKind
+from hybridprune_megatron.method.layout import SampleLayout, TokenKind
 
 #: Why a sample may be left out.
 BAD_REASONS = ("malformed", "video", "too_long", "shard")
@@ -135,7 +134,7 @@ class SampleEncoder:
         self.tokenizer = load_tokenizer(data.tokenizer)
         self.model = cfg.model
         self.mode = data.conversation
-        self.sequence_length, self.visual_cost = data.sequence_length, cfg.visual_cost
+        self.sequence_length, self.visual_cost, self._counted = data.sequence_length, cfg.visual_cost, cfg.counted
         self.shrinks, self.least_frames = data.too_long == "shrink", data.least_frames
         self.full_detail = Detail(data.most_frames, data.max_tiles)
         self.sampling: FrameSampling | None = None
@@ -170,7 +169,7 @@ class SampleEncoder:
             whole = "first_question" if split else self.mode
             media = self._media(key, conversation, videos)
             fitted = self._fit(media, lambda shown: self.prompts.encode_samples(conversation, shown, whole)[0])
-            self._check_length(key, fitted.prompt.layout)
+            self._check_length(key, self.counted(fitted.prompt.layout))
             prompts = [fitted.prompt]
             if split:
                 prompts = self.prompts.encode_samples(conversation, fitted.shown, self.mode)
@@ -199,7 +198,7 @@ class SampleEncoder:
             fitted = self._fit(media, lambda shown: self.prompts.encode_prompt(conversation, shown, self.mode))
             if videos and not fitted.prompt.layout.count(TokenKind.QUESTION):
                 raise ValueError("it shows a video but its question has no text: nothing to score frames with")
-        self._check_length(key, fitted.prompt.layout)
+        self._check_length(key, self.counted(fitted.prompt.layout))
         return self.finish(SampleDraft(key, conversation, 0, fitted, tuple(videos)))
 
     def answer_ids(self, key: str, text: str) -> tuple[int, ...]:
@@ -211,7 +210,7 @@ class SampleEncoder:
         with _malformed(key):
             self._check_characters(key, [text])
             ids = self.prompts.answer_ids(text)
-        self._check_length(key, SampleLayout((Span(TokenKind.TEXT, len(ids)),)))
+        self._check_length(key, len(ids))
         return ids
 
     def finish(self, draft: SampleDraft) -> EncodedSample:
@@ -250,7 +249,7 @@ class SampleEncoder:
             pixel_values=torch.cat(frames) if frames else no_pixels(),
             frame_features=frame_features,
         )
-        self._check_length(sample.key, sample.layout)
+        self._check_length(sample.key, self.counted(sample.layout))
         return sample
 
     def encode(
@@ -265,7 +264,7 @@ class SampleEncoder:
 
     def counted(self, layout: SampleLayout) -> int:
         """What a sample counts for in ``data.sequence_length``."""
-        return layout.num_tokens - layout.num_visual + math.ceil(layout.num_visual * self.visual_cost)
+        return self._counted(layout.num_tokens - layout.num_visual, layout.num_visual)
 
     def _prompts(self, conversation: Conversation, shown: list[Shown]) -> list[EncodedPrompt]:
         """The prompts of a draft's conversation, which waits for its answer or has it."""
@@ -296,8 +295,11 @@ class SampleEncoder:
         # The first number of frames that is too many; the prompt grows with them.
         too_many = bisect_left(possible, True, key=lambda frames: not fits(at(frames, 1)))
         frames = possible[max(too_many - 1, 0)]
-        tiles = [number for number in _TILES if number <= self.full_detail.tiles]
-        return next((found for number in tiles if fits(found := at(frames, number))), at(frames, 1))
+        for tiles in [number for number in _TILES if number <= self.full_detail.tiles]:
+            found = at(frames, tiles)
+            if fits(found):
+                break
+        return found
 
     def _media(self, key: str, conversation: Conversation, videos: Sequence[StoredMedium]) -> list[_Medium]:
         """The media of a conversation that may fit a sequence and shows all of them, by their headers."""
@@ -324,7 +326,7 @@ class SampleEncoder:
             stored = medium.seconds(sampling)
             return lambda detail: stored
         times = list_frames(medium, f"video {index}")
-        return lambda detail: [times[each] for each in sampling.at_most(detail.frames).choose(times)]
+        return lambda detail: sampling.at_most(detail.frames).taken(times)
 
     def _features(self, stored: StoredFeatures, sampling: FrameSampling) -> FrameFeatures:
         """The features that a sampling takes, as the projector takes them."""
@@ -340,8 +342,7 @@ class SampleEncoder:
         """Refuses what cannot fit, before it is tokenized and its videos are opened."""
         self._check_characters(key, (conversation.system or "", *conversation.questions, *conversation.answers))
         # A video has a frame at least.
-        frames = [Span(TokenKind.FRAME, self.prompts.tokens_per_frame, video, 0) for video in range(num_videos)]
-        self._check_length(key, SampleLayout(tuple(frames)))
+        self._check_length(key, self._counted(0, num_videos * self.prompts.tokens_per_frame))
 
     def _check_characters(self, key: str, texts: Sequence[str]) -> None:
         characters, most = sum(map(len, texts)), _MOST_CHARACTERS * self.sequence_length
@@ -353,8 +354,7 @@ class SampleEncoder:
                 "most",
             )
 
-    def _check_length(self, key: str, layout: SampleLayout) -> None:
-        counted = self.counted(layout)
+    def _check_length(self, key: str, counted: int) -> None:
         if counted > self.sequence_length:
             each = f" (a visual one counts {self.visual_cost:g})" if self.visual_cost < 1 else ""
             raise BadSampleError(

@@ -50,6 +50,10 @@ class FrameSampling:
             if getattr(self, name) <= 0:
                 raise ValueError(f"data.{name}={getattr(self, name)}: must be above 0")
 
+    def taken(self, seconds: Sequence[float]) -> list[float]:
+        """Times of the frames to take, of those of all frames; see ``choose``."""
+        return [seconds[index] for index in self.choose(seconds)]
+
     def at_most(self, frames: int) -> FrameSampling:
         """The same, with no more frames of a video than so many."""
         return replace(self, num_frames=min(self.num_frames, frames), max_frames=min(self.max_frames, frames))
@@ -146,20 +150,14 @@ def sample_frames(
     return _decoded([to_square(frames[index], frame_size) for index in chosen], chosen, times)
 
 
-def probe_video(source: bytes | str | Path, sampling: FrameSampling, name: str = "video") -> list[float]:
-    """The times that ``decode_video`` will most likely give its frames, without decoding.
+def list_frames(source: bytes | str | Path, name: str = "video") -> list[float]:
+    """The times that the frames of a video most likely have, without decoding; a sampling takes some (``taken``).
 
     They come from the container's index, which some files get wrong; compare with the times of the decoded video.
 
     Raises:
         ValueError: the video cannot be read, is cut, has no frames, or is larger than videos that are read.
     """
-    times = list_frames(source, name)
-    return [times[index] for index in sampling.choose(times)]
-
-
-def list_frames(source: bytes | str | Path, name: str = "video") -> list[float]:
-    """The times of all frames of a video, by the container's index: see ``probe_video``."""
     with _one_error(source, name):
         return _listed(source)
 

@@ -19,7 +19,6 @@ people's weights, takes tensors only.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -48,6 +47,7 @@ from hybridprune_megatron.config.checkpoint_folder import (
     read_run_file,
 )
 from hybridprune_megatron.engine.checkpoint_index import read_index
+from hybridprune_megatron.engine.disk import retire, sync_entry, sync_tree
 from hybridprune_megatron.engine.optimization import TrainState, allocate_state, load_optimizer_state
 from hybridprune_megatron.engine.parallel import from_rank_0
 from hybridprune_megatron.engine.rng_state import rng_state
@@ -105,28 +105,6 @@ def _model_and_optimizer(state: TrainState, loading: bool) -> dict[str, Any]:
     model = state.module.sharded_state_dict(metadata=dict(SHARDED_FORMAT))
     optimizer = state.optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(SHARDED_FORMAT))
     return {"model": model, "optimizer": optimizer}
-
-
-def _sync_to_disk(directory: Path) -> None:
-    """fsync of every file and folder, so that the rename cannot reach the disk before the data."""
-    for path in [*directory.rglob("*"), directory]:
-        _sync_entry(path)
-
-
-def _sync_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _retire(path: Path) -> None:
-    """Deletes a checkpoint so that no half of it is ever taken for a whole one."""
-    doomed = path.with_name(path.name + ".old" + INCOMPLETE)
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def _reason(error: BaseException) -> str:
@@ -268,12 +246,12 @@ class CheckpointSaver:
             try:
                 content = {**header, "files": file_sizes(self._scratch)}
                 (self._scratch / RUN_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-                _sync_to_disk(self._scratch)
+                sync_tree(self._scratch)
                 if final.exists():
-                    _retire(final)
+                    retire(final)
                 self._scratch.rename(final)
                 # Makes the rename durable.
-                _sync_entry(self._directory)
+                sync_entry(self._directory)
                 # Only now: until this one is whole, those before it are all that there is.
                 self._own.add(header["step"])
                 self._best = best
@@ -297,7 +275,7 @@ class CheckpointSaver:
         held = set() if self._second is None else self._second.held
         for old in outdated_checkpoints(self._directory, self._own, self._keep_last, self._keep_every, self._best):
             if old not in held:
-                _retire(old)
+                retire(old)
 
     def _failure(self, error: BaseException) -> RuntimeError:
         if dist.get_rank() == 0:

@@ -18,6 +18,7 @@ from hybridprune_megatron.config.checkpoint_folder import (
     outdated_checkpoints,
     own_copies,
 )
+from hybridprune_megatron.engine.disk import retire, sync_entry, sync_tree
 
 
 class SecondPlace:
@@ -80,7 +81,7 @@ class SecondPlace:
             except OSError as error:
                 self._warn(checkpoint, error.strerror or str(error))
             except Exception as error:
-                # The run goes on, whatever a second disk does.
+                # The run continues, whatever a second disk does.
                 self._warn(checkpoint, f"{type(error).__name__}: {error}")
             with self._changed:
                 self._copying = None
@@ -108,30 +109,15 @@ class SecondPlace:
             what = damage(scratch)
             if what is not None:
                 raise OSError(f"the copy is damaged: {what}")
-            for path in [*scratch.iterdir(), scratch]:
-                _to_disk(path)
+            sync_tree(scratch)
             if final.name in own:
-                self._remove(final)
+                retire(final, f".{self._mine}")
             scratch.rename(final)
-            _to_disk(self._folder)
+            sync_entry(self._folder)
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         self.made += 1
         steps = {checkpoint_step(path) for path in own_copies(self._folder, self._output_dir)}
         for old in outdated_checkpoints(self._folder, steps, self._keep_last, self._keep_every, best):
-            self._remove(old)
-
-    def _remove(self, path: Path) -> None:
-        """Deletes a copy so that no half of it is ever taken for a whole one."""
-        doomed = path.with_name(f"{path.name}.old.{self._mine}{INCOMPLETE}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            retire(old, f".{self._mine}")

@@ -295,6 +295,25 @@ def _ready_norm(optimizer: MegatronOptimizer) -> float:
     return float(optimizer.get_grad_norm())
 
 
+def _update(state: TrainState, loss: float, look_first: bool) -> float:
+    """Makes the update if the loss is finite; returns the gradient's norm, 0 where none was computed.
+
+    Args:
+        state: changed in place.
+        loss: of the step.
+        look_first: an update of a gradient that is not finite is not made either.
+    """
+    if not math.isfinite(loss):
+        return 0.0
+    if look_first:
+        norm = _ready_norm(state.optimizer)
+        if not math.isfinite(norm):
+            return norm
+    _, norm, _ = state.optimizer.step()
+    # Without clipping megatron computes no norm.
+    return float(norm) if norm is not None else 0.0
+
+
 def train_step(
     state: TrainState,
     batches: Iterator[PackedBatch],
@@ -334,18 +353,9 @@ def train_step(
     loss = losses.total / divisor
     lr = max(group["lr"] / group["lr_mult"] for group in state.optimizer.param_groups)
     skips = nonfinite == "skip"
-    finite, grad_norm = math.isfinite(loss), 0.0
-    if finite and skips:
-        # The update must not be made, or undone: look before.
-        grad_norm = _ready_norm(state.optimizer)
-        finite = math.isfinite(grad_norm)
-    if finite:
-        _, norm, _ = state.optimizer.step()
-        # Without clipping megatron computes no norm.
-        grad_norm = float(norm) if norm is not None else 0.0
-        finite = math.isfinite(grad_norm)
+    grad_norm = _update(state, loss, look_first=skips)
     problem = None
-    if not finite:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         what = f"loss={loss}" if not math.isfinite(loss) else f"gradient norm={grad_norm} (loss={loss})"
         problem = f"{what} at step {step}; {_named_samples(recorder, losses.micro)}"
         if not skips:

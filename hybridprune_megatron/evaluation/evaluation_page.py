@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from hybridprune_megatron.evaluation.figure import new_figure
+from hybridprune_megatron.evaluation.figure import interval_line, new_figure
 from hybridprune_megatron.evaluation.intervals import Interval
 from hybridprune_megatron.evaluation.judging import Figures, Outcome, Share
 from hybridprune_megatron.evaluation.report import percent
@@ -71,7 +71,7 @@ def write_evaluation(
     budgets: Mapping[str, float],
     about: Mapping[str, Any],
     table: str,
-    plot: Callable[[Path], None] | None = None,
+    plot: Callable[[Path], None],
 ) -> None:
     """Writes evaluation.json, table.txt, predictions.jsonl and, over several columns, evaluation.png.
 
@@ -80,7 +80,7 @@ def write_evaluation(
         outcomes, found, budgets: by the name of the column.
         about: what evaluation.json says besides the figures.
         table: text of table.txt.
-        plot: draws the picture; None: right answers and loss over the budget.
+        plot: draws the picture.
     """
     columns = [{"name": name, "budget": budgets[name]} | asdict(each) for name, each in found.items()]
     report = json.dumps({**about, "columns": columns}, indent=1, ensure_ascii=False)
@@ -91,8 +91,7 @@ def write_evaluation(
             for outcome in each:
                 file.write(json.dumps({"column": name} | outcome.row(budgets[name]), ensure_ascii=False) + "\n")
     if len(found) > 1:
-        path = folder / "evaluation.png"
-        plot(path) if plot is not None else plot_budgets(path, found, budgets)
+        plot(folder / "evaluation.png")
 
 
 def plot_budgets(path: Path, found: Mapping[str, Figures], budgets: Mapping[str, float]) -> None:
@@ -101,15 +100,15 @@ def plot_budgets(path: Path, found: Mapping[str, Figures], budgets: Mapping[str,
     left, right = figure.subplots(1, 2)
     names = sorted(found, key=lambda name: budgets[name])
     ordered, at = [found[name] for name in names], [budgets[name] for name in names]
-    _line(left, at, [each.exact.all for each in ordered], _EXACT, "o", "exact match")
+    interval_line(left, at, [each.exact.all for each in ordered], _EXACT, "o", "exact match")
     chosen = [each.choice.all for each in ordered if each.choice is not None]
     if chosen:
-        _line(left, at, chosen, _CHOICE, "s", "multiple choice")
+        interval_line(left, at, chosen, _CHOICE, "s", "multiple choice")
         chance = ordered[0].chance
         assert chance is not None, "choices without a chance"
         left.axhline(chance, color=_GREY, linestyle=":", linewidth=1, label="chance")
     left.set(title="Right answers", ylabel="share", ylim=(0, 1.02))
-    _line(right, at, [each.loss for each in ordered], _LOSS, "o", "loss")
+    interval_line(right, at, [each.loss for each in ordered], _LOSS, "o", "loss")
     right.set(title="Loss", ylabel="nats per token of the answers", ylim=(0, None))
     for axes in (left, right):
         axes.set_xlabel("budget: mean share of visual tokens over all layers")
@@ -118,12 +117,3 @@ def plot_budgets(path: Path, found: Mapping[str, Figures], budgets: Mapping[str,
     left.legend(frameon=False)
     figure.suptitle(f"{ordered[0].samples} questions; bars: 95 % bootstrap intervals over them", fontsize=10)
     figure.savefig(path, metadata={"Creator": _COMMAND})
-
-
-def _line(axes: Any, at: Sequence[float], values: Sequence[Interval], colour: str, marker: str, label: str) -> None:
-    means = [each.mean for each in values]
-    below = [max(0.0, each.mean - each.low) for each in values]
-    above = [max(0.0, each.high - each.mean) for each in values]
-    # Squares are open and dashed, so that circles below them show where both say the same.
-    style = {"linestyle": "--", "markerfacecolor": "none", "markersize": 9} if marker == "s" else {}
-    axes.errorbar(at, means, yerr=[below, above], color=colour, marker=marker, capsize=3, label=label, **style)

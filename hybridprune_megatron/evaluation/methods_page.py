@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hybridprune_megatron.evaluation.figure import new_figure
+from hybridprune_megatron.evaluation.figure import interval_line, new_figure
 from hybridprune_megatron.evaluation.intervals import Interval, bootstrap
 from hybridprune_megatron.evaluation.judging import Outcome
 from hybridprune_megatron.evaluation.report import percent
@@ -49,13 +49,8 @@ def plot_methods(path: Path, found: Mapping[str, ByBudget], every_token: Sequenc
     for number, (method, by_budget) in enumerate(found.items()):
         budgets = sorted(by_budget)
         shares = [bootstrap(_values(by_budget[budget], _exact)) for budget in budgets]
-        error = [[each.mean - each.low for each in shares], [each.high - each.mean for each in shares]]
-        style = "o-" if number < len(_COLOURS) else "s--"
-        colour = _COLOURS[number % len(_COLOURS)]
-        axes.errorbar(
-            budgets, [each.mean for each in shares], yerr=np.maximum(error, 0), fmt=style, color=colour, capsize=3,
-            label=method,
-        )  # fmt: skip
+        marker = "o" if number < len(_COLOURS) else "s"
+        interval_line(axes, budgets, shares, _COLOURS[number % len(_COLOURS)], marker, method)
     whole = bootstrap(_values(every_token, _exact)).mean
     axes.axhline(whole, color=_GREY, linestyle=":", label="every token")
     axes.set(xlabel="budget: mean share of visual tokens over all layers", ylabel="exact match", ylim=(0, 1.02))

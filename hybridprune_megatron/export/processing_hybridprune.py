@@ -43,7 +43,7 @@ class HybridPruneProcessor(ProcessorMixin):
         num_frames: frames of a video with "uniform".
         fps: frames a second with "fps".
         max_frames: most frames of a video with "fps".
-        max_tiles: most tiles of an image, a thumbnail beside them.
+        max_tiles: most tiles of an image, plus a thumbnail.
         frame_text: template before every frame.
         conversation: which question scores visual tokens, as in training.
         chat_template: unused; the format is fixed.
@@ -134,7 +134,7 @@ class HybridPruneProcessor(ProcessorMixin):
 
         Args:
             images: paths, file:// URLs, bytes, PIL images or uint8 [H, W, 3] (RGB, upright), in the order of the
-                ``<image>`` placeholders; each becomes one frame a tile.
+                ``<image>`` placeholders; each becomes one frame per tile.
             text: one or several texts from ``apply_chat_template``.
             videos: paths, file:// URLs, bytes, ``DecodedVideo`` or frames (uint8 [F, H, W, 3] or [F, 3, H, W], RGB,
                 upright, or a list of such frames or of PIL images), in the order of the ``<video>`` placeholders of all

@@ -30,7 +30,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def plot_study(path: Path, rows: Rows, chance: float) -> None:
-    """Writes one PNG: methods at the headline budget before and after finetuning, beside some of them over budgets.
+    """Writes one PNG: methods at the headline budget before and after finetuning, and some of them over budgets.
 
     Args:
         path: the file.

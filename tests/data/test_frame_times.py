@@ -11,7 +11,7 @@ from av.stream import Disposition
 from PIL import Image
 
 from hybridprune_megatron.data.frame_times import seconds
-from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video, probe_video
+from hybridprune_megatron.data.video import DecodedVideo, FrameSampling, decode_video, list_frames
 from tests.clips import UPRIGHT, encode, numbers, quadrants, seen
 
 EVERY = FrameSampling("uniform", num_frames=1000)
@@ -21,7 +21,7 @@ def every_frame(clip: bytes) -> DecodedVideo:
     """All frames, which the container's times announced."""
     decoded = decode_video(clip, EVERY, 32)
     assert all(later > earlier for earlier, later in pairwise(decoded.seconds))
-    assert probe_video(clip, EVERY) == decoded.seconds == decoded.video_seconds
+    assert EVERY.taken(list_frames(clip)) == decoded.seconds == decoded.video_seconds
     return decoded
 
 

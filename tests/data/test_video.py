@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridprune_megatron.data.video import FrameSampling, decode_video, probe_video
+from hybridprune_megatron.data.video import FrameSampling, decode_video, list_frames
 from studies.needles.needles import clip_paths
 
 from .conftest import encode_clip, frame_indices, grey_frames
@@ -85,7 +85,7 @@ def test_times_start_at_zero_for_a_video_that_starts_later() -> None:
 def test_probe_tells_the_times_of_the_decoded_frames() -> None:
     clip = encode_clip(grey_frames(30), [0, 30, *range(200, 3000, 100)])
     for sampling in (UNIFORM, FrameSampling("fps", fps=3.0), FrameSampling("fps", fps=10.0, max_frames=7)):
-        assert probe_video(clip, sampling) == decode_video(clip, sampling, 8).seconds
+        assert sampling.taken(list_frames(clip)) == decode_video(clip, sampling, 8).seconds
 
 
 @pytest.mark.parametrize("path", clip_paths(), ids=lambda path: path.stem)

@@ -86,7 +86,7 @@ def run_job(
     from tests.engine.tiny import ClipLoader, CountingLoader, tiny_model
 
     what, _, number = kill_at.partition(":")
-    sync_to_disk = checkpoint._sync_to_disk
+    sync_tree = checkpoint.sync_tree
 
     def die(*_: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -97,7 +97,7 @@ def run_job(
                 die()
             # At that moment the shards are on disk and the folder is not renamed yet.
             doomed = what == "save" and self.trainer.global_step + 1 == int(number)
-            checkpoint._sync_to_disk = die if doomed else sync_to_disk
+            checkpoint.sync_tree = die if doomed else sync_tree
             return super().training_step(dataloader_iter)
 
     job.trainer.devices = dist.get_world_size()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +48,7 @@ def encoder(world: SimpleNamespace) -> SampleEncoder:
 
 
 def _tiled(world: SimpleNamespace) -> Any:
-    return replace(copy.deepcopy(world.cfg), data=replace(world.cfg.data, max_tiles=6))
+    return replace(world.cfg, data=replace(world.cfg.data, max_tiles=6))
 
 
 def _stored(paths: list[Path]) -> list[Any]:

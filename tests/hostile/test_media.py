@@ -23,7 +23,7 @@ from PIL import Image
 
 from hybridprune_megatron.data import media
 from hybridprune_megatron.data.images import read_image
-from hybridprune_megatron.data.video import FrameSampling, check_video, decode_video, probe_video, sample_frames
+from hybridprune_megatron.data.video import FrameSampling, check_video, decode_video, list_frames, sample_frames
 from tests.clips import box, encode, fast_start, find_box, patch, quadrants, replace_box, video_table
 from tests.tracked import ROOT
 
@@ -45,7 +45,7 @@ def refusal(read: Callable[[], Any]) -> str:
 
 def refused_video(source: bytes | str | Path) -> str:
     """The line that refuses a video, the same for every way of reading it."""
-    lines = {refusal(lambda: probe_video(source, UNIFORM)), refusal(lambda: check_video(source))}
+    lines = {refusal(lambda: UNIFORM.taken(list_frames(source))), refusal(lambda: check_video(source))}
     assert len(lines) == 1, lines
     return lines.pop()
 
